@@ -1,0 +1,166 @@
+// Reading and checking NumPy arrays. Reads ndarray's fields directly: this runs for every gradient a user assigns.
+#include "arrays.hpp"
+
+#include <algorithm>
+
+#include "dlpack.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+constexpr int numpy_float32 = 11, numpy_float64 = 12, numpy_float16 = 23, numpy_first_user_type = 256;
+
+/// ml_dtypes registers bfloat16 when it is imported; from then on its type number stands for it in this process.
+bool is_bfloat16(const py::dtype& dtype) {
+    static int type_number = -1;  // guarded by the GIL
+    if (dtype.num() < numpy_first_user_type) return false;
+    if (type_number < 0 && py::cast<std::string>(dtype.attr("name")) == "bfloat16") type_number = dtype.num();
+    return dtype.num() == type_number;
+}
+
+std::string type_name(py::handle object) { return py::cast<std::string>(py::type::of(object).attr("__name__")); }
+
+[[noreturn]] void refuse_dtype(const py::dtype& dtype, const Argument& argument) {
+    throw py::type_error(argument.text() + ": expected dtype float64, float32, float16 or bfloat16 in native " +
+                         "byte order, got " + py::cast<std::string>(py::repr(dtype)));
+}
+
+/// The positions of the axes longer than 1, slowest first by their absolute stride.
+std::vector<int> memory_order(const py::array& array) {
+    std::vector<int> order;
+    for (int axis = 0; axis < array.ndim(); ++axis) {
+        if (array.shape(axis) != 1) order.push_back(axis);
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return std::abs(array.strides(a)) > std::abs(array.strides(b)); });
+    return order;
+}
+
+bool is_dense(const py::array& array) {
+    if (array.flags() & (py::array::c_style | py::array::f_style)) return true;
+    if (array.size() <= 1) return true;
+    py::ssize_t expected = array.itemsize();
+    const std::vector<int> order = memory_order(array);
+    for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
+        if (array.strides(*axis) != expected) return false;
+        expected *= array.shape(*axis);
+    }
+    return true;
+}
+
+}  // namespace
+
+py::array as_array(py::handle object, const Argument& argument) {
+    if (py::isinstance<py::array>(object)) return py::reinterpret_borrow<py::array>(object);
+    if (PyObject_CheckBuffer(object.ptr()) && !PyBytes_Check(object.ptr())) {
+        return py::module_::import("numpy").attr("asarray")(object);
+    }
+    if (py::hasattr(object, "__dlpack__")) return from_dlpack(object);
+    throw py::type_error(argument.text() + ": expected a NumPy array, got " + type_name(object) + " " +
+                         py::cast<std::string>(py::repr(object)).substr(0, 80));
+}
+
+ArrayRef read_array(py::handle object, const Argument& argument) {
+    ArrayRef ref;
+    ref.array = as_array(object, argument);
+    const py::dtype dtype = ref.array.dtype();
+    switch (dtype.num()) {
+        case numpy_float64:
+            ref.dtype = DType::float64;
+            break;
+        case numpy_float32:
+            ref.dtype = DType::float32;
+            break;
+        case numpy_float16:
+            ref.dtype = DType::float16;
+            break;
+        default:
+            if (!is_bfloat16(dtype)) refuse_dtype(dtype, argument);
+            ref.dtype = DType::bfloat16;
+    }
+    if (dtype.byteorder() == '>' || dtype.byteorder() == '<') {
+        // NumPy spells the native order '=', so either of these is the other one.
+        refuse_dtype(dtype, argument);
+    }
+    ref.data = static_cast<std::byte*>(const_cast<void*>(ref.array.data()));
+    ref.size = ref.array.size();
+    ref.writable = ref.array.writeable();
+    return ref;
+}
+
+void require_updatable(const ArrayRef& ref, const Argument& argument) {
+    if (!ref.writable) {
+        throw py::value_error(argument.text() + ": the array of shape " + shape_text(ref.array) +
+                              " is read-only and cannot be updated in place");
+    }
+    if (!is_dense(ref.array)) {
+        throw py::value_error(argument.text() + ": the array of shape " + shape_text(ref.array) + " and strides " +
+                              py::cast<std::string>(py::str(ref.array.attr("strides"))) +
+                              " is not contiguous; update a contiguous array and copy, or pass its parts one by one");
+    }
+}
+
+void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argument& argument) {
+    const py::array &a = ref.array, &b = like.array;
+    if (a.ndim() != b.ndim() || !std::equal(a.shape(), a.shape() + a.ndim(), b.shape())) {
+        throw py::value_error(argument.text() + ": expected shape " + shape_text(b) + ", the parameter's, got " +
+                              shape_text(a));
+    }
+}
+
+std::vector<Axis> axes_in_order_of(const ArrayRef& ref, const ArrayRef& like) {
+    constexpr int c_order = py::array::c_style;
+    if (ref.size <= 1 || ((ref.array.flags() & c_order) && (like.array.flags() & c_order))) return {};
+    std::vector<Axis> axes;
+    for (int position : memory_order(like.array)) {
+        const Axis axis{ref.array.shape(position), ref.array.strides(position)};
+        if (!axes.empty() && axes.back().stride == axis.stride * axis.length) {
+            axes.back() = {axes.back().length * axis.length, axis.stride};
+        } else {
+            axes.push_back(axis);
+        }
+    }
+    if (axes.size() == 1 && axes[0].stride == static_cast<std::int64_t>(item_size(ref.dtype))) return {};
+    return axes;
+}
+
+Extent extent_of(const ArrayRef& ref) {
+    const auto start = reinterpret_cast<std::uintptr_t>(ref.data);
+    if (ref.size == 0) return {start, start};
+    Extent extent{start, start + item_size(ref.dtype)};
+    for (int axis = 0; axis < ref.array.ndim(); ++axis) {
+        const auto reach = (ref.array.shape(axis) - 1) * ref.array.strides(axis);
+        if (reach < 0) {
+            extent.begin -= static_cast<std::uintptr_t>(-reach);
+        } else {
+            extent.end += static_cast<std::uintptr_t>(reach);
+        }
+    }
+    return extent;
+}
+
+bool repeats_elements(const ArrayRef& ref) {
+    // Distinct if every stride steps over all that the faster axes cover.
+    const std::vector<int> order = memory_order(ref.array);
+    py::ssize_t covered = ref.array.itemsize();
+    for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
+        const py::ssize_t stride = std::abs(ref.array.strides(*axis));
+        if (stride < covered) return true;
+        covered += stride * (ref.array.shape(*axis) - 1);
+    }
+    return false;
+}
+
+std::string shape_text(const py::array& array) { return py::cast<std::string>(py::str(array.attr("shape"))); }
+
+py::dtype numpy_dtype(DType dtype) {
+    if (dtype != DType::bfloat16) return py::dtype(std::string(dtype_name(dtype)));
+    try {
+        return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+    } catch (py::error_already_set& error) {
+        if (!error.matches(PyExc_ImportError)) throw;
+        throw py::import_error("bfloat16 arrays need the ml_dtypes package: pip install 'sgdcore[bfloat16]'");
+    }
+}
+
+}  // namespace sgdcore::bindings

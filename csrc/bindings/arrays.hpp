@@ -1,0 +1,72 @@
+// NumPy arrays as the core sees them: pointer, size, storage type, and the reference that keeps them alive.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../work.hpp"
+
+namespace sgdcore::bindings {
+
+namespace py = pybind11;
+
+/// What the core needs to know of an ndarray. `array` holds a reference, so NumPy refuses to resize it meanwhile.
+struct ArrayRef {
+    // Null where there is none; py::array's own default would be an empty array.
+    py::array array = py::reinterpret_steal<py::array>(py::handle());
+    std::byte* data = nullptr;
+    std::int64_t size = 0;
+    DType dtype = DType::float32;
+    bool writable = false;
+
+    bool empty() const { return array.ptr() == nullptr; }
+};
+
+/// The argument that an error message blames: "grad", or "grads[3]".
+struct Argument {
+    const char* name;
+    std::ptrdiff_t index = -1;
+
+    Argument(const char* name_, std::ptrdiff_t index_ = -1) : name(name_), index(index_) {}
+    std::string text() const { return index < 0 ? name : name + ("[" + std::to_string(index) + "]"); }
+};
+
+/// The half-open range of addresses an array's elements lie in.
+struct Extent {
+    std::uintptr_t begin = 0, end = 0;
+};
+
+/// `object` as an ndarray over the same memory: an ndarray itself, or whatever exports the buffer protocol or DLPack.
+/// `argument` names it in the TypeError that anything else gets.
+py::array as_array(py::handle object, const Argument& argument);
+
+/// Reads a floating-point array of one of the storage types in native byte order; TypeError for any other dtype.
+ArrayRef read_array(py::handle object, const Argument& argument);
+
+/// Raises ValueError unless the array can be updated in place: writable, and dense (its elements fill one range of
+/// memory, axes in any order).
+void require_updatable(const ArrayRef& ref, const Argument& argument);
+
+/// Raises ValueError unless the two have the same shape.
+void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argument& argument);
+
+/// The axes of `ref` in the memory order of the dense array `like`, adjacent ones merged; empty where `ref` has the
+/// same memory order, so that both can be read as flat arrays. The shapes must be equal.
+std::vector<Axis> axes_in_order_of(const ArrayRef& ref, const ArrayRef& like);
+
+Extent extent_of(const ArrayRef& ref);
+
+/// True if the strides may reach one element by two indices, as those of a broadcast array do.
+bool repeats_elements(const ArrayRef& ref);
+
+/// "(3, 4)"
+std::string shape_text(const py::array& array);
+
+/// NumPy's dtype of a storage type. Raises ImportError for bfloat16 without ml_dtypes.
+py::dtype numpy_dtype(DType dtype);
+
+}  // namespace sgdcore::bindings

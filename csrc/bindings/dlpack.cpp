@@ -1,0 +1,163 @@
+// The structures are the DLPack 1.0 ABI (https://dmlc.github.io/dlpack/latest/c_api.html), declared here because the
+// few we need are smaller than a dependency.
+#include "dlpack.hpp"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arrays.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+struct DLDevice {
+    std::int32_t type, id;
+};
+constexpr std::int32_t device_cpu = 1;
+
+struct DLDataType {
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+};
+constexpr std::uint8_t code_float = 2, code_bfloat = 4;
+
+struct DLTensor {
+    void* data;
+    DLDevice device;
+    std::int32_t ndim;
+    DLDataType dtype;
+    std::int64_t* shape;
+    std::int64_t* strides;  // in elements; null means C order
+    std::uint64_t byte_offset;
+};
+
+struct DLManagedTensor {
+    static constexpr const char *fresh = "dltensor", *used = "used_dltensor";
+    DLTensor tensor;
+    void* context;
+    void (*deleter)(DLManagedTensor*);
+};
+
+struct DLManagedTensorVersioned {
+    static constexpr const char *fresh = "dltensor_versioned", *used = "used_dltensor_versioned";
+    struct {
+        std::uint32_t major, minor;
+    } version;
+    void* context;
+    void (*deleter)(DLManagedTensorVersioned*);
+    std::uint64_t flags;
+    DLTensor tensor;
+};
+constexpr std::uint64_t flag_read_only = 1;
+
+/// An exported tensor together with what it points to.
+template <class Managed>
+struct Export {
+    Managed managed{};
+    py::array array;
+    std::vector<std::int64_t> shape, strides;
+};
+
+template <class Managed>
+py::capsule export_array(const ArrayRef& ref) {
+    auto owner = std::make_unique<Export<Managed>>();
+    owner->array = ref.array;
+    for (int axis = 0; axis < ref.array.ndim(); ++axis) {
+        owner->shape.push_back(ref.array.shape(axis));
+        owner->strides.push_back(ref.array.strides(axis) / ref.array.itemsize());
+    }
+    Managed& managed = owner->managed;
+    managed.context = owner.get();
+    managed.deleter = [](Managed* self) {
+        py::gil_scoped_acquire gil;  // consumers may delete from any thread
+        delete static_cast<Export<Managed>*>(self->context);
+    };
+    managed.tensor = {ref.data,
+                      {device_cpu, 0},
+                      static_cast<std::int32_t>(ref.array.ndim()),
+                      {ref.dtype == DType::bfloat16 ? code_bfloat : code_float,
+                       static_cast<std::uint8_t>(8 * item_size(ref.dtype)), 1},
+                      owner->shape.data(),
+                      owner->strides.data(),
+                      0};
+    if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) {
+        managed.version = {1, 0};
+        managed.flags = ref.writable ? 0 : flag_read_only;
+    }
+    // A consumer renames the capsule; only one that nobody took still owns its tensor.
+    py::capsule capsule(&managed, Managed::fresh, [](PyObject* self) {
+        if (!PyCapsule_IsValid(self, Managed::fresh)) return;
+        auto* unclaimed = static_cast<Managed*>(PyCapsule_GetPointer(self, Managed::fresh));
+        unclaimed->deleter(unclaimed);
+    });
+    owner.release();
+    return capsule;
+}
+
+template <class Managed>
+py::array import_capsule(const py::object& capsule, bool writable) {
+    auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule.ptr(), Managed::fresh));
+    if (managed == nullptr) throw py::error_already_set();
+    const DLTensor& tensor = managed->tensor;
+    const int bits = tensor.dtype.lanes == 1 ? tensor.dtype.bits : 0;
+    DType dtype;
+    if (tensor.dtype.code == code_bfloat && bits == 16) {
+        dtype = DType::bfloat16;
+    } else if (tensor.dtype.code == code_float && (bits == 64 || bits == 32 || bits == 16)) {
+        dtype = bits == 64 ? DType::float64 : bits == 32 ? DType::float32 : DType::float16;
+    } else {
+        throw py::type_error("DLPack tensor: expected float64, float32, float16 or bfloat16, got type code " +
+                             std::to_string(tensor.dtype.code) + " of " + std::to_string(tensor.dtype.bits) + " bits");
+    }
+    std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.ndim), strides(shape.size());
+    py::ssize_t contiguous = static_cast<py::ssize_t>(item_size(dtype));
+    for (std::size_t axis = shape.size(); axis-- > 0;) {
+        strides[axis] =
+            tensor.strides == nullptr ? contiguous : tensor.strides[axis] * static_cast<py::ssize_t>(item_size(dtype));
+        contiguous *= shape[axis];
+    }
+    const py::dtype numpy = numpy_dtype(dtype);
+    // From here on the memory is ours to release.
+    PyCapsule_SetName(capsule.ptr(), Managed::used);
+    const py::capsule owner(managed, [](void* self) {
+        auto* taken = static_cast<Managed*>(self);
+        if (taken->deleter != nullptr) taken->deleter(taken);
+    });
+    py::array array(numpy, shape, strides, static_cast<const std::byte*>(tensor.data) + tensor.byte_offset, owner);
+    if (!writable) array.attr("setflags")(py::arg("write") = false);
+    return array;
+}
+
+}  // namespace
+
+py::capsule to_dlpack(const py::array& array, bool versioned) {
+    const ArrayRef ref = read_array(array, "__dlpack__");
+    if (versioned) return export_array<DLManagedTensorVersioned>(ref);
+    if (!ref.writable) throw py::buffer_error("a read-only array needs a consumer that understands DLPack 1.0");
+    return export_array<DLManagedTensor>(ref);
+}
+
+py::array from_dlpack(py::handle object) {
+    const auto device = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
+    if (device.first != device_cpu) {
+        throw py::value_error("DLPack tensor: expected memory on the CPU, got device type " +
+                              std::to_string(device.first));
+    }
+    py::object capsule;
+    try {
+        capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+    } catch (py::error_already_set& error) {
+        if (!error.matches(PyExc_TypeError)) throw;  // producers older than DLPack 1.0 take no max_version
+        capsule = object.attr("__dlpack__")();
+    }
+    if (PyCapsule_IsValid(capsule.ptr(), DLManagedTensorVersioned::fresh)) {
+        const auto* managed = static_cast<DLManagedTensorVersioned*>(
+            PyCapsule_GetPointer(capsule.ptr(), DLManagedTensorVersioned::fresh));
+        return import_capsule<DLManagedTensorVersioned>(capsule, (managed->flags & flag_read_only) == 0);
+    }
+    return import_capsule<DLManagedTensor>(capsule, true);
+}
+
+}  // namespace sgdcore::bindings

@@ -1,0 +1,17 @@
+// DLPack: sharing an array's memory with other libraries, bfloat16 included (NumPy's own export stops at float64).
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+namespace sgdcore::bindings {
+
+/// A capsule as `__dlpack__` returns it. `versioned`: the consumer understands DLPack 1.0.
+/// Raises BufferError for a read-only array if it cannot be marked as such.
+pybind11::capsule to_dlpack(const pybind11::array& array, bool versioned);
+
+/// An ndarray over the memory that `object.__dlpack__()` shares. Raises ValueError if that is not on the CPU, and
+/// TypeError if its data type is not one of the storage types.
+pybind11::array from_dlpack(pybind11::handle object);
+
+}  // namespace sgdcore::bindings

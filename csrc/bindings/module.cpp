@@ -1,0 +1,10 @@
+// The extension module sgdcore._core: private; the package's Python files are the interface.
+#include "module.hpp"
+
+PYBIND11_MODULE(_core, module) {
+    using namespace sgdcore::bindings;
+    register_info(module);
+    register_buffer(module);
+    register_parameter(module);
+    register_plan(module);
+}

@@ -1,0 +1,13 @@
+// One registration function per topic, each in a file of its own.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace sgdcore::bindings {
+
+void register_info(pybind11::module_& module);
+void register_buffer(pybind11::module_& module);
+void register_parameter(pybind11::module_& module);
+void register_plan(pybind11::module_& module);
+
+}  // namespace sgdcore::bindings

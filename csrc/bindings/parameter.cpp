@@ -1,0 +1,119 @@
+// Assigning arrays to parameters, and everything that can be wrong with them.
+#include "parameter.hpp"
+
+#include <cstring>
+
+namespace sgdcore::bindings {
+namespace {
+
+void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument) {
+    require_same_shape(ref, like, argument);
+    if (!axes_in_order_of(ref, like).empty()) {
+        throw py::value_error(argument.text() + ": expected strides in the order of the parameter's, " +
+                              py::cast<std::string>(py::str(like.array.attr("strides"))) + ", got " +
+                              py::cast<std::string>(py::str(ref.array.attr("strides"))));
+    }
+}
+
+}  // namespace
+
+Parameter::Parameter(const py::object& data, std::string name, py::object buffer, const py::object& buffer_grad)
+    : data_(read_array(data, "data")), name_(std::move(name)), buffer_(std::move(buffer)) {
+    require_updatable(data_, "data");
+    if (!buffer_grad.is_none()) {
+        buffer_grad_ = read_array(buffer_grad, "grad");
+        require_updatable(buffer_grad_, "grad");
+        require_same_layout(buffer_grad_, data_, "grad");
+        grad_ = buffer_grad_;
+    }
+}
+
+void Parameter::set_data(const py::object& array) {
+    if (array.is(data_.array)) return;
+    if (!buffer_grad_.empty()) {
+        throw py::value_error("data: parameter '" + name_ +
+                              "' lives in a ParameterBuffer; assign into its array with data[...] = value");
+    }
+    ArrayRef ref = read_array(array, "data");
+    require_updatable(ref, "data");
+    if (ref.dtype != data_.dtype) {
+        throw py::type_error(std::string("data: expected dtype ") + dtype_name(data_.dtype) + ", got " +
+                             dtype_name(ref.dtype));
+    }
+    require_same_layout(ref, data_, "data");
+    data_ = std::move(ref);
+    ++data_version;
+}
+
+void Parameter::set_grad(const py::object& array) {
+    if (array.is_none()) {
+        grad_ = {};
+        grad_axes_.clear();
+        ++grad_version;
+        return;
+    }
+    if (!grad_.empty() && array.is(grad_.array)) return;  // `w.grad += x` ends with this assignment
+    ArrayRef ref = read_array(array, "grad");
+    require_same_shape(ref, data_, "grad");
+    if (!buffer_grad_.empty()) {
+        if (!array.is(buffer_grad_.array)) {
+            py::module_::import("numpy").attr("copyto")(buffer_grad_.array, ref.array, py::arg("casting") = "unsafe");
+        }
+        ref = buffer_grad_;
+    }
+    grad_axes_ = axes_in_order_of(ref, data_);
+    grad_ = std::move(ref);
+    ++grad_version;
+}
+
+void Parameter::zero_grad(bool set_to_none) {
+    if (grad_.empty()) return;
+    if (set_to_none && buffer_grad_.empty()) {
+        set_grad(py::none());
+        return;
+    }
+    if (!grad_.writable) throw py::value_error("grad: " + label("the gradient") + " is read-only and cannot be zeroed");
+    if (grad_axes_.empty()) {
+        std::memset(grad_.data, 0, static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype));
+    } else {
+        grad_.array.attr("fill")(0);
+    }
+}
+
+int Parameter::traverse(visitproc visit, void* arg) const {
+    Py_VISIT(data_.array.ptr());
+    Py_VISIT(grad_.array.ptr());
+    Py_VISIT(buffer_.ptr());
+    Py_VISIT(buffer_grad_.array.ptr());
+    return 0;
+}
+
+void Parameter::clear() {
+    // The arrays stay: they are no part of a cycle that cannot be broken at the buffer, and `data` is never absent.
+    buffer_ = py::none();
+}
+
+MomentumSlot::MomentumSlot(py::object parameter)
+    : parameter_object_(std::move(parameter)), parameter_(&py::cast<Parameter&>(parameter_object_)) {}
+
+void MomentumSlot::set(const py::object& array, bool now_initialized) {
+    ArrayRef ref;
+    if (!array.is_none()) {
+        ref = read_array(array, "momentum_buffer");
+        require_updatable(ref, "momentum_buffer");
+        require_same_layout(ref, parameter_->data(), "momentum_buffer");
+    }
+    initialized = now_initialized && !ref.empty();
+    momentum_ = std::move(ref);
+    ++version;
+}
+
+int MomentumSlot::traverse(visitproc visit, void* arg) const {
+    Py_VISIT(parameter_object_.ptr());
+    Py_VISIT(momentum_.array.ptr());
+    return 0;
+}
+
+void MomentumSlot::clear() { momentum_ = {}; }
+
+}  // namespace sgdcore::bindings

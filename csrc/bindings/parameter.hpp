@@ -1,0 +1,102 @@
+// A parameter as the step sees it: the array it updates and the gradient it reads.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "arrays.hpp"
+
+namespace sgdcore::bindings {
+
+/// `data` and `grad` are checked when they are assigned, so that a step only reads pointers.
+///
+/// A parameter of a ParameterBuffer has a fixed place for its gradient: assigning to `grad` copies into it.
+class Parameter {
+  public:
+    /// Raises TypeError or ValueError if `data` cannot be updated in place. `buffer` and `buffer_grad` are None for a
+    /// parameter of its own.
+    Parameter(const py::object& data, std::string name, py::object buffer, const py::object& buffer_grad);
+
+    /// Another array of the same shape, dtype and memory layout takes the old one's place.
+    void set_data(const py::object& array);
+    /// None, or an array of the parameter's shape; its dtype and strides are its own.
+    void set_grad(const py::object& array);
+    /// Clears the gradient: forgets it (`set_to_none`), or zeroes it in place, as always in a buffer.
+    void zero_grad(bool set_to_none);
+
+    const ArrayRef& data() const { return data_; }
+    const ArrayRef& grad() const { return grad_; }
+    const std::vector<Axis>& grad_axes() const { return grad_axes_; }
+    const std::string& name() const { return name_; }
+    const py::object& buffer() const { return buffer_; }
+
+    /// Counts the assignments, so that a plan notices arrays it has not checked for overlap yet.
+    std::uint32_t data_version = 0;
+    std::uint32_t grad_version = 0;
+
+    /// "parameter 'w'", or `otherwise` if it has no name.
+    std::string label(const std::string& otherwise) const {
+        return name_.empty() ? otherwise : "parameter '" + name_ + "'";
+    }
+
+    int traverse(visitproc visit, void* arg) const;
+    void clear();
+
+  private:
+    ArrayRef data_;
+    ArrayRef grad_;
+    std::vector<Axis> grad_axes_;
+    std::string name_;
+    py::object buffer_;
+    ArrayRef buffer_grad_;
+};
+
+/// The momentum of one parameter in one optimizer.
+///
+/// Storage is reserved before the first step and holds nothing (`initialized` is false) until that step has succeeded.
+class MomentumSlot {
+  public:
+    explicit MomentumSlot(py::object parameter);
+
+    /// The momentum from now on: an array of the parameter's shape and memory layout, of any storage type; None removes
+    /// it. An uninitialized one is storage for the first step to fill.
+    void set(const py::object& array, bool initialized);
+
+    const ArrayRef& momentum() const { return momentum_; }
+    const py::object& parameter_object() const { return parameter_object_; }
+    Parameter& parameter() const { return *parameter_; }
+
+    bool initialized = false;
+    std::uint32_t version = 0;
+
+    int traverse(visitproc visit, void* arg) const;
+    void clear();
+
+  private:
+    py::object parameter_object_;
+    Parameter* parameter_;
+    ArrayRef momentum_;
+};
+
+/// Lets Python's garbage collector see the references that a bound class holds through its traverse() and clear().
+template <class T>
+py::custom_type_setup garbage_collected() {
+    return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+        PyTypeObject* type = &heap_type->ht_type;
+        type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+        type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+            Py_VISIT(Py_TYPE(self));
+            if (!py::detail::is_holder_constructed(self)) return 0;
+            return py::cast<T&>(py::handle(self)).traverse(visit, arg);
+        };
+        type->tp_clear = [](PyObject* self) {
+            if (py::detail::is_holder_constructed(self)) py::cast<T&>(py::handle(self)).clear();
+            return 0;
+        };
+    });
+}
+
+}  // namespace sgdcore::bindings

@@ -1,0 +1,353 @@
+// The way of a step from param_groups to the core. Order of events in `run`: match the groups, read hyperparameters,
+// list the tensors, check memory, and only then write.
+#include "plan.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "../step.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+// Releasing and taking back the GIL costs about as much as updating this many elements, and other threads may make us
+// wait for it.
+constexpr std::int64_t gil_release_elements = 16 * 1024;
+
+/// The keys of a parameter group, interned once.
+struct Keys {
+    PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
+};
+
+const Keys& keys() {
+    const auto intern = [](const char* text) { return PyUnicode_InternFromString(text); };
+    static const Keys interned{intern("params"),       intern("lr"),       intern("momentum"), intern("dampening"),
+                               intern("weight_decay"), intern("nesterov"), intern("maximize")};
+    return interned;
+}
+
+/// group[key], borrowed. Raises KeyError that names the group.
+PyObject* item_of(PyObject* group, PyObject* key, std::size_t index) {
+    PyObject* value = PyDict_GetItemWithError(group, key);
+    if (value == nullptr) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        throw py::key_error("param_groups[" + std::to_string(index) + "] has no '" +
+                            py::cast<std::string>(py::handle(key)) + "'");
+    }
+    return value;
+}
+
+[[noreturn]] void refuse_number(PyObject* value, PyObject* key, std::size_t index) {
+    PyErr_Clear();
+    throw py::type_error("param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) +
+                         "']: expected a number, got " + py::cast<std::string>(py::repr(value)));
+}
+
+/// A number: a float, whatever converts to one, or an array of one element.
+double number_of(PyObject* group, PyObject* key, std::size_t index) {
+    PyObject* value = item_of(group, key, index);
+    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+    py::object scalar = py::reinterpret_borrow<py::object>(value);
+    if (py::isinstance<py::array>(scalar)) {
+        if (py::reinterpret_borrow<py::array>(scalar).size() != 1) refuse_number(value, key, index);
+        scalar = scalar.attr("item")();
+    }
+    const double number = PyFloat_AsDouble(scalar.ptr());
+    if (number == -1 && PyErr_Occurred()) refuse_number(value, key, index);
+    return number;
+}
+
+bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
+    const int truth = PyObject_IsTrue(item_of(group, key, index));
+    if (truth < 0) throw py::error_already_set();
+    return truth != 0;
+}
+
+bool overlap(const Extent& a, const Extent& b) {
+    return a.begin < b.end && b.begin < a.end && a.begin < a.end && b.begin < b.end;
+}
+
+/// True if `next` continues `tensor` in all three arrays, so that both are one run of memory with one rule.
+bool continues(const TensorRef& tensor, const TensorRef& next) {
+    const auto ends_at = [&](const std::byte* base, DType dtype) {
+        return base + tensor.size * static_cast<std::int64_t>(item_size(dtype));
+    };
+    return ends_at(tensor.param, tensor.param_dtype) == next.param &&
+           ends_at(tensor.grad, tensor.grad_dtype) == next.grad && tensor.grad_axes.empty() && next.grad_axes.empty() &&
+           tensor.hyper == next.hyper && tensor.first == next.first && tensor.param_dtype == next.param_dtype &&
+           tensor.grad_dtype == next.grad_dtype && tensor.momentum_dtype == next.momentum_dtype &&
+           (tensor.momentum == nullptr ? next.momentum == nullptr
+                                       : ends_at(tensor.momentum, tensor.momentum_dtype) == next.momentum);
+}
+
+/// Runs its function when the scope is left, also by an exception.
+template <class F>
+struct AtExit {
+    F function;
+    ~AtExit() { function(); }
+};
+template <class F>
+AtExit(F) -> AtExit<F>;
+
+}  // namespace
+
+void Plan::build(const py::list& param_groups, const py::list& slots) {
+    if (running_) throw std::runtime_error("the optimizer's parameters cannot change while it is stepping");
+    std::vector<py::object> group_params;
+    std::vector<Entry> entries;
+    std::size_t next = 0;
+    for (std::size_t group = 0; group < param_groups.size(); ++group) {
+        const py::list params = param_groups[group]["params"];
+        group_params.push_back(params);
+        for (const py::handle parameter : params) {
+            py::object slot_object = slots[next++];
+            auto* slot = &py::cast<MomentumSlot&>(slot_object);
+            entries.push_back({std::move(slot_object), slot, &slot->parameter(), parameter.ptr(),
+                               static_cast<std::uint32_t>(group), slot->parameter().data_version, slot->version,
+                               slot->parameter().grad_version - 1});
+        }
+    }
+    group_params_ = std::move(group_params);
+    entries_ = std::move(entries);
+    disjoint_grads_checked_ = false;
+    used_grads_.assign(entries_.size(), nullptr);
+    tensors_.reserve(entries_.size());
+    first_.reserve(entries_.size());
+    hypers_.reserve(group_params_.size());
+    collect_writes();
+}
+
+bool Plan::matches(const py::list& param_groups) const {
+    if (param_groups.size() != group_params_.size()) return false;
+    std::size_t next = 0;
+    for (std::size_t group = 0; group < group_params_.size(); ++group) {
+        PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(group));
+        if (!PyDict_Check(dict)) {
+            throw py::type_error("param_groups[" + std::to_string(group) + "]: expected a dict, got " +
+                                 py::cast<std::string>(py::repr(dict)));
+        }
+        PyObject* params = item_of(dict, keys().params, group);
+        if (params != group_params_[group].ptr()) return false;
+        const auto count = static_cast<std::size_t>(PyList_GET_SIZE(params));
+        if (count > entries_.size() - next) return false;
+        for (std::size_t i = 0; i < count; ++i, ++next) {
+            const Entry& entry = entries_[next];
+            if (PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)) != entry.parameter_object || entry.group != group) {
+                return false;
+            }
+        }
+    }
+    return next == entries_.size();
+}
+
+void Plan::read_hypers(const py::list& param_groups) {
+    const Keys& key = keys();
+    hypers_.clear();
+    for (std::size_t i = 0; i < group_params_.size(); ++i) {
+        PyObject* group = PyList_GetItem(param_groups.ptr(), static_cast<Py_ssize_t>(i));
+        if (group == nullptr) throw py::error_already_set();
+        hypers_.push_back({number_of(group, key.lr, i), number_of(group, key.momentum, i),
+                           number_of(group, key.dampening, i), number_of(group, key.weight_decay, i),
+                           flag_of(group, key.nesterov, i), flag_of(group, key.maximize, i)});
+    }
+}
+
+void Plan::read_given(const py::object& grads) {
+    if (!py::isinstance<py::list>(grads) && !py::isinstance<py::tuple>(grads)) {
+        throw py::type_error("grads: expected a list or tuple of arrays, got " +
+                             py::cast<std::string>(py::type::of(grads).attr("__name__")));
+    }
+    const auto list = py::reinterpret_borrow<py::sequence>(grads);
+    if (list.size() != entries_.size()) {
+        throw py::value_error("grads: expected " + std::to_string(entries_.size()) +
+                              " gradients, one per parameter, got " + std::to_string(list.size()));
+    }
+    given_.resize(entries_.size());
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+        PyObject* item = PySequence_Fast_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i));
+        if (item == Py_None) continue;
+        const Argument argument{"grads", static_cast<std::ptrdiff_t>(i)};
+        GivenGrad& given = given_[i];
+        given.ref = read_array(item, argument);
+        require_same_shape(given.ref, entries_[i].parameter->data(), argument);
+        given.axes = axes_in_order_of(given.ref, entries_[i].parameter->data());
+    }
+}
+
+bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_grad) {
+    if (running_) throw std::runtime_error("step() is already running on this optimizer in another thread");
+    running_ = true;
+    const AtExit finish{[&] {
+        given_.clear();
+        held_.clear();
+        running_ = false;
+    }};
+    missing_.clear();
+    if (!matches(param_groups)) return false;
+    read_hypers(param_groups);
+
+    const bool given = !grads.is_none();
+    if (given) read_given(grads);
+
+    tensors_.clear();
+    first_.clear();
+    bool rebound = false, new_grads = given;
+    std::int64_t total = 0;
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+        const Entry& entry = entries_[i];
+        const Parameter& parameter = *entry.parameter;
+        const ArrayRef& data = parameter.data();
+        const ArrayRef& grad = given ? given_[i].ref : parameter.grad();
+        rebound |= entry.data_version != parameter.data_version || entry.momentum_version != entry.slot->version;
+        used_grads_[i] = grad.empty() ? nullptr : &grad;
+        if (grad.empty()) continue;
+        new_grads |= entry.grad_version != parameter.grad_version;
+        TensorRef tensor;
+        tensor.param = data.data;
+        tensor.grad = grad.data;
+        tensor.size = data.size;
+        tensor.grad_axes = given ? given_[i].axes : parameter.grad_axes();
+        tensor.hyper = entry.group;
+        tensor.param_dtype = data.dtype;
+        tensor.grad_dtype = grad.dtype;
+        tensor.momentum_dtype = data.dtype;
+        if (hypers_[entry.group].momentum != 0) {
+            const ArrayRef& momentum = entry.slot->momentum();
+            if (momentum.empty()) missing_.push_back(i);
+            tensor.momentum = momentum.data;
+            tensor.momentum_dtype = momentum.dtype;
+            tensor.first = !entry.slot->initialized;
+            if (tensor.first) first_.push_back(i);
+        }
+        total += tensor.size;
+        if (tensor.size == 0) continue;
+        if (!tensors_.empty() && continues(tensors_.back(), tensor)) {
+            tensors_.back().size += tensor.size;
+        } else {
+            tensors_.push_back(tensor);
+        }
+    }
+    if (!missing_.empty()) return false;
+
+    if (rebound) collect_writes();
+    if (rebound || new_grads) {
+        for (std::size_t i = 0; i < entries_.size(); ++i) {
+            Entry& entry = entries_[i];
+            if (used_grads_[i] == nullptr) continue;
+            if (!given && !rebound && entry.grad_version == entry.parameter->grad_version) continue;
+            check_against_writes(i, *used_grads_[i]);
+            if (!given) entry.grad_version = entry.parameter->grad_version;
+        }
+        disjoint_grads_checked_ = false;
+    }
+    if (zero_grad) {
+        if (!disjoint_grads_checked_) check_disjoint_grads();
+        disjoint_grads_checked_ = !given;
+    }
+
+    const StepOptions options{.zero_grad = zero_grad};
+    if (total < gil_release_elements) {
+        step(tensors_, hypers_, options);
+    } else {
+        hold_arrays();
+        py::gil_scoped_release release;
+        step(tensors_, hypers_, options);
+    }
+    for (const std::size_t i : first_) entries_[i].slot->initialized = true;
+    return true;
+}
+
+void Plan::hold_arrays() {
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+        if (used_grads_[i] == nullptr) continue;
+        held_.push_back(entries_[i].parameter->data().array);
+        held_.push_back(used_grads_[i]->array);
+        if (!entries_[i].slot->momentum().empty()) held_.push_back(entries_[i].slot->momentum().array);
+    }
+    held_axes_.clear();
+    std::size_t axes = 0;
+    for (const TensorRef& tensor : tensors_) axes += tensor.grad_axes.size();
+    held_axes_.reserve(axes);  // so that the spans below stay valid
+    for (TensorRef& tensor : tensors_) {
+        const auto start = held_axes_.insert(held_axes_.end(), tensor.grad_axes.begin(), tensor.grad_axes.end());
+        tensor.grad_axes = {start, tensor.grad_axes.size()};
+    }
+}
+
+void Plan::collect_writes() {
+    writes_.clear();
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+        const ArrayRef &data = entries_[i].parameter->data(), &momentum = entries_[i].slot->momentum();
+        writes_.push_back({extent_of(data), i, "data", &data});
+        if (!momentum.empty()) writes_.push_back({extent_of(momentum), i, "momentum_buffer", &momentum});
+    }
+    std::erase_if(writes_, [](const Range& range) { return range.extent.begin == range.extent.end; });
+    std::sort(writes_.begin(), writes_.end(),
+              [](const Range& a, const Range& b) { return a.extent.begin < b.extent.begin; });
+    for (std::size_t i = 1; i < writes_.size(); ++i) {
+        if (overlap(writes_[i - 1].extent, writes_[i].extent)) refuse_overlap(writes_[i - 1], writes_[i]);
+    }
+    for (Entry& entry : entries_) {
+        entry.data_version = entry.parameter->data_version;
+        entry.momentum_version = entry.slot->version;
+    }
+}
+
+void Plan::check_against_writes(std::size_t entry, const ArrayRef& grad) const {
+    const Range range{extent_of(grad), entry, "grad", &grad};
+    // The writes are disjoint and sorted, so their ends are sorted too.
+    auto write = std::upper_bound(writes_.begin(), writes_.end(), range.extent.begin,
+                                  [](std::uintptr_t begin, const Range& w) { return begin < w.extent.end; });
+    for (; write != writes_.end() && overlap(write->extent, range.extent); ++write) refuse_overlap(*write, range);
+}
+
+void Plan::check_disjoint_grads() {
+    grad_ranges_.clear();
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+        if (used_grads_[i] == nullptr || used_grads_[i]->size == 0) continue;
+        if (!used_grads_[i]->writable) {
+            throw py::value_error("zero_grad: the gradient of " + label(i) + " is read-only and cannot be zeroed");
+        }
+        if (repeats_elements(*used_grads_[i])) {
+            throw py::value_error("zero_grad: the gradient of " + label(i) + " has strides " +
+                                  py::cast<std::string>(py::str(used_grads_[i]->array.attr("strides"))) +
+                                  ", which reach the same element twice, and cannot be zeroed");
+        }
+        grad_ranges_.push_back({extent_of(*used_grads_[i]), i, "grad", used_grads_[i]});
+    }
+    std::sort(grad_ranges_.begin(), grad_ranges_.end(),
+              [](const Range& a, const Range& b) { return a.extent.begin < b.extent.begin; });
+    const py::object shares_memory = py::module_::import("numpy").attr("shares_memory");
+    for (std::size_t i = 0; i < grad_ranges_.size(); ++i) {
+        for (std::size_t j = i + 1; j < grad_ranges_.size() && overlap(grad_ranges_[i].extent, grad_ranges_[j].extent);
+             ++j) {
+            // Interleaved views, such as two columns of one matrix, cover the same range without a common element.
+            if (py::cast<bool>(shares_memory(grad_ranges_[i].ref->array, grad_ranges_[j].ref->array))) {
+                refuse_overlap(grad_ranges_[i], grad_ranges_[j]);
+            }
+        }
+    }
+}
+
+void Plan::refuse_overlap(const Range& a, const Range& b) const {
+    throw py::value_error(std::string("params: the ") + a.kind + " of " + label(a.entry) + " and the " + b.kind +
+                          " of " + label(b.entry) + " overlap in memory");
+}
+
+std::string Plan::label(std::size_t entry) const {
+    return entries_[entry].parameter->label("parameter " + std::to_string(entry));
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+    for (const py::object& params : group_params_) Py_VISIT(params.ptr());
+    for (const Entry& entry : entries_) Py_VISIT(entry.slot_object.ptr());
+    return 0;
+}
+
+void Plan::clear() {
+    group_params_.clear();
+    entries_.clear();
+    writes_.clear();
+}
+
+}  // namespace sgdcore::bindings

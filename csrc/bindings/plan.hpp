@@ -1,0 +1,86 @@
+// The plan of an optimizer's step: which parameters, in which groups, with which momentum. Turns Python's objects into
+// the core's work list without running Python code per parameter.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../work.hpp"
+#include "parameter.hpp"
+
+namespace sgdcore::bindings {
+
+class Plan {
+  public:
+    /// Takes in the groups as they are now; `slots` holds a MomentumSlot for each parameter, in order.
+    /// Raises ValueError if two parameters, or a parameter and a momentum buffer, overlap.
+    void build(const py::list& param_groups, const py::list& slots);
+
+    /// True while every group holds the very parameters of the last `build`, in order.
+    bool matches(const py::list& param_groups) const;
+
+    /// One step over all groups. Returns false, with nothing changed, if the plan does not match the groups or a
+    /// momentum buffer is missing (see missing_momentum). Every check comes before the first write.
+    bool run(const py::list& param_groups, const py::object& grads, bool zero_grad);
+
+    /// Positions of the parameters whose momentum buffer the last `run` found missing.
+    const std::vector<std::size_t>& missing_momentum() const { return missing_; }
+
+    int traverse(visitproc visit, void* arg) const;
+    void clear();
+
+  private:
+    struct Entry {
+        py::object slot_object;
+        MomentumSlot* slot;
+        Parameter* parameter;
+        PyObject* parameter_object;  // kept alive by the slot
+        std::uint32_t group;
+        // The versions whose memory was last checked for overlap.
+        std::uint32_t data_version, momentum_version, grad_version;
+    };
+    /// A gradient passed to the step, not held by its parameter.
+    struct GivenGrad {
+        ArrayRef ref;
+        std::vector<Axis> axes;
+    };
+    /// A range of memory and the parameter it belongs to.
+    struct Range {
+        Extent extent;
+        std::size_t entry;
+        const char* kind;
+        const ArrayRef* ref;
+    };
+
+    void read_hypers(const py::list& param_groups);
+    void read_given(const py::object& grads);
+    /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays.
+    void hold_arrays();
+    void collect_writes();
+    void check_against_writes(std::size_t entry, const ArrayRef& grad) const;
+    void check_disjoint_grads();
+    [[noreturn]] void refuse_overlap(const Range& a, const Range& b) const;
+    std::string label(std::size_t entry) const;
+
+    std::vector<py::object> group_params_;  // each group's list of parameters
+    std::vector<Entry> entries_;
+    std::vector<std::size_t> missing_;
+
+    // Refilled by every run; their capacity is kept, so that a step does not allocate.
+    std::vector<SgdHyper> hypers_;
+    std::vector<TensorRef> tensors_;
+    std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient
+    std::vector<GivenGrad> given_;
+    std::vector<std::size_t> first_;  // entries whose momentum this step initializes
+    std::vector<py::object> held_;    // references kept while the GIL is released
+    std::vector<Axis> held_axes_;
+    std::vector<Range> writes_;  // sorted by address
+    std::vector<Range> grad_ranges_;
+    bool disjoint_grads_checked_ = false;
+    bool running_ = false;
+};
+
+}  // namespace sgdcore::bindings

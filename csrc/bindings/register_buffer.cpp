@@ -1,0 +1,30 @@
+// Aligned memory and its exchange with other libraries.
+#include <memory>
+
+#include "../buffer.hpp"
+#include "arrays.hpp"
+#include "dlpack.hpp"
+#include "module.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+/// A zero-filled 1-d array that owns its memory: it and every view of it keep the allocation alive.
+py::array allocate(py::ssize_t size, const py::dtype& dtype) {
+    auto buffer = std::make_unique<AlignedBuffer>(static_cast<std::size_t>(size * dtype.itemsize()));
+    const void* data = buffer->data();
+    const py::capsule owner(buffer.release(), [](void* self) { delete static_cast<AlignedBuffer*>(self); });
+    return py::array(dtype, {size}, {dtype.itemsize()}, data, owner);
+}
+
+}  // namespace
+
+void register_buffer(py::module_& module) {
+    module.attr("alignment") = AlignedBuffer::alignment;
+    module.attr("huge_page") = AlignedBuffer::huge_page;
+    module.def("allocate", &allocate, py::arg("size"), py::arg("dtype"));
+    module.def("to_dlpack", &to_dlpack, py::arg("array"), py::arg("versioned"));
+    module.def("from_dlpack", &from_dlpack, py::arg("object"));
+}
+
+}  // namespace sgdcore::bindings

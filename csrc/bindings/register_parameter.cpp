@@ -1,0 +1,37 @@
+// Parameter and MomentumSlot. Python subclasses Parameter to document it and add the conveniences.
+#include "module.hpp"
+#include "parameter.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+py::object array_or_none(const ArrayRef& ref) { return ref.empty() ? py::none() : py::object(ref.array); }
+
+}  // namespace
+
+void register_parameter(py::module_& module) {
+    py::class_<Parameter>(module, "Parameter", garbage_collected<Parameter>())
+        .def(py::init<const py::object&, std::string, py::object, const py::object&>(), py::arg("data"), py::kw_only(),
+             py::arg("name") = "", py::arg("buffer") = py::none(), py::arg("buffer_grad") = py::none())
+        .def_property(
+            "data", [](const Parameter& self) -> py::object { return self.data().array; }, &Parameter::set_data)
+        .def_property(
+            "grad", [](const Parameter& self) { return array_or_none(self.grad()); }, &Parameter::set_grad)
+        .def_property_readonly("name", &Parameter::name)
+        .def_property_readonly("buffer", &Parameter::buffer);
+
+    module.def(
+        "zero_grads",
+        [](const py::list& parameters, bool set_to_none) {
+            for (const py::handle parameter : parameters) py::cast<Parameter&>(parameter).zero_grad(set_to_none);
+        },
+        py::arg("parameters"), py::arg("set_to_none"));
+
+    py::class_<MomentumSlot>(module, "MomentumSlot", garbage_collected<MomentumSlot>())
+        .def(py::init<py::object>(), py::arg("parameter"))
+        .def("set", &MomentumSlot::set, py::arg("array"), py::arg("initialized"))
+        .def_readonly("initialized", &MomentumSlot::initialized)
+        .def_property_readonly("momentum", [](const MomentumSlot& self) { return array_or_none(self.momentum()); });
+}
+
+}  // namespace sgdcore::bindings

@@ -1,0 +1,29 @@
+// Memory for parameters, gradients and momentum: aligned, zeroed, on huge pages where it pays.
+#pragma once
+
+#include <cstddef>
+
+namespace sgdcore {
+
+/// One owned allocation. Zero-filled; aligned to `alignment`, or to a huge page if it is large.
+class AlignedBuffer {
+  public:
+    static constexpr std::size_t alignment = 64;  // a cache line, and the widest vector
+    static constexpr std::size_t huge_page = std::size_t{2} << 20;
+
+    /// Throws std::bad_alloc.
+    explicit AlignedBuffer(std::size_t size);
+    ~AlignedBuffer();
+    AlignedBuffer(const AlignedBuffer&) = delete;
+    AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+
+    std::byte* data() const { return data_; }
+    std::size_t size() const { return size_; }
+
+  private:
+    std::byte* data_;
+    std::size_t size_;
+    std::size_t mapped_ = 0;  // length of the mapping; 0 if the memory came from the heap
+};
+
+}  // namespace sgdcore

@@ -1,0 +1,155 @@
+// Cuts the work list into one equal part per thread and drives the kernels over each part.
+//
+// The list is treated as one long row of elements; each thread takes an equal slice of it, whichever tensors that
+// covers. Cuts fall on cache lines of the parameter, so no two threads write to the same line, and since
+// the rule works element by element, where they fall does not change a bit.
+#include "run.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "dispatch.hpp"
+#include "threads.hpp"
+
+namespace sgdcore::cpu {
+namespace {
+
+constexpr std::int64_t cache_line = 64;
+constexpr std::int64_t cut_granularity = 64;  // elements; a whole number of cache lines for every dtype
+
+// Below this many elements per thread, waking the thread costs more than it saves.
+constexpr std::int64_t elements_per_thread = 32 * 1024;
+
+// Elements that are handled together where a second pass has to find the block's gradient still in the L1 cache.
+constexpr std::int64_t block_size = 1024;
+
+/// The part of `tensor` before its `position`-th element that ends on a cache line of the parameter.
+std::int64_t cut_at(const TensorRef& tensor, std::int64_t position) {
+    if (position <= 0) return 0;
+    if (position >= tensor.size) return tensor.size;
+    const auto address = reinterpret_cast<std::intptr_t>(tensor.param);
+    const std::int64_t to_line = (cache_line - address % cache_line) % cache_line;
+    const std::int64_t lead = to_line / static_cast<std::int64_t>(item_size(tensor.param_dtype));
+    if (position < lead) return 0;
+    return lead + (position - lead) / cut_granularity * cut_granularity;
+}
+
+/// Walks a strided gradient in the order of its parameter's elements.
+class StridedGradient {
+  public:
+    StridedGradient(const TensorRef& tensor, std::int64_t start)
+        : axes_(tensor.grad_axes), item_(item_size(tensor.grad_dtype)), address_(tensor.grad) {
+        for (std::size_t axis = axes_.size(); axis-- > 0;) {
+            index_[axis] = start % axes_[axis].length;
+            start /= axes_[axis].length;
+            address_ += index_[axis] * axes_[axis].stride;
+        }
+    }
+
+    /// Copies the next `count` elements to `target`.
+    void gather(std::byte* target, std::int64_t count) {
+        walk(count, [&](const std::byte* element) {
+            std::memcpy(target, element, item_);
+            target += item_;
+        });
+    }
+
+    /// Zeroes the next `count` elements.
+    void clear(std::int64_t count) {
+        walk(count, [&](std::byte* element) { std::memset(element, 0, item_); });
+    }
+
+  private:
+    template <class Visit>
+    void walk(std::int64_t count, Visit visit) {
+        const std::size_t last = axes_.size() - 1;
+        while (count > 0) {
+            const std::int64_t run = std::min(count, axes_[last].length - index_[last]);
+            for (std::int64_t i = 0; i < run; ++i, address_ += axes_[last].stride) visit(address_);
+            count -= run;
+            index_[last] += run;
+            for (std::size_t axis = last; index_[axis] == axes_[axis].length && axis > 0; --axis) {
+                address_ += axes_[axis - 1].stride - axes_[axis].length * axes_[axis].stride;
+                index_[axis] = 0;
+                ++index_[axis - 1];
+            }
+        }
+    }
+
+    std::span<const Axis> axes_;
+    std::size_t item_;
+    std::byte* address_;
+    std::int64_t index_[max_dimensions];
+};
+
+/// Updates the elements [begin, end) of one tensor.
+void update_range(const KernelTable& kernels, const TensorRef& tensor, const SgdHyper& hyper,
+                  const StepOptions& options, std::int64_t begin, std::int64_t end) {
+    const Kernel kernel =
+        kernels.find(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype, sgd_variant(hyper, tensor.first));
+    const auto param_item = static_cast<std::int64_t>(item_size(tensor.param_dtype));
+    const auto grad_item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
+    const auto momentum_item = static_cast<std::int64_t>(item_size(tensor.momentum_dtype));
+    const auto update = [&](std::int64_t first, std::int64_t count, const std::byte* grad) {
+        std::byte* momentum = tensor.momentum == nullptr ? nullptr : tensor.momentum + first * momentum_item;
+        kernel(tensor.param + first * param_item, grad, momentum, count, hyper);
+    };
+
+    if (!tensor.grad_axes.empty()) {
+        alignas(cache_line) std::byte gathered[block_size * sizeof(double)];
+        StridedGradient reader(tensor, begin), cleaner(tensor, begin);
+        for (std::int64_t first = begin; first < end; first += block_size) {
+            const std::int64_t count = std::min(block_size, end - first);
+            reader.gather(gathered, count);
+            update(first, count, gathered);
+            if (options.zero_grad) cleaner.clear(count);
+        }
+    } else if (options.zero_grad) {
+        for (std::int64_t first = begin; first < end; first += block_size) {
+            const std::int64_t count = std::min(block_size, end - first);
+            update(first, count, tensor.grad + first * grad_item);
+            std::memset(tensor.grad + first * grad_item, 0, static_cast<std::size_t>(count * grad_item));
+        }
+    } else {
+        update(begin, end - begin, tensor.grad + begin * grad_item);
+    }
+}
+
+struct Work {
+    const KernelTable& kernels;
+    std::span<const TensorRef> tensors;
+    std::span<const SgdHyper> hypers;
+    const StepOptions& options;
+    std::int64_t total;
+};
+
+/// The slice of the work that belongs to `thread` of `count`.
+void run_slice(void* context, int thread, int count) {
+    const Work& work = *static_cast<const Work*>(context);
+    // total * thread could overflow; the remainder is spread over the first threads by the second term.
+    const std::int64_t share = work.total / count, rest = work.total % count;
+    const std::int64_t begin = share * thread + std::min<std::int64_t>(thread, rest);
+    const std::int64_t end = begin + share + (thread < rest ? 1 : 0);
+    std::int64_t start = 0;  // of the current tensor, in the row of all elements
+    for (const TensorRef& tensor : work.tensors) {
+        if (start >= end) break;
+        const std::int64_t first = cut_at(tensor, begin - start), last = cut_at(tensor, end - start);
+        if (first < last) update_range(work.kernels, tensor, work.hypers[tensor.hyper], work.options, first, last);
+        start += tensor.size;
+    }
+}
+
+}  // namespace
+
+void run(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
+    std::int64_t total = 0;
+    for (const TensorRef& tensor : tensors) total += tensor.size;
+    const KernelTable& kernels = *instruction_set().table;
+    Work work{kernels, tensors, hypers, options, total};
+    // num_threads() asks OpenMP, which is not worth it for the smallest steps.
+    const std::int64_t worth = total / elements_per_thread;
+    const int threads = worth < 2 ? 1 : static_cast<int>(std::min<std::int64_t>(worth, num_threads()));
+    run_parallel(threads, run_slice, &work);
+}
+
+}  // namespace sgdcore::cpu

@@ -1,0 +1,17 @@
+// Threads: how many work on a step, and the one parallel region that runs them.
+#pragma once
+
+namespace sgdcore::cpu {
+
+/// The number of threads a large step uses: what `set_num_threads` chose, else OpenMP's own setting
+/// (OMP_NUM_THREADS, torch.set_num_threads); always 1 in a forked child, where OpenMP's pool does not exist.
+int num_threads();
+
+/// Chooses the number of threads; 0 follows OpenMP's setting again.
+void set_num_threads(int count);
+
+/// Calls body(context, thread, count) once for each thread in [0, count), in parallel where count > 1.
+/// `body` must not throw.
+void run_parallel(int count, void (*body)(void* context, int thread, int count), void* context);
+
+}  // namespace sgdcore::cpu

@@ -1,0 +1,17 @@
+// The core's one entry for an optimizer step.
+#pragma once
+
+#include <span>
+
+#include "work.hpp"
+
+namespace sgdcore {
+
+/// Updates every tensor of the list with the hyperparameters it names, in one pass over memory.
+///
+/// The written ranges (parameters, momentum, and gradients if cleared) must not overlap each other or a gradient.
+/// Throws std::invalid_argument, before anything is changed, if an entry is malformed.
+/// Does not allocate. Safe to call from several threads on disjoint memory.
+void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options);
+
+}  // namespace sgdcore

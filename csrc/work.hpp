@@ -1,0 +1,45 @@
+// The description of a step as plain data: what the bindings fill in and the backends read.
+//
+// Nothing here owns memory. Sizes and strides are int64 throughout; strides count bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "dtypes.hpp"
+#include "rules/sgd.hpp"
+
+namespace sgdcore {
+
+inline constexpr int max_dimensions = 64;  // NumPy's limit
+
+/// One axis of a gradient whose memory order differs from its parameter's.
+struct Axis {
+    std::int64_t length;
+    std::int64_t stride;  // of the gradient, in bytes; may be zero or negative
+};
+
+/// One tensor of the work list: where its three arrays are and which hyperparameters apply.
+///
+/// `param` and `momentum` are `size` contiguous elements in the parameter's memory order. So is `grad`, unless
+/// `grad_axes` is non-empty: then it lists the axes in the parameter's memory order, slowest first, `grad` is the
+/// address of the element with index zero, and the axes' lengths multiply to `size`.
+struct TensorRef {
+    std::byte* param = nullptr;
+    std::byte* grad = nullptr;      // only read, unless StepOptions::zero_grad
+    std::byte* momentum = nullptr;  // null where the group has no momentum
+    std::int64_t size = 0;
+    std::span<const Axis> grad_axes;
+    std::uint32_t hyper = 0;  // index into the step's list of SgdHyper
+    DType param_dtype = DType::float32;
+    DType grad_dtype = DType::float32;
+    DType momentum_dtype = DType::float32;
+    bool first = false;  // the momentum buffer holds nothing yet
+};
+
+struct StepOptions {
+    bool zero_grad = false;  // clear each gradient right after it was used
+};
+
+}  // namespace sgdcore

@@ -1,0 +1,53 @@
+"""The command line: ``python -m sgdcore demo | info``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sgdcore import __version__, build_info, demo
+
+
+def _print_info(_: argparse.Namespace) -> int:
+    info = build_info()
+    isa = ", ".join(
+        name + (" (in use)" if name == info["isa"] else "") for name in info["isa_available"]
+    )
+    lacking = [name for name in info["isa_built"] if name not in info["isa_available"]]
+    rows = {
+        "sgdcore": info["version"],
+        "instruction sets": isa
+        + (f"; built, but not on this machine: {', '.join(lacking)}" if lacking else ""),
+        "threads": info["threads"],
+        "compiler": info["compiler"],
+        "build flags": info["build_flags"],
+        "CUDA": "yes" if info["cuda"] else f"no: {info['cuda_reason']}",
+        "Python": info["python"],
+        "NumPy": info["numpy"],
+    }
+    for key, value in rows.items():
+        print(f"{key:<17} {value}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sgdcore", description="Stochastic gradient descent in one pass."
+    )
+    parser.add_argument("--version", action="version", version=f"sgdcore {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo_parser = commands.add_parser("demo", help="train a network on handwritten digits")
+    demo.add_arguments(demo_parser)
+    demo_parser.set_defaults(run=demo.main)
+    info_parser = commands.add_parser(
+        "info", help="print version, instruction sets, threads and build flags"
+    )
+    info_parser.set_defaults(run=_print_info)
+    args = parser.parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

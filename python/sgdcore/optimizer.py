@@ -1,0 +1,473 @@
+"""The optimizer's bookkeeping, as in torch.optim: parameter groups, state, hooks, checkpoints.
+
+What differs between update rules is in the subclasses; what costs time per parameter is in the core.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from itertools import chain, count
+from typing import Any
+
+import numpy as np
+
+from sgdcore import _core
+from sgdcore._arrays import Array, storage_dtype
+from sgdcore.parameter import Parameter, ParameterBuffer
+
+__all__ = ["HookHandle", "Optimizer", "OptimizerState", "ParameterState"]
+
+ParamsLike = ParameterBuffer | Iterable[Any]
+Hook = Callable[..., Any]
+
+
+class HookHandle:
+    """Returned by the ``register_*`` methods; `remove` takes the hook out again."""
+
+    _ids = count()
+
+    def __init__(self, hooks: OrderedDict[int, Hook], hook: Hook, prepend: bool = False) -> None:
+        self._hooks = hooks
+        self._id = next(self._ids)
+        hooks[self._id] = hook
+        if prepend:
+            hooks.move_to_end(self._id, last=False)
+
+    def remove(self) -> None:
+        """Remove the hook; once is enough, more does no harm."""
+        self._hooks.pop(self._id, None)
+
+
+class ParameterState(MutableMapping[str, Any]):
+    """What an optimizer remembers of one parameter: ``"momentum_buffer"``, and whatever users add.
+
+    The momentum buffer may be read, changed in place, replaced by an array of the parameter's shape
+    (float64, float32, float16 or bfloat16), or deleted, which makes the next step a first one.
+    """
+
+    __slots__ = ("_other", "slot")
+
+    def __init__(self, parameter: Parameter) -> None:
+        self.slot = _core.MomentumSlot(parameter)
+        self._other: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "momentum_buffer" and self.slot.initialized:
+            return self.slot.momentum
+        return self._other[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "momentum_buffer":
+            self.slot.set(value, initialized=True)
+        else:
+            self._other[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if key == "momentum_buffer" and self.slot.initialized:
+            self.slot.set(None, initialized=False)
+        else:
+            del self._other[key]
+
+    def __iter__(self) -> Iterator[str]:
+        if self.slot.initialized:
+            yield "momentum_buffer"
+        yield from self._other
+
+    def __len__(self) -> int:
+        return self.slot.initialized + len(self._other)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
+    """Maps each parameter to its state; lists those that have any, and makes an empty one on demand."""
+
+    def __init__(self) -> None:
+        self._states: dict[Parameter, ParameterState] = {}
+
+    def __getitem__(self, parameter: Parameter) -> ParameterState:
+        state = self._states.get(parameter)
+        if state is None:
+            state = self._states[parameter] = ParameterState(parameter)
+        return state
+
+    def __setitem__(self, parameter: Parameter, value: Mapping[str, Any]) -> None:
+        fresh = ParameterState(parameter)
+        fresh.update(value)  # raises before anything is replaced
+        state = self[parameter]
+        state.clear()
+        state.update(fresh)
+
+    def __delitem__(self, parameter: Parameter) -> None:
+        if parameter not in self:
+            raise KeyError(parameter)
+        self[parameter].clear()
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return (parameter for parameter, state in self._states.items() if state)
+
+    def __contains__(self, parameter: object) -> bool:
+        return bool(self._states.get(parameter))  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class Optimizer:
+    """Base of the optimizers: everything of torch.optim.Optimizer that is not the update itself.
+
+    Args:
+        params: what to optimize: a `ParameterBuffer`, or an iterable of `Parameter` objects or arrays,
+            of (name, parameter) pairs, or of dicts, one per group, whose ``"params"`` is any of these
+            and whose other keys override the defaults.
+        defaults: the hyperparameters of groups that do not set their own.
+
+    Attributes:
+        param_groups: one dict per group; hyperparameters may be changed between steps.
+        state: maps each parameter to its state.
+        defaults: the default hyperparameters.
+    """
+
+    def __init__(self, params: ParamsLike, defaults: dict[str, Any]) -> None:
+        self.defaults = defaults
+        self.param_groups: list[dict[str, Any]] = []
+        self.state = OptimizerState()
+        self._start()
+
+        if isinstance(params, Parameter | np.ndarray | str | bytes) or not isinstance(
+            params, Iterable
+        ):
+            raise TypeError(
+                "params argument given to the optimizer should be an iterable of Parameters, arrays "
+                f"or dicts, but got {type(params).__name__}"
+            )
+        groups: list[Any] = [params] if isinstance(params, ParameterBuffer) else list(params)
+        if not groups:
+            raise ValueError("optimizer got an empty parameter list")
+        if not isinstance(groups[0], dict):
+            groups = [{"params": params if isinstance(params, ParameterBuffer) else groups}]
+        for group in groups:
+            self.add_param_group(group)
+
+    def _start(self) -> None:
+        """Set up what is not part of a checkpoint."""
+        self._plan = _core.Plan()
+        self._step_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
+        self._step_post_hooks: OrderedDict[int, Hook] = OrderedDict()
+        self._state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
+        self._state_dict_post_hooks: OrderedDict[int, Hook] = OrderedDict()
+        self._load_state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
+        self._load_state_dict_post_hooks: OrderedDict[int, Hook] = OrderedDict()
+
+    # Parameter groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with the defaults for the hyperparameters it does not set.
+
+        Raises:
+            TypeError: if the group or one of its parameters is of the wrong kind.
+            ValueError: if a hyperparameter is out of range, or a parameter appears twice or overlaps
+                another one in memory. The optimizer is then as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        if "params" not in param_group:
+            raise ValueError(f"param_group: expected a key 'params', got {sorted(param_group)}")
+        group = {**self.defaults, **param_group}
+        names, group["params"] = _read_params(param_group["params"])
+        if names is not None:
+            group["param_names"] = names
+        if any(("param_names" in each) != ("param_names" in group) for each in self.param_groups):
+            raise ValueError(
+                "all optimizer param groups should be with/without names. "
+                f"cannot add param group with names: {names is not None} to the optimizer"
+            )
+        self._check_group(group)
+        known = {id(p) for each in self.param_groups for p in each["params"]}
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) in known:
+                label = repr(parameter.name) if parameter.name else f"at position {position}"
+                raise ValueError(
+                    f"some parameters appear in more than one parameter group, or twice: parameter {label}"
+                )
+            known.add(id(parameter))
+        self._build_plan([*self.param_groups, group])
+        self.param_groups.append(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise if a group's hyperparameters are invalid."""
+
+    def _build_plan(self, groups: list[dict[str, Any]]) -> None:
+        parameters = chain.from_iterable(group["params"] for group in groups)
+        self._plan.build(groups, [self.state[parameter].slot for parameter in parameters])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters.
+
+        Args:
+            set_to_none: forget the gradients rather than zeroing them in place; the parameters are then
+                skipped until they get new ones. Gradients in a ParameterBuffer are always zeroed.
+        """
+        for group in self.param_groups:
+            _core.zero_grads(group["params"], set_to_none)
+
+    # The step
+
+    def _run(self, grads: Any, zero_grad: bool) -> None:
+        """Update all parameters, after making what the plan lacks."""
+        while not self._plan.run(self.param_groups, grads, zero_grad):
+            if not self._plan.matches(self.param_groups):
+                self._build_plan(self.param_groups)
+                continue
+            positions = set(self._plan.missing_momentum())
+            groups = (g for g in self.param_groups for _ in g["params"])
+            parameters = chain.from_iterable(g["params"] for g in self.param_groups)
+            missing = [
+                (p, storage_dtype(g.get("momentum_dtype") or p.dtype, "momentum_dtype"))
+                for i, (p, g) in enumerate(zip(parameters, groups, strict=True))
+                if i in positions
+            ]
+            for (parameter, _), momentum in zip(missing, _new_momentum(missing), strict=True):
+                self.state[parameter].slot.set(momentum, initialized=False)
+
+    def _step_with_hooks(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        """Call the hooks around the closure and the update."""
+        args: tuple[Any, ...] = () if closure is None else (closure,)
+        for hook in self._step_pre_hooks.values():
+            replaced = hook(self, args, kwargs)
+            if replaced is not None:
+                if not (isinstance(replaced, tuple) and len(replaced) == 2):
+                    raise RuntimeError(
+                        f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but got {replaced}"
+                    )
+                args, kwargs = replaced
+        closure = args[0] if args else kwargs.get("closure")
+        loss = None if closure is None else closure()
+        self._run(kwargs.get("grads"), kwargs.get("zero_grad", False))
+        for hook in self._step_post_hooks.values():
+            hook(self, args, kwargs)
+        return loss
+
+    # Hooks
+
+    def register_step_pre_hook(self, hook: Hook) -> HookHandle:
+        """Call ``hook(optimizer, args, kwargs)`` before each step; it may return new (args, kwargs)."""
+        return HookHandle(self._step_pre_hooks, hook)
+
+    def register_step_post_hook(self, hook: Hook) -> HookHandle:
+        """Call ``hook(optimizer, args, kwargs)`` after each step."""
+        return HookHandle(self._step_post_hooks, hook)
+
+    def register_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> HookHandle:
+        """Call ``hook(optimizer)`` before `state_dict` collects anything."""
+        return HookHandle(self._state_dict_pre_hooks, hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> HookHandle:
+        """Call ``hook(optimizer, state_dict)`` on what `state_dict` returns; it may return another dict."""
+        return HookHandle(self._state_dict_post_hooks, hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> HookHandle:
+        """Call ``hook(optimizer, state_dict)`` before loading; it may return another dict."""
+        return HookHandle(self._load_state_dict_pre_hooks, hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> HookHandle:
+        """Call ``hook(optimizer)`` after loading."""
+        return HookHandle(self._load_state_dict_post_hooks, hook, prepend)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups in torch.optim's layout, with parameters replaced by their position.
+
+        ``{"state": {0: {"momentum_buffer": array}, ...}, "param_groups": [{..., "params": [0, ...]}]}``;
+        the arrays are the optimizer's own, not copies.
+        """
+        for hook in self._state_dict_pre_hooks.values():
+            hook(self)
+        positions: dict[Parameter, int] = {}
+        groups = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                positions[parameter] = len(positions)
+            groups.append({**group, "params": [positions[p] for p in group["params"]]})
+        state = {positions.get(p, p): dict(values) for p, values in self.state.items()}
+        state_dict: dict[str, Any] = {"state": state, "param_groups": groups}
+        for hook in self._state_dict_post_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` (or torch.optim.SGD's, with arrays for tensors) returned.
+
+        Values are copied; a momentum buffer keeps its own dtype. Hyperparameters that the checkpoint lacks
+        keep this optimizer's defaults.
+
+        Raises:
+            ValueError: if the groups do not match this optimizer's, or a momentum buffer does not have
+                its parameter's shape. The optimizer is then as it was.
+        """
+        for hook in self._load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        saved = [dict(group) for group in state_dict["param_groups"]]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(
+                "loaded state dict has a different number of parameter groups: "
+                f"{len(saved)}, expected {len(self.param_groups)}"
+            )
+        for i, (own, other) in enumerate(zip(self.param_groups, saved, strict=True)):
+            if len(own["params"]) != len(other["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+                    f"group: group {i} has {len(other['params'])} parameters, expected {len(own['params'])}"
+                )
+        keys = chain.from_iterable(group["params"] for group in saved)
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        parameter_of = dict(zip(keys, parameters, strict=True))
+        groups = []
+        for own, other in zip(self.param_groups, saved, strict=True):
+            group = {
+                **self.defaults,
+                **copy.deepcopy({k: v for k, v in other.items() if k != "params"}),
+            }
+            if "param_names" in own:
+                group["param_names"] = own["param_names"]
+            group["params"] = own["params"]
+            self._check_group(group)
+            groups.append(group)
+        others: dict[Parameter, dict[str, Any]] = {}
+        momenta: dict[Parameter, Array] = {}
+        for key, values in state_dict["state"].items():
+            parameter = parameter_of.get(key)
+            if parameter is None:
+                raise ValueError(f"state_dict['state']: no parameter has the key {key!r}")
+            others[parameter] = copy.deepcopy(
+                {k: v for k, v in values.items() if k != "momentum_buffer"}
+            )
+            if values.get("momentum_buffer") is not None:
+                momenta[parameter] = _momentum_array(key, values["momentum_buffer"], parameter)
+        storage = _new_momentum([(p, array.dtype) for p, array in momenta.items()])
+
+        # Nothing raises from here on.
+        self.state.clear()
+        for parameter, values in others.items():
+            self.state[parameter].update(values)
+        for (parameter, array), momentum in zip(momenta.items(), storage, strict=True):
+            momentum[...] = array
+            self.state[parameter]["momentum_buffer"] = momentum
+        self.param_groups[:] = groups
+        for hook in self._load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {parameter: dict(values) for parameter, values in self.state.items()}
+        return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.defaults = state["defaults"]
+        self.param_groups = state["param_groups"]
+        self.state = OptimizerState()
+        self._start()
+        momenta = {
+            p: values["momentum_buffer"]
+            for p, values in state["state"].items()
+            if "momentum_buffer" in values
+        }
+        # Through _new_momentum, so that the momentum of a buffer is one flat array again.
+        storage = _new_momentum([(p, array.dtype) for p, array in momenta.items()])
+        for parameter, values in state["state"].items():
+            self.state[parameter].update(values)
+        for (parameter, array), momentum in zip(momenta.items(), storage, strict=True):
+            momentum[...] = array
+            self.state[parameter]["momentum_buffer"] = momentum
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}")
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
+        return "\n".join([*lines, ")"])
+
+
+def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
+    """Return the names, if there are any, and the parameters of a group."""
+    if isinstance(params, ParameterBuffer):
+        return None, params.parameters()
+    if isinstance(params, set | frozenset):
+        raise TypeError(
+            "params: optimizer parameters need to be organized in ordered collections, but the ordering "
+            "of a set changes between runs; use a list instead"
+        )
+    # One parameter may stand for a list of one, as in torch.
+    entries = [params] if isinstance(params, Parameter | np.ndarray) else list(params)
+    names = [entry[0] for entry in entries if isinstance(entry, tuple)]
+    if names and len(names) != len(entries):
+        raise ValueError(
+            "all optimizer params should be with/without names. Some param names are missing"
+        )
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"params: expected a string as a parameter's name, got {name!r}")
+    values = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    return names or None, [_as_parameter(value, i) for i, value in enumerate(values)]
+
+
+def _as_parameter(value: Any, position: int) -> Parameter:
+    if isinstance(value, Parameter):
+        return value
+    if isinstance(value, np.ndarray):
+        try:
+            return Parameter(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("data:", f"params[{position}]:", 1)) from None
+    raise TypeError(
+        f"params[{position}]: optimizer can only optimize Parameters and NumPy arrays, but got {type(value).__name__}"
+    )
+
+
+def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Array]:
+    """Return storage for the momentum of each parameter, laid out like it.
+
+    That of parameters in one buffer is one flat array, so that the step runs through all three without a break.
+    """
+    flat_sizes: dict[tuple[int, np.dtype[Any]], int] = {}
+    for parameter, dtype in parameters:
+        if parameter.buffer is not None:
+            key = id(parameter.buffer), dtype
+            flat_sizes[key] = flat_sizes.get(key, 0) + parameter.size
+    flats = {key: _core.allocate(size, key[1]) for key, size in flat_sizes.items()}
+    starts = dict.fromkeys(flats, 0)
+    momenta: list[Array] = []
+    for parameter, dtype in parameters:
+        if parameter.buffer is None:
+            momenta.append(np.empty_like(parameter.data, dtype=dtype))
+            continue
+        key = id(parameter.buffer), dtype
+        start = starts[key]
+        starts[key] = start + parameter.size
+        momenta.append(flats[key][start : starts[key]].reshape(parameter.shape))
+    return momenta
+
+
+def _momentum_array(key: Any, value: Any, parameter: Parameter) -> Array:
+    """Return a checkpoint's momentum buffer as an array of one of the storage types."""
+    argument = f"state_dict['state'][{key!r}]['momentum_buffer']"
+    try:
+        # DLPack knows torch's bfloat16, NumPy's own conversion does not.
+        shared = not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__")
+        array: Array = _core.from_dlpack(value) if shared else np.asarray(value)
+    except Exception as error:
+        raise TypeError(f"{argument}: {error}") from error
+    storage_dtype(array.dtype, argument)
+    if array.shape != parameter.shape:
+        raise ValueError(
+            f"{argument}: expected shape {parameter.shape}, the parameter's, got {array.shape}"
+        )
+    return array

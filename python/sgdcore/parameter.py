@@ -1,0 +1,291 @@
+"""Parameters: the arrays an optimizer updates, each with its gradient, separate or in one flat buffer."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from sgdcore import _core
+from sgdcore._arrays import Array, storage_dtype
+
+__all__ = ["Parameter", "ParameterBuffer"]
+
+
+class Parameter(_core.Parameter):
+    """An array that an optimizer updates in place, and its gradient.
+
+    Args:
+        data: the values, float64, float32, float16 or bfloat16 (ml_dtypes) of any shape; an ndarray,
+            or an object whose memory can be shared through the buffer protocol or DLPack. Writable
+            and contiguous in any order of axes; never copied.
+        name: shown in error messages.
+
+    Attributes:
+        data: the ndarray that was given. Assign another of the same shape, dtype and layout to swap it.
+        grad: the gradient, or None (the default: the optimizer skips the parameter). Assign an
+            array of the parameter's shape; its dtype and strides may be its own, and it is read in
+            place. ``grad += g`` works as on any array.
+
+    Raises:
+        TypeError: if an array has another dtype or is no array.
+        ValueError: if an array is read-only, not contiguous, or of another shape.
+
+    Example:
+        >>> w = Parameter(np.zeros(3, np.float32), name="w")
+        >>> w.grad = np.ones(3, np.float32)
+        >>> w
+        Parameter(name='w', shape=(3,), dtype=float32)
+    """
+
+    def __init__(self, data: Any, name: str = "") -> None:
+        super().__init__(data, name=name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of ``data``."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of ``data``."""
+        return self.data.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.data.size
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
+        return np.array(self.data, dtype=dtype, copy=copy)
+
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> object:
+        return _core.to_dlpack(
+            self.data, versioned=max_version is not None and max_version >= (1, 0)
+        )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # kDLCPU
+
+    def __repr__(self) -> str:
+        name = f"name={self.name!r}, " if self.name else ""
+        return f"Parameter({name}shape={self.shape}, dtype={self.dtype})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A parameter of a buffer is found again in its buffer, so that both stay one piece of memory.
+        if self.buffer is not None:
+            return operator.getitem, (self.buffer, self.name)
+        return _restore_parameter, (type(self), self.data, self.grad, self.name)
+
+
+class _BufferParameter(Parameter):
+    """A parameter whose data and gradient are views into a ParameterBuffer.
+
+    Assigning to ``grad`` copies into the buffer; None makes the optimizer skip the parameter until
+    the next assignment.
+    """
+
+    def __init__(self, buffer: ParameterBuffer, name: str, data: Array, grad: Array) -> None:
+        _core.Parameter.__init__(self, data, name=name, buffer=buffer, buffer_grad=grad)
+
+
+def _restore_parameter(
+    cls: type[Parameter], data: Array, grad: Array | None, name: str
+) -> Parameter:
+    parameter = cls(data, name)
+    parameter.grad = grad
+    return parameter
+
+
+class ParameterBuffer(Mapping[str, Parameter]):
+    """Parameters side by side in one flat array, their gradients in another.
+
+    An optimizer updates the whole buffer in one uninterrupted pass, with its momentum in a third flat
+    array; the flat arrays also suit an all-reduce, a norm, or a file. Parameters follow each other
+    without gaps, in the mapping's order. Memory is aligned to 64 bytes; from 4 MiB on it is aligned
+    to 2 MiB and uses transparent huge pages where the system offers them.
+
+    Args:
+        parameters: maps each name to a shape (values start at zero), or to an array whose values are copied.
+        dtype: the parameters' dtype; default: the arrays' common one, else float32.
+        grad_dtype: the gradients' dtype; default: the parameters'.
+        data: memory to use for the parameters instead of allocating it: a contiguous 1-d array of
+            exactly the total size. It keeps its values unless `parameters` holds arrays.
+        grad: the same for the gradients.
+
+    Attributes:
+        data: all parameters, 1-d.
+        grad: all gradients, 1-d, zero at first. The gradients always exist: clear them with
+            ``optimizer.zero_grad()`` or ``step(zero_grad=True)``.
+
+    Views keep the memory alive, also after the buffer is gone.
+
+    Raises:
+        TypeError: if a dtype is none of the four storage types, or arrays differ in dtype.
+        ValueError: if a shape is invalid, or given memory has the wrong size or overlaps.
+
+    Example:
+        >>> buffer = ParameterBuffer({"w": (2, 3), "b": (3,)})
+        >>> buffer["b"].data[:] = 1
+        >>> buffer.data
+        array([0., 0., 0., 0., 0., 0., 1., 1., 1.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        dtype: DTypeLike | None = None,
+        *,
+        grad_dtype: DTypeLike | None = None,
+        data: Array | None = None,
+        grad: Array | None = None,
+    ) -> None:
+        if not isinstance(parameters, Mapping):
+            raise TypeError(
+                f"parameters: expected a mapping of names to shapes or arrays, got {type(parameters).__name__}"
+            )
+        shapes = {name: _shape_of(name, value) for name, value in parameters.items()}
+        arrays = {n: v for n, v in parameters.items() if isinstance(v, np.ndarray | Parameter)}
+        if dtype is None and data is None:
+            found = {np.dtype(array.dtype) for array in arrays.values()}
+            if len(found) > 1:
+                names = ", ".join(sorted(str(each) for each in found))
+                raise TypeError(
+                    f"parameters: arrays of several dtypes ({names}); say which with dtype="
+                )
+            dtype = found.pop() if found else np.float32
+        size = sum(math.prod(shape) for shape in shapes.values())
+        self.data = _flat("data", data, size, dtype)
+        self.grad = _flat(
+            "grad",
+            grad,
+            size,
+            grad_dtype if grad_dtype is not None or grad is not None else self.data.dtype,
+        )
+        if np.shares_memory(self.data, self.grad):
+            raise ValueError("grad: overlaps data in memory")
+
+        self._parameters: dict[str, Parameter] = {}
+        start = 0
+        for name, shape in shapes.items():
+            part = slice(start, start + math.prod(shape))
+            start = part.stop
+            view, grad_view = self.data[part].reshape(shape), self.grad[part].reshape(shape)
+            self._parameters[name] = _BufferParameter(self, name, view, grad_view)
+        for name, array in arrays.items():
+            np.copyto(
+                self[name].data,
+                np.asarray(array),
+                casting="same_kind" if array.dtype.kind == "f" else "unsafe",
+            )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The parameters' dtype."""
+        return self.data.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of elements of all parameters."""
+        return self.data.size
+
+    def parameters(self) -> list[Parameter]:
+        """Return the parameters in order."""
+        return list(self._parameters.values())
+
+    def named_parameters(self) -> list[tuple[str, Parameter]]:
+        """Return (name, parameter) pairs in order, as an optimizer takes them."""
+        return list(self._parameters.items())
+
+    def __getitem__(self, name: str) -> Parameter:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    # A buffer is an object with an identity, as its parameters are; Mapping would compare contents.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> object:
+        return _core.to_dlpack(
+            self.data, versioned=max_version is not None and max_version >= (1, 0)
+        )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # kDLCPU
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name!r}: {p.shape}" for name, p in self.items())
+        return f"ParameterBuffer({{{shapes}}}, dtype={self.dtype})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shapes = {name: parameter.shape for name, parameter in self.items()}
+        without_grad = [name for name, parameter in self.items() if parameter.grad is None]
+        return _restore_buffer, (type(self), shapes, self.data, self.grad, without_grad)
+
+    @classmethod
+    def _restore(cls, shapes: dict[str, tuple[int, ...]], data: Array, grad: Array) -> Self:
+        buffer = cls(shapes, data.dtype, grad_dtype=grad.dtype)
+        buffer.data[...] = data
+        buffer.grad[...] = grad
+        return buffer
+
+
+def _restore_buffer(
+    cls: type[ParameterBuffer],
+    shapes: dict[str, tuple[int, ...]],
+    data: Array,
+    grad: Array,
+    without_grad: list[str],
+) -> ParameterBuffer:
+    buffer = cls._restore(shapes, data, grad)
+    for name in without_grad:
+        buffer[name].grad = None
+    return buffer
+
+
+def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
+    """Return the shape that a value of the mapping stands for."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"parameters: expected non-empty strings as names, got {name!r}")
+    if isinstance(value, np.ndarray | Parameter):
+        return value.shape
+    try:
+        shape = (
+            (operator.index(value),)
+            if not isinstance(value, tuple | list)
+            else tuple(map(operator.index, value))
+        )
+    except TypeError:
+        raise TypeError(
+            f"parameters[{name!r}]: expected a shape or an array, got {value!r}"
+        ) from None
+    if any(length < 0 for length in shape):
+        raise ValueError(f"parameters[{name!r}]: negative length in shape {shape}")
+    return shape
+
+
+def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None) -> Array:
+    """Return the given memory, checked, or new zeros."""
+    if given is None:
+        return _core.allocate(size, storage_dtype(dtype))
+    if not isinstance(given, np.ndarray):
+        raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")
+    if given.shape != (size,):
+        raise ValueError(f"{argument}: expected shape ({size},), the total size, got {given.shape}")
+    if not given.flags.c_contiguous or not given.flags.writeable:
+        raise ValueError(
+            f"{argument}: expected a contiguous and writable array, got flags {given.flags}"
+        )
+    storage_dtype(given.dtype, argument)
+    if dtype is not None and given.dtype != storage_dtype(dtype):
+        raise TypeError(f"{argument}: expected dtype {storage_dtype(dtype)}, got {given.dtype}")
+    return given

@@ -1,0 +1,70 @@
+"""The process-wide settings, threads and instruction set, and what was built."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+
+from sgdcore import _core
+
+__all__ = ["build_info", "get_isa", "get_num_threads", "set_isa", "set_num_threads"]
+
+
+def get_num_threads() -> int:
+    """Return how many threads a large step uses.
+
+    Unless `set_num_threads` chose a number, OpenMP's setting (``OMP_NUM_THREADS``, by default the
+    number of cores). Always 1 in a forked child process. Results do not depend on it.
+    """
+    return _core.num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Choose how many threads a large step uses; 0 follows OpenMP's setting again.
+
+    Raises:
+        ValueError: if `count` is negative.
+    """
+    if count < 0:
+        raise ValueError(f"count: expected a number of threads, or 0 for the default, got {count}")
+    _core.set_num_threads(count)
+
+
+def get_isa() -> str:
+    """Return the name of the instruction set whose kernels are used, such as ``"x86-64-v3"``."""
+    return _core.instruction_set()
+
+
+def set_isa(name: str | None) -> None:
+    """Use the kernels of the named instruction set; None chooses the best one again.
+
+    The environment variable ``SGDCORE_ISA`` does the same at start. Results do not depend on it.
+
+    Raises:
+        ValueError: if this build has no such instruction set, or this machine cannot run it.
+    """
+    _core.use_instruction_set(name or "")
+
+
+def build_info() -> dict[str, Any]:
+    """Return what was built and what is used, as ``python -m sgdcore info`` prints it.
+
+    Keys: version, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda
+    (bool), cuda_reason (why not), python, numpy.
+    """
+    built = _core.instruction_sets()
+    return {
+        "version": _core.__version__,
+        "isa": _core.instruction_set(),
+        "isa_available": [name for name, supported in built.items() if supported],
+        "isa_built": list(built),
+        "threads": _core.num_threads(),
+        "compiler": _core.compiler,
+        "build_flags": _core.build_flags,
+        "cuda": False,
+        "cuda_reason": "this version has no CUDA module",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
