@@ -1,10 +1,12 @@
-// What was built, what the machine has, and the two settings: instruction set and threads.
+// What was built, what the machine has and how fast its memory is, and the two settings: instruction set and threads.
 #include <pybind11/stl.h>
 
 #include <string>
 
 #include "../cpu/dispatch.hpp"
+#include "../cpu/stream.hpp"
 #include "../cpu/threads.hpp"
+#include "arrays.hpp"
 #include "module.hpp"
 
 namespace sgdcore::bindings {
@@ -23,6 +25,21 @@ void register_info(py::module_& module) {
     module.def("instruction_set", [] { return cpu::instruction_set().name; });
     module.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
     module.def("num_threads", &cpu::num_threads);
+    // For the benchmarks: contiguous arrays of one size, exchanged and read (see cpu/stream.hpp).
+    module.def(
+        "stream",
+        [](const py::object& param, const py::object& grad, const py::object& momentum) {
+            const ArrayRef p = read_array(param, "param"), g = read_array(grad, "grad"), b = read_array(momentum, "momentum");
+            require_updatable(p, "param");
+            require_updatable(g, "grad");
+            require_updatable(b, "momentum");
+            require_same_shape(g, p, "grad");
+            require_same_shape(b, p, "momentum");
+            if (g.dtype != p.dtype || b.dtype != p.dtype) throw py::type_error("stream: expected arrays of one dtype");
+            const py::gil_scoped_release release;
+            return cpu::stream(p.data, g.data, b.data, p.size * static_cast<std::int64_t>(item_size(p.dtype)));
+        },
+        py::arg("param"), py::arg("grad"), py::arg("momentum"));
     module.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
 }
 
