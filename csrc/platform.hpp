@@ -36,9 +36,12 @@ struct __attribute__((packed, may_alias)) Unaligned {
     T value;
 };
 
-/// `condition ? yes : no` without a branch; a ternary in the kernels' loops would stop their vectorisation.
+/// Masks and selections without a branch; a ternary in the kernels' loops would stop their vectorisation.
+SGDCORE_HOST_DEVICE SGDCORE_INLINE std::uint32_t all_ones_if(bool condition) {
+    return 0u - static_cast<std::uint32_t>(condition);
+}
 SGDCORE_HOST_DEVICE SGDCORE_INLINE std::uint32_t select(bool condition, std::uint32_t yes, std::uint32_t no) {
-    const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+    const std::uint32_t mask = all_ones_if(condition);
     return (yes & mask) | (no & ~mask);
 }
 

@@ -117,7 +117,7 @@ class SGD(Optimizer):
         """
         if closure is None and not self._step_pre_hooks and not self._step_post_hooks:
             # The usual call: one call into the core and nothing else.
-            if not self._plan.run(self.param_groups, grads, zero_grad):
+            if not self._run_plan(self.param_groups, grads, zero_grad):
                 self._run(grads, zero_grad)
             return None
         return self._step_with_hooks(closure, {"grads": grads, "zero_grad": zero_grad})
