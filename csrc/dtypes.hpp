@@ -87,7 +87,8 @@ struct Float16 {
         const std::uint32_t normal = (magnitude << 13) + rebias;
         // Subnormals are integers times 2^-24, which float32 holds exactly.
         const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
-        const std::uint32_t bits = select(magnitude < 0x0400u, bits_as<std::uint32_t>(subnormal), normal);
+        const std::uint32_t quiet = select(magnitude > 0x7c00u, 0x00400000u, 0u);  // as the hardware's conversion
+        const std::uint32_t bits = select(magnitude < 0x0400u, bits_as<std::uint32_t>(subnormal), normal | quiet);
         return bits_as<float>(bits | sign);
     }
     static SGDCORE_HOST_DEVICE SGDCORE_INLINE Word encode(float value) {

@@ -5,7 +5,12 @@
 // whole library: code for AVX-512 would then run on a machine without it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #if defined(__GNUC__) || defined(__clang__)
 #define SGDCORE_INLINE inline __attribute__((always_inline))
@@ -53,5 +58,22 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE float fused_multiply_add(float a, float b, fl
 SGDCORE_HOST_DEVICE SGDCORE_INLINE double fused_multiply_add(double a, double b, double c) {
     return __builtin_fma(a, b, c);
 }
+
+/// Eight float16 at a time to float32 and back, rounding to nearest even, where the machine can: the same bits as
+/// storage::Float16 gives, in a fraction of the instructions.
+#if defined(__F16C__)
+inline constexpr bool converts_float16 = true;
+SGDCORE_INLINE void float16_to_float32(const std::byte* from, float* to) {
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+SGDCORE_INLINE void float32_to_float16(const float* from, std::byte* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline constexpr bool converts_float16 = false;
+SGDCORE_INLINE void float16_to_float32(const std::byte*, float*) {}
+SGDCORE_INLINE void float32_to_float16(const float*, std::byte*) {}
+#endif
 
 }  // namespace sgdcore

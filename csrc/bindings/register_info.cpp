@@ -29,7 +29,8 @@ void register_info(py::module_& module) {
     module.def(
         "stream",
         [](const py::object& param, const py::object& grad, const py::object& momentum) {
-            const ArrayRef p = read_array(param, "param"), g = read_array(grad, "grad"), b = read_array(momentum, "momentum");
+            const ArrayRef p = read_array(param, "param"), g = read_array(grad, "grad"),
+                           b = read_array(momentum, "momentum");
             require_updatable(p, "param");
             require_updatable(g, "grad");
             require_updatable(b, "momentum");

@@ -44,6 +44,46 @@ SGDCORE_INLINE std::int64_t update_bfloat16_pairs(const SgdRule<float, variant>&
     return size / 2 * 2;
 }
 
+constexpr std::int64_t lanes = 8;  // of the conversions in platform.hpp
+
+template <class Storage>
+SGDCORE_INLINE void load_lanes(const std::byte* base, std::int64_t index, float* values) {
+    if constexpr (Storage::dtype == DType::float16) {
+        float16_to_float32(base + index * 2, values);
+    } else {
+        for (std::int64_t lane = 0; lane < lanes; ++lane)
+            values[lane] = storage::load<Storage, float>(base, index + lane);
+    }
+}
+
+template <class Storage>
+SGDCORE_INLINE void store_lanes(std::byte* base, std::int64_t index, const float* values) {
+    if constexpr (Storage::dtype == DType::float16) {
+        float32_to_float16(values, base + index * 2);
+    } else {
+        for (std::int64_t lane = 0; lane < lanes; ++lane) storage::store<Storage>(base, index + lane, values[lane]);
+    }
+}
+
+/// Updates eight elements at a time, with the machine's own conversions of float16, which the compiler does not find in
+/// the plain loop. Returns the number of elements updated, all but the last few.
+template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
+SGDCORE_INLINE std::int64_t update_lanes(const SgdRule<float, variant>& rule, std::byte* SGDCORE_RESTRICT param,
+                                         const std::byte* SGDCORE_RESTRICT grad, std::byte* SGDCORE_RESTRICT momentum,
+                                         std::int64_t size) {
+    std::int64_t i = 0;
+    for (; i + lanes <= size; i += lanes) {
+        float p[lanes], g[lanes], b[lanes] = {};
+        load_lanes<ParamStorage>(param, i, p);
+        load_lanes<GradStorage>(grad, i, g);
+        if constexpr (variant.momentum == Momentum::running) load_lanes<MomentumStorage>(momentum, i, b);
+        for (std::int64_t lane = 0; lane < lanes; ++lane) rule(p[lane], g[lane], b[lane]);
+        if constexpr (variant.momentum != Momentum::none) store_lanes<MomentumStorage>(momentum, i, b);
+        store_lanes<ParamStorage>(param, i, p);
+    }
+    return i;
+}
+
 template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
 void update(std::byte* SGDCORE_RESTRICT param, const std::byte* SGDCORE_RESTRICT grad,
             std::byte* SGDCORE_RESTRICT momentum, std::int64_t size, const SgdHyper& hyper) {
@@ -53,6 +93,10 @@ void update(std::byte* SGDCORE_RESTRICT param, const std::byte* SGDCORE_RESTRICT
     if constexpr (ParamStorage::dtype == DType::bfloat16 && GradStorage::dtype == DType::bfloat16 &&
                   MomentumStorage::dtype == DType::bfloat16) {
         i = update_bfloat16_pairs(rule, param, grad, momentum, size);
+    } else if constexpr (converts_float16 && sizeof(C) == sizeof(float) &&
+                         (ParamStorage::dtype == DType::float16 || GradStorage::dtype == DType::float16 ||
+                          MomentumStorage::dtype == DType::float16)) {
+        i = update_lanes<ParamStorage, GradStorage, MomentumStorage>(rule, param, grad, momentum, size);
     }
     for (; i < size; ++i) {
         C p = storage::load<ParamStorage, C>(param, i);
