@@ -1,5 +1,6 @@
 // Aligned memory and its exchange with other libraries.
 #include <memory>
+#include <new>
 
 #include "../buffer.hpp"
 #include "arrays.hpp"
@@ -11,6 +12,7 @@ namespace {
 
 /// A zero-filled 1-d array that owns its memory: it and every view of it keep the allocation alive.
 py::array allocate(py::ssize_t size, const py::dtype& dtype) {
+    if (size < 0 || size > PY_SSIZE_T_MAX / dtype.itemsize()) throw std::bad_alloc();
     auto buffer = std::make_unique<AlignedBuffer>(static_cast<std::size_t>(size * dtype.itemsize()));
     const void* data = buffer->data();
     const py::capsule owner(buffer.release(), [](void* self) { delete static_cast<AlignedBuffer*>(self); });

@@ -91,6 +91,8 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
     def __getitem__(self, parameter: Parameter) -> ParameterState:
         state = self._states.get(parameter)
         if state is None:
+            if not isinstance(parameter, Parameter):
+                raise TypeError(f"state: expected a Parameter as key, got {parameter!r}")
             state = self._states[parameter] = ParameterState(parameter)
         return state
 
@@ -158,7 +160,9 @@ class Optimizer:
     def _start(self) -> None:
         """Set up what is not part of a checkpoint."""
         self._plan = _core.Plan()
-        self._run_plan = self._plan.run  # bound once: the binding costs a tenth of the smallest step
+        self._run_plan = (
+            self._plan.run
+        )  # bound once: the binding costs a tenth of the smallest step
         self._step_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._step_post_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -150,6 +151,8 @@ class ParameterBuffer(Mapping[str, Parameter]):
             )
         shapes = {name: _shape_of(name, value) for name, value in parameters.items()}
         arrays = {n: v for n, v in parameters.items() if isinstance(v, np.ndarray | Parameter)}
+        for name, array in arrays.items():
+            storage_dtype(array.dtype, f"parameters[{name!r}]")
         if dtype is None and data is None:
             found = {np.dtype(array.dtype) for array in arrays.values()}
             if len(found) > 1:
@@ -177,11 +180,8 @@ class ParameterBuffer(Mapping[str, Parameter]):
             view, grad_view = self.data[part].reshape(shape), self.grad[part].reshape(shape)
             self._parameters[name] = _BufferParameter(self, name, view, grad_view)
         for name, array in arrays.items():
-            np.copyto(
-                self[name].data,
-                np.asarray(array),
-                casting="same_kind" if array.dtype.kind == "f" else "unsafe",
-            )
+            # Between storage types; NumPy counts bfloat16 as no kind of float, hence "unsafe".
+            np.copyto(self[name].data, np.asarray(array), casting="unsafe")
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -276,6 +276,8 @@ def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
 def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None) -> Array:
     """Return the given memory, checked, or new zeros."""
     if given is None:
+        if size > sys.maxsize // storage_dtype(dtype).itemsize:
+            raise MemoryError(f"parameters: {size} elements of {dtype} exceed the address space")
         return _core.allocate(size, storage_dtype(dtype))
     if not isinstance(given, np.ndarray):
         raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")
