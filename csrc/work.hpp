@@ -30,7 +30,7 @@ struct TensorRef {
     std::byte* grad = nullptr;      // only read, unless StepOptions::zero_grad
     std::byte* momentum = nullptr;  // null where the group has no momentum
     std::int64_t size = 0;
-    std::span<const Axis> grad_axes;
+    std::span<const Axis> grad_axes = {};
     std::uint32_t hyper = 0;  // index into the step's list of SgdHyper
     DType param_dtype = DType::float32;
     DType grad_dtype = DType::float32;

@@ -41,13 +41,14 @@ void Parameter::set_data(const py::object& array) {
                              dtype_name(ref.dtype));
     }
     require_same_layout(ref, data_, "data");
-    data_ = std::move(ref);
+    std::swap(data_, ref);  // the old array goes last: its end may run Python code, which must see the new one
     ++data_version;
 }
 
 void Parameter::set_grad(const py::object& array) {
     if (array.is_none()) {
-        grad_ = {};
+        ArrayRef old;
+        std::swap(grad_, old);  // released last, as in set_data
         grad_axes_.clear();
         ++grad_version;
         return;
@@ -62,8 +63,14 @@ void Parameter::set_grad(const py::object& array) {
         ref = buffer_grad_;
     }
     grad_axes_ = axes_in_order_of(ref, data_);
-    grad_ = std::move(ref);
+    std::swap(grad_, ref);
     ++grad_version;
+}
+
+void Parameter::require_clearable(bool set_to_none) const {
+    if (grad_.empty() || grad_.writable || (set_to_none && buffer_grad_.empty())) return;
+    throw py::value_error("grad: the gradient of " + label("a parameter of shape " + shape_text(data_.array)) +
+                          " is read-only and cannot be zeroed");
 }
 
 void Parameter::zero_grad(bool set_to_none) {
@@ -72,7 +79,6 @@ void Parameter::zero_grad(bool set_to_none) {
         set_grad(py::none());
         return;
     }
-    if (!grad_.writable) throw py::value_error("grad: " + label("the gradient") + " is read-only and cannot be zeroed");
     if (grad_axes_.empty()) {
         std::memset(grad_.data, 0, static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype));
     } else {
@@ -96,16 +102,22 @@ void Parameter::clear() {
 MomentumSlot::MomentumSlot(py::object parameter)
     : parameter_object_(std::move(parameter)), parameter_(&py::cast<Parameter&>(parameter_object_)) {}
 
-void MomentumSlot::set(const py::object& array, bool now_initialized) {
+void MomentumSlot::set(const py::object& array) {
     ArrayRef ref;
     if (!array.is_none()) {
         ref = read_array(array, "momentum_buffer");
         require_updatable(ref, "momentum_buffer");
         require_same_layout(ref, parameter_->data(), "momentum_buffer");
     }
-    initialized = now_initialized && !ref.empty();
-    momentum_ = std::move(ref);
+    initialized = !ref.empty();
+    std::swap(momentum_, ref);  // the old one is released last, as in Parameter::set_data
     ++version;
+}
+
+void MomentumSlot::reserve(const py::object& storage) {
+    if (!momentum_.empty()) return;  // another thread's step was faster
+    set(storage);
+    initialized = false;
 }
 
 int MomentumSlot::traverse(visitproc visit, void* arg) const {

@@ -24,6 +24,8 @@ class Parameter {
     void set_data(const py::object& array);
     /// None, or an array of the parameter's shape; its dtype and strides are its own.
     void set_grad(const py::object& array);
+    /// Raises ValueError if `zero_grad` could not clear the gradient, because it is read-only.
+    void require_clearable(bool set_to_none) const;
     /// Clears the gradient: forgets it (`set_to_none`), or zeroes it in place, as always in a buffer.
     void zero_grad(bool set_to_none);
 
@@ -62,8 +64,10 @@ class MomentumSlot {
     explicit MomentumSlot(py::object parameter);
 
     /// The momentum from now on: an array of the parameter's shape and memory layout, of any storage type; None removes
-    /// it. An uninitialized one is storage for the first step to fill.
-    void set(const py::object& array, bool initialized);
+    /// it.
+    void set(const py::object& array);
+    /// Storage for the first step to fill, unless there is some already.
+    void reserve(const py::object& storage);
 
     const ArrayRef& momentum() const { return momentum_; }
     const py::object& parameter_object() const { return parameter_object_; }

@@ -38,7 +38,11 @@ PyObject* item_of(PyObject* group, PyObject* key, std::size_t index) {
 }
 
 [[noreturn]] void refuse_number(PyObject* value, PyObject* key, std::size_t index) {
-    PyErr_Clear();
+    if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear();
+    } else {
+        throw py::error_already_set();  // such as KeyboardInterrupt
+    }
     throw py::type_error("param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) +
                          "']: expected a number, got " + py::cast<std::string>(py::repr(value)));
 }
@@ -114,7 +118,12 @@ void Plan::build(const py::list& param_groups, const py::list& slots) {
     tensors_.reserve(entries_.size());
     first_.reserve(entries_.size());
     hypers_.reserve(group_params_.size());
-    collect_writes();
+    try {
+        collect_writes();
+    } catch (...) {
+        clear();  // a plan that was not checked must match no groups
+        throw;
+    }
 }
 
 bool Plan::matches(const py::list& param_groups) const {
@@ -164,8 +173,9 @@ void Plan::read_given(const py::object& grads) {
     }
     given_.resize(entries_.size());
     for (std::size_t i = 0; i < entries_.size(); ++i) {
-        PyObject* item = PySequence_Fast_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i));
-        if (item == Py_None) continue;
+        // Checked access that takes a reference: reading the one before may have run Python code that changed the list.
+        const py::object item = list[i];
+        if (item.is_none()) continue;
         const Argument argument{"grads", static_cast<std::ptrdiff_t>(i)};
         GivenGrad& given = given_[i];
         given.ref = read_array(item, argument);
@@ -240,20 +250,24 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
         }
         disjoint_grads_checked_ = false;
     }
-    if (zero_grad) {
-        if (!disjoint_grads_checked_) check_disjoint_grads();
-        disjoint_grads_checked_ = !given;
-    }
+    const bool check_disjoint = zero_grad && !disjoint_grads_checked_;
+    const bool release_gil = total >= gil_release_elements;
+    // Both let other threads run, which may rebind arrays that are in the list by now.
+    if (check_disjoint || release_gil) hold_arrays();
+    if (check_disjoint) check_disjoint_grads();
+    if (zero_grad) disjoint_grads_checked_ = !given;
 
     const StepOptions options{.zero_grad = zero_grad};
-    if (total < gil_release_elements) {
-        step(tensors_, hypers_, options);
-    } else {
-        hold_arrays();
+    if (release_gil) {
         py::gil_scoped_release release;
         step(tensors_, hypers_, options);
+    } else {
+        step(tensors_, hypers_, options);
     }
-    for (const std::size_t i : first_) entries_[i].slot->initialized = true;
+    for (const std::size_t i : first_) {
+        MomentumSlot& slot = *entries_[i].slot;
+        if (slot.version == entries_[i].momentum_version) slot.initialized = true;  // else it was replaced meanwhile
+    }
     return true;
 }
 

@@ -22,14 +22,21 @@ void register_parameter(py::module_& module) {
 
     module.def(
         "zero_grads",
-        [](const py::list& parameters, bool set_to_none) {
-            for (const py::handle parameter : parameters) py::cast<Parameter&>(parameter).zero_grad(set_to_none);
+        [](const py::list& param_groups, bool set_to_none) {
+            const auto for_each = [&](auto&& function) {
+                for (const py::handle group : param_groups) {
+                    for (const py::handle parameter : group["params"]) function(py::cast<Parameter&>(parameter));
+                }
+            };
+            for_each([&](const Parameter& parameter) { parameter.require_clearable(set_to_none); });
+            for_each([&](Parameter& parameter) { parameter.zero_grad(set_to_none); });
         },
-        py::arg("parameters"), py::arg("set_to_none"));
+        py::arg("param_groups"), py::arg("set_to_none"));
 
     py::class_<MomentumSlot>(module, "MomentumSlot", garbage_collected<MomentumSlot>())
         .def(py::init<py::object>(), py::arg("parameter"))
-        .def("set", &MomentumSlot::set, py::arg("array"), py::arg("initialized"))
+        .def("set", &MomentumSlot::set, py::arg("array"))
+        .def("reserve", &MomentumSlot::reserve, py::arg("storage"))
         .def_readonly("initialized", &MomentumSlot::initialized)
         .def_property_readonly("momentum", [](const MomentumSlot& self) { return array_or_none(self.momentum()); });
 }

@@ -22,6 +22,9 @@ SGDCORE_INLINE std::int64_t update_bfloat16_pairs(const SgdRule<float, variant>&
                                                   const std::byte* SGDCORE_RESTRICT grad,
                                                   std::byte* SGDCORE_RESTRICT momentum, std::int64_t size) {
     static_assert(std::endian::native == std::endian::little);
+    // Only a NaN among the coefficients could bring one whose bits rounded_bits does not keep.
+    const float coefficients = rule.negative_lr + rule.momentum + rule.one_minus_dampening + rule.weight_decay;
+    if (coefficients != coefficients) return 0;
     using storage::BFloat16;
     using Words = Unaligned<std::uint32_t>;
     const auto low = [](std::uint32_t word) { return bits_as<float>(word << 16); };
