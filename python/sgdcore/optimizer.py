@@ -60,13 +60,13 @@ class ParameterState(MutableMapping[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "momentum_buffer":
-            self.slot.set(value, initialized=True)
+            self.slot.set(value)
         else:
             self._other[key] = value
 
     def __delitem__(self, key: str) -> None:
         if key == "momentum_buffer" and self.slot.initialized:
-            self.slot.set(None, initialized=False)
+            self.slot.set(None)
         else:
             del self._other[key]
 
@@ -117,6 +117,12 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def forget_empty(self, parameters: Iterable[Parameter]) -> None:
+        """Let go of those of the parameters that have no state."""
+        for parameter in parameters:
+            if parameter not in self:
+                self._states.pop(parameter, None)
+
     def __repr__(self) -> str:
         return repr(dict(self))
 
@@ -153,7 +159,8 @@ class Optimizer:
         if not groups:
             raise ValueError("optimizer got an empty parameter list")
         if not isinstance(groups[0], dict):
-            groups = [{"params": params if isinstance(params, ParameterBuffer) else groups}]
+            whole = isinstance(params, ParameterBuffer | set | frozenset)
+            groups = [{"params": params if whole else groups}]
         for group in groups:
             self.add_param_group(group)
 
@@ -189,9 +196,10 @@ class Optimizer:
         if names is not None:
             group["param_names"] = names
         if any(("param_names" in each) != ("param_names" in group) for each in self.param_groups):
+            which = "with names" if "param_names" in group else "without names"
             raise ValueError(
                 "all optimizer param groups should be with/without names. "
-                f"cannot add param group with names: {names is not None} to the optimizer"
+                f"cannot add param group {which} to the optimizer"
             )
         self._check_group(group)
         known = {id(p) for each in self.param_groups for p in each["params"]}
@@ -202,13 +210,23 @@ class Optimizer:
                     f"some parameters appear in more than one parameter group, or twice: parameter {label}"
                 )
             known.add(id(parameter))
-        self._build_plan([*self.param_groups, group])
+        try:
+            self._build_plan([*self.param_groups, group])
+        except Exception:
+            self.state.forget_empty(group["params"])
+            raise
         self.param_groups.append(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise if a group's hyperparameters are invalid."""
 
     def _build_plan(self, groups: list[dict[str, Any]]) -> None:
+        for i, group in enumerate(groups):
+            params = group["params"]
+            if not isinstance(params, list) or not all(isinstance(p, Parameter) for p in params):
+                raise TypeError(
+                    f"param_groups[{i}]['params']: expected a list of Parameters, got {params!r}"
+                )
         parameters = chain.from_iterable(group["params"] for group in groups)
         self._plan.build(groups, [self.state[parameter].slot for parameter in parameters])
 
@@ -218,9 +236,11 @@ class Optimizer:
         Args:
             set_to_none: forget the gradients rather than zeroing them in place; the parameters are then
                 skipped until they get new ones. Gradients in a ParameterBuffer are always zeroed.
+
+        Raises:
+            ValueError: if a gradient to be zeroed is read-only; before any is cleared.
         """
-        for group in self.param_groups:
-            _core.zero_grads(group["params"], set_to_none)
+        _core.zero_grads(self.param_groups, set_to_none)
 
     # The step
 
@@ -239,11 +259,11 @@ class Optimizer:
                 if i in positions
             ]
             for (parameter, _), momentum in zip(missing, _new_momentum(missing), strict=True):
-                self.state[parameter].slot.set(momentum, initialized=False)
+                self.state[parameter].slot.reserve(momentum)
 
     def _step_with_hooks(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Call the hooks around the closure and the update."""
-        args: tuple[Any, ...] = () if closure is None else (closure,)
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         for hook in self._step_pre_hooks.values():
             replaced = hook(self, args, kwargs)
             if replaced is not None:
@@ -252,7 +272,7 @@ class Optimizer:
                         f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but got {replaced}"
                     )
                 args, kwargs = replaced
-        closure = args[0] if args else kwargs.get("closure")
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         loss = None if closure is None else closure()
         self._run(kwargs.get("grads"), kwargs.get("zero_grad", False))
         for hook in self._step_post_hooks.values():
@@ -262,7 +282,10 @@ class Optimizer:
     # Hooks
 
     def register_step_pre_hook(self, hook: Hook) -> HookHandle:
-        """Call ``hook(optimizer, args, kwargs)`` before each step; it may return new (args, kwargs)."""
+        """Call ``hook(optimizer, args, kwargs)`` before each step; it may return new (args, kwargs).
+
+        As in torch, ``args[0]`` is the optimizer; the closure, if there is one, is ``args[1]``.
+        """
         return HookHandle(self._step_pre_hooks, hook)
 
     def register_step_post_hook(self, hook: Hook) -> HookHandle:
@@ -318,6 +341,7 @@ class Optimizer:
             ValueError: if the groups do not match this optimizer's, or a momentum buffer does not have
                 its parameter's shape. The optimizer is then as it was.
         """
+        state_dict = dict(state_dict)  # so that hooks may change it
         for hook in self._load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -343,7 +367,7 @@ class Optimizer:
                 **copy.deepcopy({k: v for k, v in other.items() if k != "params"}),
             }
             if "param_names" in own:
-                group["param_names"] = own["param_names"]
+                group.setdefault("param_names", own["param_names"])
             group["params"] = own["params"]
             self._check_group(group)
             groups.append(group)
@@ -385,20 +409,23 @@ class Optimizer:
             for p, values in state["state"].items()
             if "momentum_buffer" in values
         }
-        # Through _new_momentum, so that the momentum of a buffer is one flat array again.
+        # Through _new_momentum, so that the momentum of a buffer is one flat array again, and every other laid
+        # out like its parameter: pickle keeps some orders of axes and not others.
         storage = _new_momentum([(p, array.dtype) for p, array in momenta.items()])
         for parameter, values in state["state"].items():
-            self.state[parameter].update(values)
+            self.state[parameter].update(
+                {k: v for k, v in values.items() if k != "momentum_buffer"}
+            )
         for (parameter, array), momentum in zip(momenta.items(), storage, strict=True):
             momentum[...] = array
             self.state[parameter]["momentum_buffer"] = momentum
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} ("]
+        text = f"{type(self).__name__} ("
         for i, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {i}")
-            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
-        return "\n".join([*lines, ")"])
+            text += f"\nParameter Group {i}\n"
+            text += "".join(f"    {key}: {group[key]}\n" for key in sorted(group) if key != "params")
+        return text + ")"
 
 
 def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
@@ -452,7 +479,7 @@ def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Arr
     momenta: list[Array] = []
     for parameter, dtype in parameters:
         if parameter.buffer is None:
-            momenta.append(np.empty_like(parameter.data, dtype=dtype))
+            momenta.append(np.empty_like(parameter.data, dtype=dtype, subok=False))
             continue
         key = id(parameter.buffer), dtype
         start = starts[key]

@@ -17,6 +17,9 @@ from sgdcore._arrays import Array, storage_dtype
 __all__ = ["Parameter", "ParameterBuffer"]
 
 
+_CPU = (1, 0)  # DLPack's device: kDLCPU, and the only one of its kind
+
+
 class Parameter(_core.Parameter):
     """An array that an optimizer updates in place, and its gradient.
 
@@ -44,6 +47,8 @@ class Parameter(_core.Parameter):
     """
 
     def __init__(self, data: Any, name: str = "") -> None:
+        if isinstance(data, np.generic):  # it offers its buffer, but only to read a copy from
+            raise TypeError(f"data: expected a NumPy array, got {type(data).__name__} {data!r}")
         super().__init__(data, name=name)
 
     @property
@@ -64,13 +69,18 @@ class Parameter(_core.Parameter):
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
         return np.array(self.data, dtype=dtype, copy=copy)
 
-    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> object:
-        return _core.to_dlpack(
-            self.data, versioned=max_version is not None and max_version >= (1, 0)
-        )
+    def __dlpack__(
+        self,
+        *,
+        stream: None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        return _export(self.data, stream, max_version, dl_device, copy)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)  # kDLCPU
+        return _CPU
 
     def __repr__(self) -> str:
         name = f"name={self.name!r}, " if self.name else ""
@@ -179,9 +189,11 @@ class ParameterBuffer(Mapping[str, Parameter]):
             start = part.stop
             view, grad_view = self.data[part].reshape(shape), self.grad[part].reshape(shape)
             self._parameters[name] = _BufferParameter(self, name, view, grad_view)
-        for name, array in arrays.items():
+        # All that lies in the given memory itself is read before anything is written there.
+        values = {n: np.array(v, copy=np.may_share_memory(v, self.data)) for n, v in arrays.items()}
+        for name, array in values.items():
             # Between storage types; NumPy counts bfloat16 as no kind of float, hence "unsafe".
-            np.copyto(self[name].data, np.asarray(array), casting="unsafe")
+            np.copyto(self[name].data, array, casting="unsafe")
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -214,13 +226,18 @@ class ParameterBuffer(Mapping[str, Parameter]):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> object:
-        return _core.to_dlpack(
-            self.data, versioned=max_version is not None and max_version >= (1, 0)
-        )
+    def __dlpack__(
+        self,
+        *,
+        stream: None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        return _export(self.data, stream, max_version, dl_device, copy)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)  # kDLCPU
+        return _CPU
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name!r}: {p.shape}" for name, p in self.items())
@@ -250,6 +267,22 @@ def _restore_buffer(
     for name in without_grad:
         buffer[name].grad = None
     return buffer
+
+
+def _export(
+    array: Array,
+    stream: None,
+    max_version: tuple[int, int] | None,
+    dl_device: tuple[int, int] | None,
+    copy: bool | None,
+) -> object:
+    """What the array API's standard demands of ``__dlpack__``."""
+    if stream is not None:
+        raise BufferError(f"stream: memory on the CPU has none, got {stream!r}")
+    if dl_device is not None and tuple(dl_device) != _CPU:
+        raise BufferError(f"dl_device: expected the CPU, {_CPU}, got {dl_device!r}")
+    versioned = max_version is not None and max_version >= (1, 0)
+    return _core.to_dlpack(array.copy("K") if copy else array, versioned=versioned)
 
 
 def _shape_of(name: Any, value: Any) -> tuple[int, ...]:

@@ -129,11 +129,11 @@ class SGD(Optimizer):
         if not lr >= 0:
             raise ValueError(f"Invalid learning rate: {group['lr']}")
         if not momentum >= 0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
         if not weight_decay >= 0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
         if math.isnan(dampening):
-            raise ValueError(f"Invalid dampening value: {dampening}")
+            raise ValueError(f"Invalid dampening value: {group['dampening']}")
         if group["nesterov"] and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if group.get("momentum_dtype") is not None:
@@ -149,6 +149,8 @@ def _number(name: str, value: Any) -> float:
             )
         value = value.item()
     try:
-        return float(value)
+        if not isinstance(value, str | bytes):  # which float() would parse, but a step does not
+            return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+        pass
+    raise TypeError(f"{name}: expected a number, got {value!r}")

@@ -1,0 +1,370 @@
+"""Stochastic gradient descent in NumPy: the definition of what sgdcore computes.
+
+Read `sgd_update` to learn the algorithm. Every other implementation in sgdcore, for every storage
+dtype, instruction set and device, must give the same bits as this one. That is possible because
+each operation rounds in one specified way. One of them, `fma`, the multiply-add with a single
+rounding, is missing in NumPy and is built here from operations that are not.
+
+Nothing here is fast, and nothing here needs the compiled part of the package: the standard library
+and NumPy are enough. Arrays of dtype bfloat16 come from whichever package registers that dtype with
+NumPy (such as ml_dtypes); they are recognised by the dtype's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+__all__ = ["ReferenceSGD", "compute_dtype", "fma", "sgd_update"]
+
+Array = NDArray[Any]
+
+STORAGE_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+# --- The algorithm --------------------------------------------------------------------------------
+
+
+def compute_dtype(*dtypes: DTypeLike) -> np.dtype[Any]:
+    """The dtype that an update is computed in, given the dtypes its operands are stored in.
+
+    Equation::
+
+        float64 if any operand is stored as float64, else float32
+
+    Every operand converts to it without rounding.
+
+    Args:
+        *dtypes: storage dtypes: float64, float32, float16 or bfloat16.
+
+    Raises:
+        TypeError: a dtype is not one of the four.
+
+    Example:
+        >>> compute_dtype("float16", "float32")
+        dtype('float32')
+        >>> compute_dtype("float16", "float64")
+        dtype('float64')
+
+    Source: sgdcore's own rule. The formats are those of IEEE 754-2019, and bfloat16, which is the
+    upper half of a float32.
+    """
+    names = [np.dtype(dtype).name for dtype in dtypes]
+    for name in names:
+        if name not in STORAGE_DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(STORAGE_DTYPES)}, got {name}")
+    return np.dtype(np.float64 if "float64" in names else np.float32)
+
+
+def sgd_update(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    momentum_dtype: DTypeLike | None = None,
+) -> tuple[Array, Array | None]:
+    """One step of stochastic gradient descent on one tensor: its new values, its new momentum.
+
+    Equations, for each element with parameter p, gradient g and momentum b::
+
+        g = -g                                          if maximize
+        g = fma(weight_decay, p, g)                     if weight_decay != 0
+        b = g                                           if momentum != 0, on the first step
+        b = fma(1 - dampening, g, round(momentum * b))  if momentum != 0, on later steps
+        g = fma(momentum, b, g)                         if momentum != 0 and nesterov
+        g = b                                           if momentum != 0 and not nesterov
+        p = fma(-lr, g, p)
+
+    All of it happens in the compute dtype (see `compute_dtype`). Operands are converted to it
+    exactly; the coefficients, among them ``1 - dampening`` and ``-lr``, are formed in double
+    precision and then rounded to it. At the end p and b are rounded to their storage dtypes, once.
+
+    Args:
+        param: array of any shape; float64, float32, float16 or bfloat16.
+        grad: array of param's shape; any of these dtypes.
+        momentum_buffer: array of param's shape and any of these dtypes, or None, which makes this
+            the first step. Default None. If momentum is 0, it is returned as it is.
+        lr: learning rate.
+        momentum: the part of the buffer that survives a step. Default 0: no momentum.
+        dampening: the part of the gradient that an existing buffer does not receive. Default 0.
+        weight_decay: coefficient of the L2 penalty. Default 0.
+        nesterov: move along the gradient plus momentum times the buffer, rather than along the
+            buffer. Default False.
+        maximize: ascend instead of descend. Default False.
+        momentum_dtype: dtype of a buffer made by the first step. Default None: param's dtype.
+
+    Returns:
+        The new parameter and the new momentum buffer, or None if there is none. They are new arrays
+        (except a buffer that is returned as it is); the inputs are untouched.
+
+    Raises:
+        TypeError: an array's dtype is not a storage dtype.
+        ValueError: grad or momentum_buffer has another shape than param.
+
+    Example:
+        >>> param = np.array([1.0, -2.0])
+        >>> param, buffer = sgd_update(param, np.array([0.5, 0.5]), lr=0.5, momentum=0.5)
+        >>> param, buffer
+        (array([ 0.75, -2.25]), array([0.5, 0.5]))
+        >>> sgd_update(param, np.array([0.25, 0.0]), buffer, lr=0.5, momentum=0.5)
+        (array([ 0.5  , -2.375]), array([0.5 , 0.25]))
+
+    Source: momentum after Polyak (1964), "Some methods of speeding up the convergence of iteration
+    methods"; Nesterov's form after Sutskever, Martens, Dahl and Hinton (2013), "On the importance
+    of initialization and momentum in deep learning". The order of operations and the roundings are
+    those of ``torch.optim.SGD(foreach=False)`` for float32 and float64 on a processor with fused
+    multiply-add.
+    """
+    if grad.shape != param.shape:
+        raise ValueError(f"grad must have param's shape {param.shape}, got {grad.shape}")
+    operand_dtypes = [param.dtype, grad.dtype]
+    if momentum != 0:
+        if momentum_buffer is None:
+            buffer_dtype = np.dtype(param.dtype if momentum_dtype is None else momentum_dtype)
+        elif momentum_buffer.shape == param.shape:
+            buffer_dtype = momentum_buffer.dtype
+        else:
+            raise ValueError(
+                f"momentum_buffer must have param's shape {param.shape}, "
+                f"got {momentum_buffer.shape}"
+            )
+        operand_dtypes.append(buffer_dtype)
+    compute = compute_dtype(*operand_dtypes)
+
+    # Overflow, underflow and invalid operations have defined results here; they need no warning.
+    with np.errstate(all="ignore"):
+        minus_lr = compute.type(-float(lr))
+        momentum_factor = compute.type(momentum)
+        one_minus_dampening = compute.type(1.0 - float(dampening))
+        weight_decay_factor = compute.type(weight_decay)
+
+        p = param.astype(compute)
+        g = grad.astype(compute)
+        if maximize:
+            g = -g
+        # A term whose coefficient is zero is left out, not multiplied: 0 * inf would be nan. What
+        # decides is the coefficient as given, even if it rounds to zero in the compute dtype.
+        if weight_decay != 0:
+            g = fma(weight_decay_factor, p, g)
+        if momentum != 0:
+            if momentum_buffer is None:
+                b = g
+            else:
+                b = fma(one_minus_dampening, g, momentum_factor * momentum_buffer.astype(compute))
+            momentum_buffer = _round_to(buffer_dtype, b)
+            # b itself stays unrounded: a coarsely stored buffer does not make this step coarse.
+            g = fma(momentum_factor, b, g) if nesterov else b
+        p = fma(minus_lr, g, p)
+        return _round_to(param.dtype, p), momentum_buffer
+
+
+class ReferenceSGD:
+    """Stochastic gradient descent over a list of arrays, for tests and for reading.
+
+    Equation, for each array whose gradient is not None::
+
+        param, momentum_buffer = sgd_update(param, grad, momentum_buffer, **hyper)
+
+    Being at the first step is a property of each array: its buffer comes with its first gradient.
+
+    Args:
+        params: arrays of any shapes; float64, float32, float16 or bfloat16. They are copied.
+        **hyper: the keyword arguments of `sgd_update`, with its defaults; ``lr`` is required.
+
+    Attributes:
+        params: the current parameters.
+        momentum_buffers: for each parameter its buffer, or None as long as there is none.
+        hyper: the keyword arguments; they may be changed between steps.
+
+    Raises:
+        TypeError: from `step`, as `sgd_update` does.
+        ValueError: from `step`, as `sgd_update` does, or if there are not as many gradients as
+            parameters.
+
+    Example:
+        >>> sgd = ReferenceSGD([np.array([1.0]), np.array([2.0])], lr=0.5)
+        >>> sgd.step([np.array([1.0]), None])
+        >>> sgd.params
+        [array([0.5]), array([2.])]
+
+    Source: see `sgd_update`.
+    """
+
+    def __init__(self, params: Sequence[Array], **hyper: Any) -> None:
+        self.params = [param.copy() for param in params]
+        self.momentum_buffers: list[Array | None] = [None] * len(self.params)
+        self.hyper = hyper
+
+    def step(self, grads: Sequence[Array | None]) -> None:
+        """Update each parameter by its gradient; where that is None, leave everything as it is."""
+        if len(grads) != len(self.params):
+            raise ValueError(f"grads must have {len(self.params)} entries, got {len(grads)}")
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                self.params[index], self.momentum_buffers[index] = sgd_update(
+                    self.params[index], grad, self.momentum_buffers[index], **self.hyper
+                )
+
+
+# --- Rounding -------------------------------------------------------------------------------------
+
+
+def fma(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> Array:
+    """Fused multiply-add: a * b + c of each element, rounded once.
+
+    Equation::
+
+        fma(a, b, c) = round(a * b + c)         to nearest, ties to even
+
+    The sum is exact before it is rounded. So the result is that of a processor's fused multiply-add
+    in every case: subnormal numbers, overflow, infinities, nan, and the signs of zeros. (Only the
+    payload and sign of a nan are not defined.)
+
+    Args:
+        a: array or NumPy scalar; float32 or float64.
+        b: the same dtype; the shapes broadcast.
+        c: the same dtype; the shapes broadcast.
+
+    Raises:
+        TypeError: the dtypes differ, or are neither float32 nor float64.
+
+    Example:
+        The square of 1 + 2**-30 ends in 2**-60. The product drops it, the fused operation sees it:
+
+        >>> a = np.array([1 + 2**-30])
+        >>> fma(a, a, -(a * a)) == 2**-60
+        array([ True])
+
+    Source: Boldo and Melquiond (2008), "Emulation of a FMA and correctly rounded sums: proved
+    algorithms using rounding to odd".
+    """
+    a, b, c = np.asarray(a), np.asarray(b), np.asarray(c)
+    if not a.dtype == b.dtype == c.dtype:
+        raise TypeError(f"a, b and c must have one dtype, got {a.dtype}, {b.dtype} and {c.dtype}")
+    if a.dtype not in (np.float32, np.float64):
+        raise TypeError(f"a, b and c must be float32 or float64, got {a.dtype}")
+    a, b, c = np.broadcast_arrays(a, b, c)
+    with np.errstate(all="ignore"):
+        return _fma_float32(a, b, c) if a.dtype == np.float32 else _fma_float64(a, b, c)
+
+
+def _fma_float32(a: Array, b: Array, c: Array) -> Array:
+    """`fma` for float32, by way of float64, where no product of two float32 over- or underflows."""
+    # Two significands of 24 bits make one of at most 48: the product is exact.
+    product = a.astype(np.float64) * b.astype(np.float64)
+    # The sum may need more than 53 bits. Rounded to nearest here, it could become a tie for the
+    # second rounding without being one; rounded to odd, it cannot.
+    return _add_to_odd(product, c.astype(np.float64)).astype(np.float32)
+
+
+def _fma_float64(a: Array, b: Array, c: Array) -> Array:
+    """`fma` for float64, by whichever method is right for an element."""
+    # A product with an infinity, a nan or a zero needs no rounding, so only the sum rounds.
+    product_is_exact = ~(np.isfinite(a) & np.isfinite(b)) | (a == 0) | (b == 0)
+    # Otherwise the product is finite (even where a * b overflows) and changes no infinity or nan.
+    result_is_c = ~np.isfinite(c)
+    # With moderate factors the error-free transformations work, whatever c is. The product's last
+    # bit is worth at least 2**-960 * 2**-104, which float64 can still represent; and the product is
+    # at most 2**960, which is too small to make any c overflow.
+    smaller, larger = np.minimum(np.abs(a), np.abs(b)), np.maximum(np.abs(a), np.abs(b))
+    is_moderate = (smaller >= 2.0**-480) & (larger <= 2.0**480)
+
+    result: Array = np.where(
+        product_is_exact, a * b + c, np.where(result_is_c, c, _fma_of_moderate_float64(a, b, c))
+    )
+    for index in np.argwhere(~(product_is_exact | result_is_c | is_moderate)):
+        element = tuple(index)
+        result[element] = _fma_of_rationals(float(a[element]), float(b[element]), float(c[element]))
+    return result
+
+
+def _fma_of_moderate_float64(a: Array, b: Array, c: Array) -> Array:
+    """`fma` for float64 with factors of moderate magnitude, by error-free transformations."""
+    # Rewrite a * b + c as large + middle + small, losing nothing.
+    product, product_error = _two_product(a, b)
+    middle, small = _two_sum(product_error, c)
+    large, middle = _two_sum(product, middle)
+    # The last addition rounds to nearest. The one before it rounds to odd, so that what it drops
+    # still tells the last one on which side of a tie it is.
+    result: Array = large + _add_to_odd(middle, small)
+    return result
+
+
+def _fma_of_rationals(a: float, b: float, c: float) -> float:
+    """`fma` for finite numbers with a * b != 0, in rational arithmetic: right everywhere."""
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    try:
+        # Python rounds the quotient of two integers correctly, subnormal results included.
+        return exact.numerator / exact.denominator
+    except OverflowError:
+        return float("inf") if exact > 0 else float("-inf")
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded sum and its error: a + b == sum + error, exactly (Knuth's TwoSum).
+
+    Where the sum is infinite or nan, the error is nan.
+    """
+    rounded = a + b
+    b_part = rounded - a
+    a_part = rounded - b_part
+    return rounded, (a - a_part) + (b - b_part)
+
+
+def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded float64 product and its error: a * b == product + error, exactly (Dekker)."""
+    rounded = a * b
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(b)
+    # Products of halves are exact, and so are these additions in this order.
+    return rounded, (a_high * b_high - rounded) + a_high * b_low + a_low * b_high + a_low * b_low
+
+
+def _split(a: Array) -> tuple[Array, Array]:
+    """Two float64 of at most 26 significant bits each, whose sum is a, exactly (Veltkamp)."""
+    shifted = (2.0**27 + 1) * a
+    high = shifted - (shifted - a)
+    return high, a - high
+
+
+def _add_to_odd(a: Array, b: Array) -> Array:
+    """Add float64, rounding to odd."""
+    return _to_odd(*_two_sum(a, b))
+
+
+def _to_odd(nearest: Array, error: Array) -> Array:
+    """Round to odd, given the result of rounding to nearest and the error this made.
+
+    Of the two numbers around an inexact value, rounding to odd takes the one whose last bit is 1.
+    In a format at least two bits shorter, such a number is neither representable nor halfway
+    between two representable ones. So rounding it once more, to that format, gives the same as
+    rounding the exact value directly.
+    """
+    bits: Array = nearest.view(np.int64 if nearest.dtype == np.float64 else np.int32)
+    # Magnitudes order like their bits, infinity included, so the neighbour is one step away.
+    away_from_zero = np.signbit(nearest) == np.signbit(error)
+    neighbour = np.where(away_from_zero, bits + 1, bits - 1)
+    # Both comparisons are false for the nan that stands for the error of an infinity or nan.
+    is_inexact = (error < 0) | (error > 0)
+    rounded: Array = np.where(is_inexact & (bits & 1 == 0), neighbour, bits)
+    return rounded.view(nearest.dtype)
+
+
+def _round_to(dtype: np.dtype[Any], value: Array) -> Array:
+    """Make an array of a storage dtype, each element rounded once, to nearest, ties to even."""
+    if value.dtype == np.float64 and dtype.name == "bfloat16":
+        # The conversion between these two may pass through float32 and round twice. Rounding to
+        # odd on that way makes the second rounding the only one that counts.
+        nearest = value.astype(np.float32)
+        value = _to_odd(nearest, value - nearest)
+    return np.array(value, dtype=dtype)
