@@ -7,11 +7,32 @@
 #include "cpu/run.hpp"
 
 namespace sgdcore {
+namespace {
+
+bool known(DType dtype) { return static_cast<int>(dtype) < dtype_count; }
+
+/// True if the axes are positive and multiply to `size`.
+bool axes_match(std::span<const Axis> axes, std::int64_t size) {
+    if (axes.size() > max_dimensions) return false;
+    for (const Axis& axis : axes) {
+        if (axis.length <= 0 || size % axis.length != 0) return false;
+        size /= axis.length;
+    }
+    return size == 1;
+}
+
+}  // namespace
 
 void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
     for (const TensorRef& tensor : tensors) {
         if (tensor.hyper >= hypers.size()) throw std::invalid_argument("step: hyperparameter index out of range");
         if (tensor.size < 0) throw std::invalid_argument("step: negative tensor size");
+        if (!known(tensor.param_dtype) || !known(tensor.grad_dtype) || !known(tensor.momentum_dtype)) {
+            throw std::invalid_argument("step: unknown storage type");
+        }
+        if (tensor.size > 0 && !tensor.grad_axes.empty() && !axes_match(tensor.grad_axes, tensor.size)) {
+            throw std::invalid_argument("step: the gradient's axes do not match the tensor's size");
+        }
         const bool needs_momentum = hypers[tensor.hyper].momentum != 0;
         if (tensor.size > 0 &&
             (tensor.param == nullptr || tensor.grad == nullptr || (needs_momentum && tensor.momentum == nullptr))) {

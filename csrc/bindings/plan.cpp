@@ -244,7 +244,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
         for (std::size_t i = 0; i < entries_.size(); ++i) {
             Entry& entry = entries_[i];
             if (used_grads_[i] == nullptr) continue;
-            if (!given && !rebound && entry.grad_version == entry.parameter->grad_version) continue;
+            if (!given && entry.grad_version == entry.parameter->grad_version) continue;
             check_against_writes(i, *used_grads_[i]);
             if (!given) entry.grad_version = entry.parameter->grad_version;
         }
@@ -304,6 +304,7 @@ void Plan::collect_writes() {
     for (Entry& entry : entries_) {
         entry.data_version = entry.parameter->data_version;
         entry.momentum_version = entry.slot->version;
+        entry.grad_version = entry.parameter->grad_version - 1;  // not compared with these ranges yet
     }
 }
 
@@ -344,6 +345,9 @@ void Plan::check_disjoint_grads() {
 }
 
 void Plan::refuse_overlap(const Range& a, const Range& b) const {
+    if (a.entry != b.entry && entries_[a.entry].parameter == entries_[b.entry].parameter) {
+        throw py::value_error("some parameters appear in more than one parameter group, or twice: " + label(a.entry));
+    }
     throw py::value_error(std::string("params: the ") + a.kind + " of " + label(a.entry) + " and the " + b.kind +
                           " of " + label(b.entry) + " overlap in memory");
 }

@@ -6,6 +6,7 @@
 #include "run.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "dispatch.hpp"
@@ -59,6 +60,22 @@ class StridedGradient {
         walk(count, [&](std::byte* element) { std::memset(element, 0, item_); });
     }
 
+    /// False if no two elements share memory: every axis steps over all that the shorter-stepping ones reach.
+    static bool may_overlap(const TensorRef& tensor) {
+        const std::span<const Axis> axes = tensor.grad_axes;
+        for (std::size_t i = 0; i < axes.size(); ++i) {
+            if (axes[i].length == 1) continue;
+            const std::int64_t step = std::abs(axes[i].stride);
+            std::int64_t reach = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
+            for (std::size_t j = 0; j < axes.size(); ++j) {
+                const std::int64_t other = std::abs(axes[j].stride);
+                if (other < step || (other == step && j < i)) reach += (axes[j].length - 1) * other;
+            }
+            if (step < reach) return true;
+        }
+        return false;
+    }
+
   private:
     template <class Visit>
     void walk(std::int64_t count, Visit visit) {
@@ -98,11 +115,13 @@ void update_range(const KernelTable& kernels, const TensorRef& tensor, const Sgd
     if (!tensor.grad_axes.empty()) {
         alignas(cache_line) std::byte gathered[block_size * sizeof(double)];
         StridedGradient reader(tensor, begin), cleaner(tensor, begin);
+        // An element that others still have to read is cleared by `run`.
+        const bool clear = options.zero_grad && !StridedGradient::may_overlap(tensor);
         for (std::int64_t first = begin; first < end; first += block_size) {
             const std::int64_t count = std::min(block_size, end - first);
             reader.gather(gathered, count);
             update(first, count, gathered);
-            if (options.zero_grad) cleaner.clear(count);
+            if (clear) cleaner.clear(count);
         }
     } else if (options.zero_grad) {
         for (std::int64_t first = begin; first < end; first += block_size) {
@@ -150,6 +169,12 @@ void run(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, c
     const std::int64_t worth = total / elements_per_thread;
     const int threads = worth < 2 ? 1 : static_cast<int>(std::min<std::int64_t>(worth, num_threads()));
     run_parallel(threads, run_slice, &work);
+    if (!options.zero_grad) return;
+    for (const TensorRef& tensor : tensors) {
+        if (tensor.size > 0 && !tensor.grad_axes.empty() && StridedGradient::may_overlap(tensor)) {
+            StridedGradient(tensor, 0).clear(tensor.size);
+        }
+    }
 }
 
 }  // namespace sgdcore::cpu

@@ -97,9 +97,9 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
         return state
 
     def __setitem__(self, parameter: Parameter, value: Mapping[str, Any]) -> None:
+        state = self[parameter]
         fresh = ParameterState(parameter)
         fresh.update(value)  # raises before anything is replaced
-        state = self[parameter]
         state.clear()
         state.update(fresh)
 

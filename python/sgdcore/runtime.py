@@ -25,9 +25,12 @@ def set_num_threads(count: int) -> None:
     """Choose how many threads a large step uses; 0 follows OpenMP's setting again.
 
     Raises:
-        ValueError: if `count` is negative.
+        TypeError: if `count` is no integer.
+        ValueError: if it is negative or absurdly large.
     """
-    if count < 0:
+    if not isinstance(count, int | np.integer):
+        raise TypeError(f"count: expected an integer, got {count!r}")
+    if not 0 <= count < 2**31:
         raise ValueError(f"count: expected a number of threads, or 0 for the default, got {count}")
     _core.set_num_threads(count)
 
@@ -43,8 +46,11 @@ def set_isa(name: str | None) -> None:
     The environment variable ``SGDCORE_ISA`` does the same at start. Results do not depend on it.
 
     Raises:
+        TypeError: if `name` is neither a string nor None.
         ValueError: if this build has no such instruction set, or this machine cannot run it.
     """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"isa: expected a string or None, got {name!r}")
     _core.use_instruction_set(name or "")
 
 

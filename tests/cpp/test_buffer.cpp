@@ -1,0 +1,73 @@
+// AlignedBuffer: alignment, zeroes to the last byte, and sizes around where the memory comes from elsewhere.
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "buffer.hpp"
+#include "check.hpp"
+
+namespace sgdcore::test {
+namespace {
+
+constexpr std::size_t huge = AlignedBuffer::huge_page;
+
+bool all_zero(const AlignedBuffer& buffer) {
+    return std::all_of(buffer.data(), buffer.data() + buffer.size(), [](std::byte byte) { return byte == std::byte{0}; });
+}
+
+}  // namespace
+
+TEST(buffer, is_aligned_zeroed_and_writable) {
+    for (const std::size_t size : {std::size_t{0}, std::size_t{1}, std::size_t{63}, std::size_t{64}, std::size_t{65}, huge - 1,
+                                   huge, 2 * huge - 1, 2 * huge, 2 * huge + 1, 3 * huge, 5 * huge - 1}) {
+        const AlignedBuffer buffer(size);
+        const std::string text = std::to_string(size) + " bytes";
+        const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
+        CHECK(buffer.size() == size, text);
+        CHECK(address % AlignedBuffer::alignment == 0, text);
+        CHECK(size < 2 * huge || address % huge == 0, text);
+        CHECK(all_zero(buffer), text);
+        std::fill(buffer.data(), buffer.data() + size, std::byte{1});
+    }
+}
+
+TEST(buffer, memory_that_was_used_before_is_zeroed) {
+    for (const std::size_t size : {std::size_t{4096}, 3 * huge}) {
+        for (int i = 0; i < 10; ++i) {
+            const AlignedBuffer buffer(size);
+            CHECK(all_zero(buffer), std::to_string(size) + " bytes");
+            std::fill(buffer.data(), buffer.data() + size, std::byte{1});
+        }
+    }
+}
+
+TEST(buffer, large_ones_are_given_back) {
+    // More in total than any machine has: mappings that stayed would run out of address space or memory.
+    for (int i = 0; i < 20'000; ++i) {
+        const AlignedBuffer buffer((std::size_t{1} << 34) + 1);
+        buffer.data()[std::size_t{1} << 34] = std::byte{1};
+    }
+}
+
+TEST(buffer, impossible_sizes_throw) {
+    for (const std::size_t size : {SIZE_MAX, SIZE_MAX - 1, SIZE_MAX - 2 * huge, SIZE_MAX - 3 * huge, SIZE_MAX / 2}) {
+        CHECK_THROWS(std::bad_alloc, "", AlignedBuffer{size});
+    }
+}
+
+TEST(buffer, several_live_at_once) {
+    std::vector<std::unique_ptr<AlignedBuffer>> buffers;
+    for (std::size_t i = 0; i < 20; ++i) {
+        buffers.push_back(std::make_unique<AlignedBuffer>(i % 2 == 0 ? 100 + i : 2 * huge + i));
+        std::fill(buffers[i]->data(), buffers[i]->data() + buffers[i]->size(), static_cast<std::byte>(i));
+    }
+    for (std::size_t i = 0; i < buffers.size(); ++i) {
+        CHECK(std::all_of(buffers[i]->data(), buffers[i]->data() + buffers[i]->size(),
+                          [&](std::byte byte) { return byte == static_cast<std::byte>(i); }), std::to_string(i));
+    }
+}
+
+}  // namespace sgdcore::test

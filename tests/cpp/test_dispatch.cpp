@@ -1,0 +1,99 @@
+// Instruction sets: how one is chosen, and what is refused.
+#include <cstdlib>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+#include "check.hpp"
+#include "cpu/dispatch.hpp"
+#include "data.hpp"
+#include "step.hpp"
+
+namespace sgdcore::test {
+namespace {
+
+const cpu::InstructionSet* first_supported() {
+    for (const cpu::InstructionSet& isa : cpu::instruction_sets()) {
+        if (isa.supported()) return &isa;
+    }
+    return nullptr;
+}
+
+const char* const unknown = "no-such-set";
+
+}  // namespace
+
+TEST(dispatch, names_are_unique_and_one_is_supported) {
+    std::set<std::string_view> names;
+    for (const cpu::InstructionSet& isa : cpu::instruction_sets()) names.insert(isa.name);
+    CHECK(!names.empty() && names.size() == cpu::instruction_sets().size());
+    CHECK(first_supported() != nullptr);
+    CHECK(cpu::instruction_sets().back().supported(), "the least demanding one is the build's baseline");
+}
+
+TEST(dispatch, tables_are_complete) {
+    for (const cpu::InstructionSet& isa : cpu::instruction_sets()) {
+        for (const DTypes& dtypes : all_triples()) {
+            for (int i = 0; i < SgdVariant::count; ++i) {
+                const SgdVariant variant = SgdVariant::at(i);
+                CHECK(variant.index() == i);
+                CHECK(isa.table->find(dtypes.param, dtypes.grad, dtypes.momentum, variant) != nullptr,
+                      std::string(isa.name) + ": " + describe(dtypes));
+            }
+        }
+    }
+}
+
+TEST(dispatch, the_default_is_the_first_supported) {
+    unsetenv("SGDCORE_ISA");
+    cpu::use_instruction_set("");
+    CHECK(&cpu::instruction_set() == first_supported(), std::string(cpu::instruction_set().name));
+    setenv("SGDCORE_ISA", "", 1);
+    cpu::use_instruction_set("");
+    CHECK(&cpu::instruction_set() == first_supported(), std::string(cpu::instruction_set().name));
+    unsetenv("SGDCORE_ISA");
+}
+
+TEST(dispatch, one_can_be_chosen_by_name_and_by_environment) {
+    for (const cpu::InstructionSet& isa : cpu::instruction_sets()) {
+        const std::string name(isa.name);
+        if (!isa.supported()) {
+            CHECK_THROWS(std::invalid_argument, name, cpu::use_instruction_set(name));
+            continue;
+        }
+        cpu::use_instruction_set(name);
+        CHECK(&cpu::instruction_set() == &isa, name);
+        cpu::use_instruction_set(cpu::instruction_sets().back().name);
+        setenv("SGDCORE_ISA", name.c_str(), 1);
+        cpu::use_instruction_set("");
+        CHECK(&cpu::instruction_set() == &isa, name);
+        unsetenv("SGDCORE_ISA");
+    }
+    cpu::use_instruction_set("");
+}
+
+TEST(dispatch, an_unknown_name_is_refused_and_changes_nothing) {
+    const cpu::InstructionSet& last = cpu::instruction_sets().back();
+    cpu::use_instruction_set(last.name);
+    CHECK_THROWS(std::invalid_argument, unknown, cpu::use_instruction_set(unknown));
+    // The message lists what there is.
+    CHECK_THROWS(std::invalid_argument, std::string(last.name), cpu::use_instruction_set(unknown));
+    setenv("SGDCORE_ISA", unknown, 1);
+    CHECK_THROWS(std::invalid_argument, "SGDCORE_ISA", cpu::use_instruction_set(""));
+    unsetenv("SGDCORE_ISA");
+    CHECK(&cpu::instruction_set() == &last);
+    cpu::use_instruction_set("");
+}
+
+// A group of its own: the environment is read at the first use.
+TEST(unknown_isa, the_first_step_throws_and_changes_nothing) {
+    const char* forced = std::getenv("SGDCORE_ISA");
+    if (forced == nullptr || std::string(forced) != unknown) throw Skip{std::string("needs SGDCORE_ISA=") + unknown};
+    Random random(10);
+    const SgdHyper hypers[] = {{.lr = 0.1, .momentum = 0.9}};
+    std::vector<TestTensor> tensors{{{DType::float32, DType::float32, DType::float32}, 100, 0, true, random}};
+    for (int i = 0; i < 2; ++i) CHECK_THROWS(std::invalid_argument, unknown, step_all(tensors, hypers, true));
+    tensors[0].check("unknown instruction set");
+}
+
+}  // namespace sgdcore::test
