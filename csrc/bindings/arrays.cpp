@@ -2,6 +2,7 @@
 #include "arrays.hpp"
 
 #include <algorithm>
+#include <array>
 
 #include "dlpack.hpp"
 
@@ -25,23 +26,34 @@ std::string type_name(py::handle object) { return py::cast<std::string>(py::type
                          "byte order, got " + py::cast<std::string>(py::repr(dtype)));
 }
 
-/// The positions of the axes longer than 1, slowest first by their absolute stride.
-std::vector<int> memory_order(const py::array& array) {
-    std::vector<int> order;
-    for (int axis = 0; axis < array.ndim(); ++axis) {
-        if (array.shape(axis) != 1) order.push_back(axis);
+/// Positions of axes, kept without allocation: steps with given gradients come here.
+class AxisOrder {
+  public:
+    /// The axes longer than 1, slowest first by their absolute stride, in the given order among equals.
+    explicit AxisOrder(const py::array& array) {
+        for (int axis = 0; axis < array.ndim(); ++axis) {
+            if (array.shape(axis) == 1) continue;
+            int* place = positions_.data() + count_++;
+            for (; place != begin() && std::abs(array.strides(place[-1])) < std::abs(array.strides(axis)); --place) {
+                *place = place[-1];
+            }
+            *place = axis;
+        }
     }
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int a, int b) { return std::abs(array.strides(a)) > std::abs(array.strides(b)); });
-    return order;
-}
+    const int* begin() const { return positions_.data(); }
+    const int* end() const { return begin() + count_; }
+
+  private:
+    std::array<int, max_dimensions> positions_;
+    int count_ = 0;
+};
 
 bool is_dense(const py::array& array) {
     if (array.flags() & (py::array::c_style | py::array::f_style)) return true;
     if (array.size() <= 1) return true;
     py::ssize_t expected = array.itemsize();
-    const std::vector<int> order = memory_order(array);
-    for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
+    const AxisOrder order(array);
+    for (const int* axis = order.end(); axis-- != order.begin();) {
         if (array.strides(*axis) != expected) return false;
         expected *= array.shape(*axis);
     }
@@ -108,11 +120,11 @@ void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argumen
     }
 }
 
-std::vector<Axis> axes_in_order_of(const ArrayRef& ref, const ArrayRef& like) {
+void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axis>& axes) {
     constexpr int c_order = py::array::c_style;
-    if (ref.size <= 1 || ((ref.array.flags() & c_order) && (like.array.flags() & c_order))) return {};
-    std::vector<Axis> axes;
-    for (int position : memory_order(like.array)) {
+    axes.clear();
+    if (ref.size <= 1 || ((ref.array.flags() & c_order) && (like.array.flags() & c_order))) return;
+    for (const int position : AxisOrder(like.array)) {
         const Axis axis{ref.array.shape(position), ref.array.strides(position)};
         if (!axes.empty() && axes.back().stride == axis.stride * axis.length) {
             axes.back() = {axes.back().length * axis.length, axis.stride};
@@ -120,8 +132,7 @@ std::vector<Axis> axes_in_order_of(const ArrayRef& ref, const ArrayRef& like) {
             axes.push_back(axis);
         }
     }
-    if (axes.size() == 1 && axes[0].stride == static_cast<std::int64_t>(item_size(ref.dtype))) return {};
-    return axes;
+    if (axes.size() == 1 && axes[0].stride == static_cast<std::int64_t>(item_size(ref.dtype))) axes.clear();
 }
 
 Extent extent_of(const ArrayRef& ref) {
@@ -141,9 +152,9 @@ Extent extent_of(const ArrayRef& ref) {
 
 bool repeats_elements(const ArrayRef& ref) {
     // Distinct if every stride steps over all that the faster axes cover.
-    const std::vector<int> order = memory_order(ref.array);
+    const AxisOrder order(ref.array);
     py::ssize_t covered = ref.array.itemsize();
-    for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
+    for (const int* axis = order.end(); axis-- != order.begin();) {
         const py::ssize_t stride = std::abs(ref.array.strides(*axis));
         if (stride < covered) return true;
         covered += stride * (ref.array.shape(*axis) - 1);

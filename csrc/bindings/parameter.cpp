@@ -8,7 +8,9 @@ namespace {
 
 void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument) {
     require_same_shape(ref, like, argument);
-    if (!axes_in_order_of(ref, like).empty()) {
+    std::vector<Axis> axes;
+    axes_in_order_of(ref, like, axes);
+    if (!axes.empty()) {
         throw py::value_error(argument.text() + ": expected strides in the order of the parameter's, " +
                               py::cast<std::string>(py::str(like.array.attr("strides"))) + ", got " +
                               py::cast<std::string>(py::str(ref.array.attr("strides"))));
@@ -62,7 +64,7 @@ void Parameter::set_grad(const py::object& array) {
         }
         ref = buffer_grad_;
     }
-    grad_axes_ = axes_in_order_of(ref, data_);
+    axes_in_order_of(ref, data_, grad_axes_);
     std::swap(grad_, ref);
     ++grad_version;
 }

@@ -180,7 +180,7 @@ void Plan::read_given(const py::object& grads) {
         GivenGrad& given = given_[i];
         given.ref = read_array(item, argument);
         require_same_shape(given.ref, entries_[i].parameter->data(), argument);
-        given.axes = axes_in_order_of(given.ref, entries_[i].parameter->data());
+        axes_in_order_of(given.ref, entries_[i].parameter->data(), given.axes);
     }
 }
 
@@ -188,7 +188,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     if (running_) throw std::runtime_error("step() is already running on this optimizer in another thread");
     running_ = true;
     const AtExit finish{[&] {
-        given_.clear();
+        for (GivenGrad& given : given_) given.ref = {};
         held_.clear();
         running_ = false;
     }};
@@ -332,11 +332,11 @@ void Plan::check_disjoint_grads() {
     }
     std::sort(grad_ranges_.begin(), grad_ranges_.end(),
               [](const Range& a, const Range& b) { return a.extent.begin < b.extent.begin; });
-    const py::object shares_memory = py::module_::import("numpy").attr("shares_memory");
     for (std::size_t i = 0; i < grad_ranges_.size(); ++i) {
         for (std::size_t j = i + 1; j < grad_ranges_.size() && overlap(grad_ranges_[i].extent, grad_ranges_[j].extent);
              ++j) {
             // Interleaved views, such as two columns of one matrix, cover the same range without a common element.
+            const py::object shares_memory = py::module_::import("numpy").attr("shares_memory");
             if (py::cast<bool>(shares_memory(grad_ranges_[i].ref->array, grad_ranges_[j].ref->array))) {
                 refuse_overlap(grad_ranges_[i], grad_ranges_[j]);
             }

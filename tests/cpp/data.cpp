@@ -164,9 +164,9 @@ void TestTensor::expect_step(std::span<const SgdHyper> hypers, bool zero_grad) {
 void TestTensor::check_array(const Array& array, const char* name, const std::string& context) const {
     for (std::size_t i = 0; i < array.expected.size(); ++i) {
         const Word word = read_word(array.dtype, array.data(), static_cast<std::int64_t>(i));
-        CHECK(same_word(array.dtype, word, array.expected[i]), context + ": " + describe(dtypes_) + ", " + name + "[" +
-                  std::to_string(i) + "] of " + std::to_string(size_) + " is " + hex(word) + ", not " +
-                  hex(array.expected[i]));
+        CHECK(same_word(array.dtype, word, array.expected[i]),
+              context + ": " + describe(dtypes_) + ", " + name + "[" + std::to_string(i) + "] of " +
+                  std::to_string(size_) + " is " + hex(word) + ", not " + hex(array.expected[i]));
     }
     const auto untouched = [](std::byte byte) { return byte == canary; };
     const std::byte *begin = array.bytes.data(), *end = begin + array.bytes.size();

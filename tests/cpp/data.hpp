@@ -23,7 +23,9 @@ class Random {
     explicit Random(std::uint64_t seed) : state_(seed) {}
     std::uint64_t bits();
     /// In [0, bound).
-    std::int64_t below(std::int64_t bound) { return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(bound)); }
+    std::int64_t below(std::int64_t bound) {
+        return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(bound));
+    }
 
   private:
     std::uint64_t state_;
@@ -73,7 +75,8 @@ class GuardedArray {
 /// they should contain.
 class TestTensor {
   public:
-    TestTensor(DTypes dtypes, std::int64_t size, std::uint32_t hyper, bool first, Random& random, std::size_t offset = 0);
+    TestTensor(DTypes dtypes, std::int64_t size, std::uint32_t hyper, bool first, Random& random,
+               std::size_t offset = 0);
 
     TensorRef ref();
     /// Takes the step that `sgdcore::step` should take.

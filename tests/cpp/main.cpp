@@ -52,8 +52,11 @@ Outcome run(const Test& test) {
     }
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     const Outcome outcome = failures > 0 ? Outcome::failed : skipped.empty() ? Outcome::passed : Outcome::skipped;
-    std::printf("%-7s %6.2f s  %s.%s", outcome == Outcome::failed ? "FAILED" : skipped.empty() ? "ok" : "skipped", seconds,
-                std::string(test.group).c_str(), test.name);
+    std::printf("%-7s %6.2f s  %s.%s",
+                outcome == Outcome::failed ? "FAILED"
+                : skipped.empty()          ? "ok"
+                                           : "skipped",
+                seconds, std::string(test.group).c_str(), test.name);
     if (failures > 0) std::printf(": %ld failed checks", failures.load());
     if (!skipped.empty()) std::printf(": %s", skipped.c_str());
     std::printf("\n");
@@ -92,7 +95,9 @@ int run_groups(const std::vector<std::string_view>& groups) {
 
 }  // namespace
 
-Registration::Registration(const char* group, const char* name, void (*body)()) { tests().push_back({group, name, body}); }
+Registration::Registration(const char* group, const char* name, void (*body)()) {
+    tests().push_back({group, name, body});
+}
 
 void fail(const char* file, int line, const std::string& what) {
     if (++failures > printed_failures) return;

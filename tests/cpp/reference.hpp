@@ -31,10 +31,14 @@ struct Format {
 
 constexpr Format format_of(DType dtype) {
     switch (dtype) {
-        case DType::float64: return {52, 11};
-        case DType::float32: return {23, 8};
-        case DType::float16: return {10, 5};
-        case DType::bfloat16: return {7, 8};
+        case DType::float64:
+            return {52, 11};
+        case DType::float32:
+            return {23, 8};
+        case DType::float16:
+            return {10, 5};
+        case DType::bfloat16:
+            return {7, 8};
     }
     return {0, 0};
 }
@@ -132,7 +136,8 @@ void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Wor
 }
 
 /// Updates one element. The arithmetic is float64 if an array that takes part is stored as float64, else float32.
-inline void update_word(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad, Word& momentum) {
+inline void update_word(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad,
+                        Word& momentum) {
     if (dtypes.param == DType::float64 || dtypes.grad == DType::float64 ||
         (hyper.momentum != 0 && dtypes.momentum == DType::float64)) {
         update_word_in<double>(dtypes, hyper, first, param, grad, momentum);
@@ -142,9 +147,10 @@ inline void update_word(const DTypes& dtypes, const SgdHyper& hyper, bool first,
 }
 
 inline std::string describe(const SgdHyper& hyper, bool first) {
-    return "lr=" + std::to_string(hyper.lr) + " momentum=" + std::to_string(hyper.momentum) + (first ? " (first)" : "") +
-           " dampening=" + std::to_string(hyper.dampening) + " weight_decay=" + std::to_string(hyper.weight_decay) +
-           (hyper.nesterov ? " nesterov" : "") + (hyper.maximize ? " maximize" : "");
+    return "lr=" + std::to_string(hyper.lr) + " momentum=" + std::to_string(hyper.momentum) +
+           (first ? " (first)" : "") + " dampening=" + std::to_string(hyper.dampening) +
+           " weight_decay=" + std::to_string(hyper.weight_decay) + (hyper.nesterov ? " nesterov" : "") +
+           (hyper.maximize ? " maximize" : "");
 }
 
 inline std::string describe(const DTypes& dtypes) {

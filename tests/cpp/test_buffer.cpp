@@ -15,14 +15,15 @@ namespace {
 constexpr std::size_t huge = AlignedBuffer::huge_page;
 
 bool all_zero(const AlignedBuffer& buffer) {
-    return std::all_of(buffer.data(), buffer.data() + buffer.size(), [](std::byte byte) { return byte == std::byte{0}; });
+    return std::all_of(buffer.data(), buffer.data() + buffer.size(),
+                       [](std::byte byte) { return byte == std::byte{0}; });
 }
 
 }  // namespace
 
 TEST(buffer, is_aligned_zeroed_and_writable) {
-    for (const std::size_t size : {std::size_t{0}, std::size_t{1}, std::size_t{63}, std::size_t{64}, std::size_t{65}, huge - 1,
-                                   huge, 2 * huge - 1, 2 * huge, 2 * huge + 1, 3 * huge, 5 * huge - 1}) {
+    for (const std::size_t size : {std::size_t{0}, std::size_t{1}, std::size_t{63}, std::size_t{64}, std::size_t{65},
+                                   huge - 1, huge, 2 * huge - 1, 2 * huge, 2 * huge + 1, 3 * huge, 5 * huge - 1}) {
         const AlignedBuffer buffer(size);
         const std::string text = std::to_string(size) + " bytes";
         const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
@@ -66,7 +67,8 @@ TEST(buffer, several_live_at_once) {
     }
     for (std::size_t i = 0; i < buffers.size(); ++i) {
         CHECK(std::all_of(buffers[i]->data(), buffers[i]->data() + buffers[i]->size(),
-                          [&](std::byte byte) { return byte == static_cast<std::byte>(i); }), std::to_string(i));
+                          [&](std::byte byte) { return byte == static_cast<std::byte>(i); }),
+              std::to_string(i));
     }
 }
 

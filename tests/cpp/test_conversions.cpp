@@ -23,7 +23,8 @@ namespace {
 class Packed {
   public:
     Packed(DType dtype, const std::vector<Word>& words) : dtype_(dtype), bytes_(words.size() * item_size(dtype)) {
-        for (std::size_t i = 0; i < words.size(); ++i) write_word(dtype, data(), static_cast<std::int64_t>(i), words[i]);
+        for (std::size_t i = 0; i < words.size(); ++i)
+            write_word(dtype, data(), static_cast<std::int64_t>(i), words[i]);
     }
     Packed(DType dtype, std::size_t size, Word word) : Packed(dtype, std::vector<Word>(size, word)) {}
 
@@ -37,8 +38,8 @@ class Packed {
 
 Word negative_zero(DType dtype) { return format_of(dtype).sign(); }
 
-void run_step(const DTypes& dtypes, Packed& param, Packed& grad, Packed& momentum, std::size_t size, const SgdHyper& hyper,
-              bool first) {
+void run_step(const DTypes& dtypes, Packed& param, Packed& grad, Packed& momentum, std::size_t size,
+              const SgdHyper& hyper, bool first) {
     TensorRef tensor{.param = param.data(), .grad = grad.data(), .momentum = momentum.data()};
     tensor.size = static_cast<std::int64_t>(size);
     tensor.param_dtype = dtypes.param;
@@ -56,16 +57,17 @@ Converted convert(DType from, const std::vector<Word>& words, DType to_param, DT
     Packed grad(from, words);
     Converted out{Packed(to_param, words.size(), negative_zero(to_param)),
                   Packed(to_momentum, words.size(), signalling_nan(to_momentum))};
-    run_step({to_param, from, to_momentum}, out.param, grad, out.momentum, words.size(), {.lr = -1, .momentum = 1}, true);
+    run_step({to_param, from, to_momentum}, out.param, grad, out.momentum, words.size(), {.lr = -1, .momentum = 1},
+             true);
     return out;
 }
 
 void check_words(DType dtype, const Packed& actual, const std::vector<Word>& expected, DType from,
                  const std::vector<Word>& source) {
     for (std::size_t i = 0; i < expected.size(); ++i) {
-        CHECK(same_word(dtype, actual[i], expected[i]),
-              std::string(dtype_name(from)) + " " + hex(source[i]) + " became " + dtype_name(dtype) + " " +
-                  hex(actual[i]) + ", not " + hex(expected[i]));
+        CHECK(same_word(dtype, actual[i], expected[i]), std::string(dtype_name(from)) + " " + hex(source[i]) +
+                                                            " became " + dtype_name(dtype) + " " + hex(actual[i]) +
+                                                            ", not " + hex(expected[i]));
     }
 }
 
@@ -200,10 +202,11 @@ TEST(conversions, double_rounding_traps) {
             }
         }
     }
-    for (const double value :
-         {0x1p-149, 0x1p-150, 0x1.8p-150, 0x1p-151, 0x1p-126, 0x1p-127, 0x1p-133, 0x1p-134, 0x1p-1022, 0x1p-1074, 0x1p-24,
-          0x1p-25, 0x1.8p-25, 0x1p-14, 65504.0, 65519.0, 65520.0, 65536.0, 0x1.fffffep127, 0x1.ffffffp127, 0x1p128,
-          0x1.fep127, 0x1.ffp127, 0x1p200, std::numeric_limits<double>::max()}) {
+    for (const double value : {0x1p-149, 0x1p-150,   0x1.8p-150, 0x1p-151,       0x1p-126,
+                               0x1p-127, 0x1p-133,   0x1p-134,   0x1p-1022,      0x1p-1074,
+                               0x1p-24,  0x1p-25,    0x1.8p-25,  0x1p-14,        65504.0,
+                               65519.0,  65520.0,    65536.0,    0x1.fffffep127, 0x1.ffffffp127,
+                               0x1p128,  0x1.fep127, 0x1.ffp127, 0x1p200,        std::numeric_limits<double>::max()}) {
         add(value);
     }
     check_conversions(DType::float64, words);

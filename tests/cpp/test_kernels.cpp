@@ -197,7 +197,8 @@ TEST(kernels, unusual_hyperparameters) {
 TEST(kernels, a_pointer_may_be_null_where_nothing_is_read) {
     const SgdHyper plain{.lr = 0.5}, with_momentum{.lr = 0.5, .momentum = 0.5};
     float param = 3, grad = 2;
-    TensorRef tensor{.param = reinterpret_cast<std::byte*>(&param), .grad = reinterpret_cast<std::byte*>(&grad), .size = 1};
+    TensorRef tensor{
+        .param = reinterpret_cast<std::byte*>(&param), .grad = reinterpret_cast<std::byte*>(&grad), .size = 1};
     step({&tensor, 1}, {&plain, 1}, {});
     CHECK(param == 2);
     tensor = TensorRef{};

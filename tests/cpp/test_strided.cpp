@@ -80,7 +80,8 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
     // A repeated element is read by all its readers before it is cleared.
     std::vector<std::byte> expected_grad = grad, expected_param = param, expected_momentum = momentum;
     for (std::int64_t i = 0; i < size; ++i) {
-        Word p = read_word(dtypes.param, param.data() + margin, i), b = read_word(dtypes.momentum, momentum.data() + margin, i);
+        Word p = read_word(dtypes.param, param.data() + margin, i),
+             b = read_word(dtypes.momentum, momentum.data() + margin, i);
         update_word(dtypes, hyper, false, p, read_word(dtypes.grad, start + offset_of(axes, i), 0), b);
         write_word(dtypes.param, expected_param.data() + margin, i, p);
         write_word(dtypes.momentum, expected_momentum.data() + margin, i, b);
@@ -105,14 +106,16 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
     }
     CHECK(grad == expected_grad, "the gradient's memory: " + text());
     const auto same_margins = [](const std::vector<std::byte>& a, const std::vector<std::byte>& b) {
-        return std::equal(a.begin(), a.begin() + margin, b.begin()) && std::equal(a.end() - margin, a.end(), b.end() - margin);
+        return std::equal(a.begin(), a.begin() + margin, b.begin()) &&
+               std::equal(a.end() - margin, a.end(), b.end() - margin);
     };
     CHECK(same_margins(param, expected_param), "written outside param: " + text());
     CHECK(same_margins(momentum, expected_momentum), "written outside momentum: " + text());
 }
 
 void check_layout(const DTypes& dtypes, const Layout& layout, const SgdHyper& hyper, bool zero_grad) {
-    check_axes(dtypes, axes_of(layout, static_cast<std::int64_t>(item_size(dtypes.grad))), hyper, zero_grad, layout.text());
+    check_axes(dtypes, axes_of(layout, static_cast<std::int64_t>(item_size(dtypes.grad))), hyper, zero_grad,
+               layout.text());
 }
 
 /// Calls visit(layout) with every order and every choice of reversed and repeated axes of a shape.
@@ -123,7 +126,8 @@ void visit_layouts(const std::vector<std::int64_t>& shape, std::int64_t gap, Vis
     const unsigned choices = 1u << shape.size();
     do {
         for (unsigned reversed = 0; reversed < choices; ++reversed) {
-            for (unsigned repeated = 0; repeated < choices; ++repeated) visit(Layout{shape, order, reversed, repeated, gap});
+            for (unsigned repeated = 0; repeated < choices; ++repeated)
+                visit(Layout{shape, order, reversed, repeated, gap});
         }
     } while (std::ranges::next_permutation(order).found);
 }
@@ -150,8 +154,15 @@ TEST(strided, block_boundary) {
     // Strided gradients are gathered in blocks of 1024 elements, which end in the middle of rows.
     std::size_t count = 0;
     const std::vector<DTypes> triples = all_triples();
-    for (const std::vector<std::int64_t>& shape :
-         {std::vector<std::int64_t>{1023}, {1024}, {1025}, {2049}, {37, 53}, {2, 1024}, {1024, 2}, {5, 7, 59}, {3, 4, 5, 41}}) {
+    for (const std::vector<std::int64_t>& shape : {std::vector<std::int64_t>{1023},
+                                                   {1024},
+                                                   {1025},
+                                                   {2049},
+                                                   {37, 53},
+                                                   {2, 1024},
+                                                   {1024, 2},
+                                                   {5, 7, 59},
+                                                   {3, 4, 5, 41}}) {
         visit_layouts(shape, 0, [&](const Layout& layout) {
             if (++count % (sanitized ? 67 : 5) != 0) return;
             for (const bool zero_grad : {false, true}) {
@@ -160,7 +171,8 @@ TEST(strided, block_boundary) {
         });
     }
     for (const DTypes& dtypes : triples) {
-        for (const bool zero_grad : {false, true}) check_layout(dtypes, {{37, 53}, {1, 0}, 1, 0, 0}, nesterov, zero_grad);
+        for (const bool zero_grad : {false, true})
+            check_layout(dtypes, {{37, 53}, {1, 0}, 1, 0, 0}, nesterov, zero_grad);
     }
 }
 
