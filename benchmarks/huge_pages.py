@@ -16,7 +16,13 @@ import sys
 import time
 
 PR_SET_THP_DISABLE = 41
-SIZES = [1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26]  # elements of float32: 1 MiB to 256 MiB an array
+SIZES = [
+    1 << 18,
+    1 << 20,
+    1 << 22,
+    1 << 24,
+    1 << 26,
+]  # elements of float32: 1 MiB to 256 MiB an array
 ROUNDS = 5
 
 

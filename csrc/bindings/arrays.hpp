@@ -54,8 +54,8 @@ void require_updatable(const ArrayRef& ref, const Argument& argument);
 /// Raises ValueError unless the two have the same shape.
 void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argument& argument);
 
-/// Makes `axes` the axes of `ref` in the memory order of the dense array `like`, adjacent ones merged; empty where `ref`
-/// has the same memory order, so that both can be read as flat arrays. The shapes must be equal.
+/// Makes `axes` the axes of `ref` in the memory order of the dense array `like`, adjacent ones merged; empty where
+/// `ref` has the same memory order, so that both can be read as flat arrays. The shapes must be equal.
 void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axis>& axes);
 
 Extent extent_of(const ArrayRef& ref);
