@@ -21,11 +21,11 @@ struct Skip {
     std::string reason;
 };
 
-/// Sanitized builds run the same kernels over fewer sizes.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-inline constexpr bool sanitized = true;
+/// Where the program runs many times slower, with sanitizers or emulated, it runs the same kernels over fewer sizes.
+#if defined(SGDCORE_TEST_REDUCED)
+inline constexpr bool reduced = true;
 #else
-inline constexpr bool sanitized = false;
+inline constexpr bool reduced = false;
 #endif
 
 }  // namespace sgdcore::test

@@ -84,7 +84,7 @@ TEST(threads, the_number_can_be_chosen_and_given_back) {
 
 TEST(threads, several_threads_step_different_tensors_at_once) {
     // Each opens parallel regions of its own; together they must neither mix up their work nor wait for each other.
-    constexpr int steps = sanitized ? 3 : 10;
+    constexpr int steps = reduced ? 3 : 10;
     cpu::set_num_threads(2);
     std::vector<std::vector<TestTensor>> models;
     for (std::uint64_t i = 0; i < 4; ++i) models.push_back(model(20 + i));
@@ -103,7 +103,7 @@ TEST(threads, several_threads_step_different_tensors_at_once) {
 }
 
 TEST(threads, the_number_may_change_while_others_step) {
-    constexpr int steps = sanitized ? 5 : 20;
+    constexpr int steps = reduced ? 5 : 20;
     std::vector<TestTensor> tensors = model(30);
     std::atomic<bool> done = false;
     std::thread other([&] {
