@@ -59,12 +59,13 @@ TEST(buffer, large_ones_are_given_back) {
     constexpr std::size_t size = 16 * huge + 1;
     const long before = address_space();
     if (before == 0) throw Skip{"the system does not tell how much address space is in use"};
-    for (int i = 0; i < 100; ++i) {
+    for (int i = 0; i < 400; ++i) {
         const AlignedBuffer buffer(size);
         buffer.data()[size - 1] = std::byte{1};
     }
-    // What is cut off to align a mapping adds up as well if it stays.
-    CHECK(address_space() - before < static_cast<long>(huge), std::to_string(address_space() - before) + " bytes stay");
+    // What is cut off to align a mapping adds up as well if it stays. An emulator or a sanitizer takes some of its own.
+    const long more = address_space() - before;
+    CHECK(more < 64L << 20, std::to_string(more) + " bytes stay");
 }
 
 TEST(buffer, impossible_sizes_throw) {
