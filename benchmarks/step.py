@@ -5,14 +5,17 @@
 Every contender of a workload takes three steps from the same start first, and their results are compared
 bit by bit (torch's fused kernel differs in the last n % 8 elements by design of its own, so it is compared to
 a rounding); then all of them are timed in turn, round after round, in this one process. Ratios of
-medians carry over to other machines; times do not. Needs torch; see CONTRIBUTING.md.
+medians (and medians of the ratios within each round) carry over to other machines; times do not. Needs torch; see
+CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -31,6 +34,15 @@ Array = NDArray[Any]
 HYPER: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
 MLP = [(64, 128), (128,), (128, 10), (10,)]  # 9,610 parameters
 GPT2 = 124_439_808  # elements, as one flat array
+
+
+def machine() -> str:
+    """Return the processor's name and the number of cores, as Linux tells them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    name = fields.get("model name", platform.processor() or platform.machine())
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')}), {os.cpu_count()} cores"
 
 
 class Contender:
@@ -151,14 +163,19 @@ def report(title: str, contenders: dict[str, Contender], results: dict[str, Any]
     for name, contender in contenders.items():
         low, _, high = statistics.quantiles(contender.seconds, n=4)
         ratio = contender.median / base.median
+        # What slows the machine for a while slows a whole round, and cancels within it.
+        paired = statistics.median(
+            a / b for a, b in zip(contender.seconds, base.seconds, strict=True)
+        )
         print(
             f"  {name:<28} {contender.median * 1e6:12.2f} us   IQR {(high - low) / contender.median:5.0%}"
-            f"   {ratio:7.2f} x {base_name}"
+            f"   {ratio:7.2f} x {base_name}   (by rounds {paired:.2f})"
         )
         results.setdefault(title, {})[name] = {
             "median_us": contender.median * 1e6,
             "iqr": (high - low) / contender.median,
             "ratio": ratio,
+            "ratio_by_rounds": paired,
         }
 
 
@@ -236,7 +253,16 @@ def main() -> int:
 
     if args.json:
         args.json.write_text(
-            json.dumps({"build": info, "torch": torch.__version__, "results": results}, indent=1)
+            json.dumps(
+                {
+                    "machine": machine(),
+                    "build": info,
+                    "torch": torch.__version__,
+                    "results": results,
+                },
+                indent=1,
+            )
+            + "\n"
         )
     return 0
 
