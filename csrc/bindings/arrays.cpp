@@ -120,17 +120,20 @@ void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argumen
     }
 }
 
+void append_axis(std::vector<Axis>& axes, std::size_t start, Axis axis) {
+    if (axes.size() > start && axes.back().stride == axis.stride * axis.length) {
+        axes.back() = {axes.back().length * axis.length, axis.stride};
+    } else {
+        axes.push_back(axis);
+    }
+}
+
 void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axis>& axes) {
     constexpr int c_order = py::array::c_style;
     axes.clear();
     if (ref.size <= 1 || ((ref.array.flags() & c_order) && (like.array.flags() & c_order))) return;
     for (const int position : AxisOrder(like.array)) {
-        const Axis axis{ref.array.shape(position), ref.array.strides(position)};
-        if (!axes.empty() && axes.back().stride == axis.stride * axis.length) {
-            axes.back() = {axes.back().length * axis.length, axis.stride};
-        } else {
-            axes.push_back(axis);
-        }
+        append_axis(axes, 0, {ref.array.shape(position), ref.array.strides(position)});
     }
     if (axes.size() == 1 && axes[0].stride == static_cast<std::int64_t>(item_size(ref.dtype))) axes.clear();
 }

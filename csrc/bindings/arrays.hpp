@@ -58,6 +58,9 @@ void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argumen
 /// `ref` has the same memory order, so that both can be read as flat arrays. The shapes must be equal.
 void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axis>& axes);
 
+/// Adds the next faster axis to those from index `start` on, merged with the last one where they form one run.
+void append_axis(std::vector<Axis>& axes, std::size_t start, Axis axis);
+
 Extent extent_of(const ArrayRef& ref);
 
 /// True if the strides may reach one element by two indices, as those of a broadcast array do.

@@ -1,5 +1,4 @@
-// The structures are the DLPack 1.0 ABI (https://dmlc.github.io/dlpack/latest/c_api.html), declared here because the
-// few we need are smaller than a dependency.
+// NumPy arrays given and taken as DLPack capsules.
 #include "dlpack.hpp"
 
 #include <cstdint>
@@ -8,30 +7,10 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "dlpack_abi.hpp"
 
 namespace sgdcore::bindings {
 namespace {
-
-struct DLDevice {
-    std::int32_t type, id;
-};
-constexpr std::int32_t device_cpu = 1;
-
-struct DLDataType {
-    std::uint8_t code, bits;
-    std::uint16_t lanes;
-};
-constexpr std::uint8_t code_float = 2, code_bfloat = 4;
-
-struct DLTensor {
-    void* data;
-    DLDevice device;
-    std::int32_t ndim;
-    DLDataType dtype;
-    std::int64_t* shape;
-    std::int64_t* strides;  // in elements; null means C order
-    std::uint64_t byte_offset;
-};
 
 struct DLManagedTensor {
     static constexpr const char *fresh = "dltensor", *used = "used_dltensor";

@@ -7,4 +7,5 @@ PYBIND11_MODULE(_core, module) {
     register_buffer(module);
     register_parameter(module);
     register_plan(module);
+    register_torch_plan(module);
 }

@@ -9,5 +9,6 @@ void register_info(pybind11::module_& module);
 void register_buffer(pybind11::module_& module);
 void register_parameter(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
+void register_torch_plan(pybind11::module_& module);
 
 }  // namespace sgdcore::bindings

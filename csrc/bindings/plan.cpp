@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../step.hpp"
+#include "hypers.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -13,59 +14,6 @@ namespace {
 // Releasing and taking back the GIL costs about as much as updating this many elements, and other threads may make us
 // wait for it.
 constexpr std::int64_t gil_release_elements = 16 * 1024;
-
-/// The keys of a parameter group, interned once.
-struct Keys {
-    PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
-};
-
-const Keys& keys() {
-    const auto intern = [](const char* text) { return PyUnicode_InternFromString(text); };
-    static const Keys interned{intern("params"),       intern("lr"),       intern("momentum"), intern("dampening"),
-                               intern("weight_decay"), intern("nesterov"), intern("maximize")};
-    return interned;
-}
-
-/// group[key], borrowed. Raises KeyError that names the group.
-PyObject* item_of(PyObject* group, PyObject* key, std::size_t index) {
-    PyObject* value = PyDict_GetItemWithError(group, key);
-    if (value == nullptr) {
-        if (PyErr_Occurred()) throw py::error_already_set();
-        throw py::key_error("param_groups[" + std::to_string(index) + "] has no '" +
-                            py::cast<std::string>(py::handle(key)) + "'");
-    }
-    return value;
-}
-
-[[noreturn]] void refuse_number(PyObject* value, PyObject* key, std::size_t index) {
-    if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_Exception)) {
-        PyErr_Clear();
-    } else {
-        throw py::error_already_set();  // such as KeyboardInterrupt
-    }
-    throw py::type_error("param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) +
-                         "']: expected a number, got " + py::cast<std::string>(py::repr(value)));
-}
-
-/// A number: a float, whatever converts to one, or an array of one element.
-double number_of(PyObject* group, PyObject* key, std::size_t index) {
-    PyObject* value = item_of(group, key, index);
-    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    py::object scalar = py::reinterpret_borrow<py::object>(value);
-    if (py::isinstance<py::array>(scalar)) {
-        if (py::reinterpret_borrow<py::array>(scalar).size() != 1) refuse_number(value, key, index);
-        scalar = scalar.attr("item")();
-    }
-    const double number = PyFloat_AsDouble(scalar.ptr());
-    if (number == -1 && PyErr_Occurred()) refuse_number(value, key, index);
-    return number;
-}
-
-bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
-    const int truth = PyObject_IsTrue(item_of(group, key, index));
-    if (truth < 0) throw py::error_already_set();
-    return truth != 0;
-}
 
 bool overlap(const Extent& a, const Extent& b) {
     return a.begin < b.end && b.begin < a.end && a.begin < a.end && b.begin < b.end;
@@ -135,7 +83,7 @@ bool Plan::matches(const py::list& param_groups) const {
             throw py::type_error("param_groups[" + std::to_string(group) + "]: expected a dict, got " +
                                  py::cast<std::string>(py::repr(dict)));
         }
-        PyObject* params = item_of(dict, keys().params, group);
+        PyObject* params = group_item(dict, keys().params, group);
         if (params != group_params_[group].ptr()) return false;
         const auto count = static_cast<std::size_t>(PyList_GET_SIZE(params));
         if (count > entries_.size() - next) return false;
@@ -147,18 +95,6 @@ bool Plan::matches(const py::list& param_groups) const {
         }
     }
     return next == entries_.size();
-}
-
-void Plan::read_hypers(const py::list& param_groups) {
-    const Keys& key = keys();
-    hypers_.clear();
-    for (std::size_t i = 0; i < group_params_.size(); ++i) {
-        PyObject* group = PyList_GetItem(param_groups.ptr(), static_cast<Py_ssize_t>(i));
-        if (group == nullptr) throw py::error_already_set();
-        hypers_.push_back({number_of(group, key.lr, i), number_of(group, key.momentum, i),
-                           number_of(group, key.dampening, i), number_of(group, key.weight_decay, i),
-                           flag_of(group, key.nesterov, i), flag_of(group, key.maximize, i)});
-    }
 }
 
 void Plan::read_given(const py::object& grads) {
@@ -194,7 +130,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
-    read_hypers(param_groups);
+    read_hypers(param_groups, hypers_);
 
     const bool given = !grads.is_none();
     if (given) read_given(grads);

@@ -55,7 +55,6 @@ class Plan {
         const ArrayRef* ref;
     };
 
-    void read_hypers(const py::list& param_groups);
     void read_given(const py::object& grads);
     /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays.
     void hold_arrays();

@@ -12,11 +12,23 @@ array([[0.95, 0.95, 0.95],
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from sgdcore._core import __version__
 from sgdcore.optimizer import Optimizer
 from sgdcore.parameter import Parameter, ParameterBuffer
 from sgdcore.runtime import build_info, get_isa, get_num_threads, set_isa, set_num_threads
 from sgdcore.sgd import SGD
+
+
+
+def __getattr__(name: str) -> Any:
+    """Import sgdcore.torch when it is first used, so that NumPy users need no torch."""
+    if name == "torch":
+        return importlib.import_module("sgdcore.torch")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "SGD",

@@ -55,3 +55,27 @@ class Plan:
     def matches(self, param_groups: list[dict[str, Any]]) -> bool: ...
     def run(self, param_groups: list[dict[str, Any]], grads: Any, zero_grad: bool) -> bool: ...
     def missing_momentum(self) -> list[int]: ...
+
+class TorchPlan:
+    def __init__(
+        self,
+        *,
+        exchange_api: Any,
+        describe: Any,
+        increment_version: Any,
+        pin: Any,
+        tensor_type: type,
+        parameter_type: type,
+        grad_descriptor: Any,
+    ) -> None: ...
+    def run(
+        self, param_groups: list[dict[str, Any]], state: Any, zero_grad: bool, grad_factor: float
+    ) -> bool: ...
+    def run_items(
+        self,
+        param_groups: list[dict[str, Any]],
+        items: list[Any],
+        grad_factor: float,
+        dry_run: bool,
+    ) -> bool: ...
+    def is_dense(self, tensor: Any) -> bool: ...

@@ -117,6 +117,7 @@ void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Wor
     C p = static_cast<C>(decode(dtypes.param, param));
     C g = static_cast<C>(decode(dtypes.grad, grad));
     if (hyper.maximize) g = -g;
+    g *= static_cast<C>(hyper.grad_factor);
     if (hyper.weight_decay != 0) g = std::fma(static_cast<C>(hyper.weight_decay), p, g);
     if (hyper.momentum != 0) {
         const C mu = static_cast<C>(hyper.momentum);
@@ -150,7 +151,7 @@ inline std::string describe(const SgdHyper& hyper, bool first) {
     return "lr=" + std::to_string(hyper.lr) + " momentum=" + std::to_string(hyper.momentum) +
            (first ? " (first)" : "") + " dampening=" + std::to_string(hyper.dampening) +
            " weight_decay=" + std::to_string(hyper.weight_decay) + (hyper.nesterov ? " nesterov" : "") +
-           (hyper.maximize ? " maximize" : "");
+           (hyper.maximize ? " maximize" : "") + " grad_factor=" + std::to_string(hyper.grad_factor);
 }
 
 inline std::string describe(const DTypes& dtypes) {

@@ -1,0 +1,46 @@
+// The DLPack 1.x ABI (https://dmlc.github.io/dlpack/latest/c_api.html), declared here because the few structures we need
+// are smaller than a dependency.
+#pragma once
+
+#include <cstdint>
+
+namespace sgdcore::bindings {
+
+struct DLDevice {
+    std::int32_t type, id;
+};
+inline constexpr std::int32_t device_cpu = 1;
+
+struct DLDataType {
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+};
+inline constexpr std::uint8_t code_float = 2, code_bfloat = 4;
+
+struct DLTensor {
+    void* data;
+    DLDevice device;
+    std::int32_t ndim;
+    DLDataType dtype;
+    std::int64_t* shape;
+    std::int64_t* strides;  // in elements; null means C order
+    std::uint64_t byte_offset;
+};
+
+/// What a framework offers to read its tensors from C, as the attribute __dlpack_c_exchange_api__ of its tensor type
+/// (since DLPack 1.2). Only the member we call has its true type.
+struct DLPackExchangeAPI {
+    static constexpr const char* capsule_name = "dlpack_exchange_api";
+    struct {
+        std::uint32_t major, minor;
+    } version;
+    DLPackExchangeAPI* previous;
+    void (*managed_tensor_allocator)();
+    void (*managed_tensor_from_py_object_no_sync)();
+    void (*managed_tensor_to_py_object_no_sync)();
+    /// Fills in `out`, which borrows from the tensor; nonzero, with a Python exception set, if it cannot.
+    int (*dltensor_from_py_object_no_sync)(void* tensor, DLTensor* out);
+    void (*current_work_stream)();
+};
+
+}  // namespace sgdcore::bindings

@@ -1,0 +1,76 @@
+// Reading the dicts of param_groups.
+#include "hypers.hpp"
+
+#include <pybind11/numpy.h>
+
+#include <string>
+
+namespace sgdcore::bindings {
+namespace {
+
+[[noreturn]] void refuse_number(PyObject* value, PyObject* key, std::size_t index) {
+    if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear();
+    } else {
+        throw py::error_already_set();  // such as KeyboardInterrupt
+    }
+    throw py::type_error("param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) +
+                         "']: expected a number, got " + py::cast<std::string>(py::repr(value)));
+}
+
+/// A number: a float, whatever converts to one, or an array of one element.
+double number_of(PyObject* group, PyObject* key, std::size_t index) {
+    PyObject* value = group_item(group, key, index);
+    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+    py::object scalar = py::reinterpret_borrow<py::object>(value);
+    if (py::isinstance<py::array>(scalar)) {
+        if (py::reinterpret_borrow<py::array>(scalar).size() != 1) refuse_number(value, key, index);
+        scalar = scalar.attr("item")();
+    }
+    const double number = PyFloat_AsDouble(scalar.ptr());
+    if (number == -1 && PyErr_Occurred()) refuse_number(value, key, index);
+    return number;
+}
+
+bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
+    const int truth = PyObject_IsTrue(group_item(group, key, index));
+    if (truth < 0) throw py::error_already_set();
+    return truth != 0;
+}
+
+}  // namespace
+
+const Keys& keys() {
+    const auto intern = [](const char* text) { return PyUnicode_InternFromString(text); };
+    static const Keys interned{intern("params"),       intern("lr"),       intern("momentum"), intern("dampening"),
+                               intern("weight_decay"), intern("nesterov"), intern("maximize")};
+    return interned;
+}
+
+PyObject* group_item(PyObject* group, PyObject* key, std::size_t index) {
+    PyObject* value = PyDict_GetItemWithError(group, key);
+    if (value == nullptr) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        throw py::key_error("param_groups[" + std::to_string(index) + "] has no '" +
+                            py::cast<std::string>(py::handle(key)) + "'");
+    }
+    return value;
+}
+
+void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers) {
+    const Keys& key = keys();
+    hypers.clear();
+    for (std::size_t i = 0; i < param_groups.size(); ++i) {
+        PyObject* group = PyList_GetItem(param_groups.ptr(), static_cast<Py_ssize_t>(i));
+        if (group == nullptr) throw py::error_already_set();
+        if (!PyDict_Check(group)) {
+            throw py::type_error("param_groups[" + std::to_string(i) + "]: expected a dict, got " +
+                                 py::cast<std::string>(py::repr(group)));
+        }
+        hypers.push_back({number_of(group, key.lr, i), number_of(group, key.momentum, i),
+                          number_of(group, key.dampening, i), number_of(group, key.weight_decay, i),
+                          flag_of(group, key.nesterov, i), flag_of(group, key.maximize, i)});
+    }
+}
+
+}  // namespace sgdcore::bindings

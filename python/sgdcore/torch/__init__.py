@@ -1,0 +1,23 @@
+"""sgdcore for PyTorch: a drop-in for torch.optim.SGD, with the same bits from one fused pass.
+
+>>> import torch, sgdcore
+>>> model = torch.nn.Linear(4, 2)
+>>> optimizer = sgdcore.torch.SGD(model.parameters(), lr=0.1, momentum=0.9)
+>>> model(torch.ones(3, 4)).sum().backward()
+>>> optimizer.step()
+"""
+
+from __future__ import annotations
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "sgdcore.torch needs PyTorch, which is not installed; sgdcore.SGD works on NumPy arrays without it"
+    ) from error
+
+from sgdcore.torch.backward import StepInBackward, step_in_backward
+from sgdcore.torch.sgd import SGD
+from sgdcore.torch.verification import Verification, verify
+
+__all__ = ["SGD", "StepInBackward", "Verification", "step_in_backward", "verify"]

@@ -1,0 +1,263 @@
+"""Steps over tensors that the core does not read by itself: turned into such as it does.
+
+The core takes dense CPU tensors of torch's own types whose momentum is there already. Everything else comes
+here: first steps, sparse and complex tensors, views with gaps, tensor subclasses, shared memory. Each parameter is
+prepared as a `_Update` whose tensors the core can read (aliases of the user's memory, or copies that are written back);
+nothing is changed before all are prepared and found acceptable.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgdcore import _core
+from sgdcore.torch._interface import STORAGE_TYPES
+
+__all__ = ["step"]
+
+_COMPLEX_MOMENTUM = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+
+
+@dataclass
+class _Update:
+    """One parameter's part of a step."""
+
+    label: str
+    parameter: Tensor  # as the user has it, as is `momentum`
+    momentum: Tensor | None
+    group: int
+    first: bool
+    # What the core is given; None if there is nothing to compute, as on the meta device.
+    arguments: tuple[Tensor, Tensor, Tensor | None] | None = None
+    # What brings the core's results back to the user's tensors, where it worked on copies.
+    write_back: list[Callable[[], object]] = field(default_factory=list)
+
+    def item(self) -> tuple[Tensor, Tensor, Tensor | None, int, bool]:
+        assert self.arguments is not None
+        return (*self.arguments, self.group, self.first)
+
+
+def step(
+    plan: _core.TorchPlan,
+    groups: list[dict[str, Any]],
+    state: Mapping[Any, Any],
+    grad_factor: float,
+) -> None:
+    """Update all parameters that have a gradient, of whatever kind they are.
+
+    Raises:
+        TypeError, ValueError: naming the parameter that cannot be updated; before anything is changed.
+    """
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        updates = [
+            _prepare(plan, group, index, position, parameter, state.get(parameter))
+            for index, group in enumerate(groups)
+            for position, parameter in enumerate(group["params"])
+            if parameter.grad is not None
+        ]
+        real = [update for update in updates if update.arguments is not None]
+        items = [update.item() for update in real]
+        if plan.run_items(groups, items, grad_factor, False):
+            for update in real:
+                for write in update.write_back:
+                    write()
+        else:
+            _step_in_sequence(plan, groups, real, grad_factor)
+        changed = []
+        for update in updates:
+            changed.append(update.parameter)
+            if update.momentum is not None:
+                state[update.parameter]["momentum_buffer"] = update.momentum
+                changed.append(update.momentum)
+        for tensor in changed:
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _step_in_sequence(
+    plan: _core.TorchPlan, groups: list[dict[str, Any]], updates: list[_Update], grad_factor: float
+) -> None:
+    """Step one parameter after the other, each seeing what those before it wrote, as torch's loop does.
+
+    For parameters that share memory with each other or with gradients.
+    """
+    for update in updates:
+        parameter, grad, momentum, group, first = update.item()
+        if not plan.run_items(
+            groups, [(parameter, grad.clone(), momentum, group, first)], grad_factor, True
+        ):
+            raise ValueError(
+                f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
+            )
+    for update in updates:
+        parameter, grad, momentum, group, first = update.item()
+        plan.run_items(
+            groups, [(parameter, grad.clone(), momentum, group, first)], grad_factor, False
+        )
+        for write in update.write_back:
+            write()
+
+
+def _prepare(
+    plan: _core.TorchPlan,
+    group: dict[str, Any],
+    index: int,
+    position: int,
+    parameter: Tensor,
+    values: Mapping[str, Any] | None,
+) -> _Update:
+    names = group.get("param_names")
+    label = f"param_groups[{index}]['params'][{position}]"
+    if names is not None and position < len(names):
+        label = f"parameter '{names[position]}'"
+
+    momentum: Tensor | None = None
+    first = False
+    if float(group["momentum"]) != 0:
+        momentum = None if values is None else values.get("momentum_buffer")
+        first = momentum is None
+        if momentum is None:
+            momentum = _new_momentum(parameter, group, label)
+    update = _Update(label, parameter, momentum, index, first)
+    if parameter.is_meta:
+        return update
+
+    grad = parameter.grad
+    assert grad is not None
+    p = _plain(parameter, label)
+    g = _plain(_placed_like(parameter, grad, label), f"the gradient of {label}")
+    b = None if momentum is None else _plain(momentum, f"the momentum buffer of {label}")
+    for tensor, what in ((p, label), (g, f"the gradient of {label}"), (b, f"momentum of {label}")):
+        if tensor is not None and tensor.device.type != "cpu":
+            raise ValueError(
+                f"{what}: expected a CPU tensor, got one on {tensor.device}; "
+                "this version of sgdcore.torch.SGD updates CPU tensors only"
+            )
+    if g.shape != p.shape:
+        raise ValueError(
+            f"the gradient of {label}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(g.shape)}"
+        )
+    if b is not None and b.shape != p.shape:
+        raise ValueError(
+            f"the momentum buffer of {label}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(b.shape)}"
+        )
+
+    if g.layout is not torch.strided:
+        if g.layout is torch.sparse_coo and _only_rows(group):
+            _prepare_rows(update, p, g, b)
+            p, g, b = update.arguments or (p, g, b)
+        else:
+            g = g.to_dense()
+    p, g, b = _real(update, p, g, b)
+    for tensor, what in ((p, label), (g, f"the gradient of {label}"), (b, f"momentum of {label}")):
+        if tensor is not None and tensor.dtype not in STORAGE_TYPES:
+            expected = ", ".join(STORAGE_TYPES.values())
+            raise TypeError(f"{what}: expected one of {expected} or complex, got {tensor.dtype}")
+    if p.is_neg() or not plan.is_dense(p):
+        p = _staged(update, p, p.resolve_neg().contiguous())
+    if b is not None and (b.is_neg() or b.stride() != p.stride()):
+        b = _staged(update, b, torch.empty_like(p, dtype=b.dtype).copy_(b))
+    update.arguments = (p, g.resolve_neg(), b)
+    return update
+
+
+def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tensor:
+    dtype = group.get("momentum_dtype") or parameter.dtype
+    if parameter.dtype.is_complex and not dtype.is_complex:
+        if dtype not in _COMPLEX_MOMENTUM:
+            raise TypeError(
+                f"momentum_dtype: expected float32 or float64 for the complex {label}, got {dtype}"
+            )
+        dtype = _COMPLEX_MOMENTUM[dtype]
+    # Zeros, for the rows that a lazy step leaves out.
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+
+def _placed_like(parameter: Tensor, grad: Tensor, label: str) -> Tensor:
+    """Return a distributed gradient with the parameter's placements."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not isinstance(parameter, distributed.DTensor):
+        return grad
+    if not isinstance(grad, distributed.DTensor):
+        raise TypeError(
+            f"the gradient of {label}: expected a DTensor as the parameter is, got {type(grad)}"
+        )
+    if grad.placements == parameter.placements and grad.device_mesh == parameter.device_mesh:
+        return grad
+    placed: Tensor = grad.redistribute(parameter.device_mesh, parameter.placements)
+    return placed
+
+
+def _plain(tensor: Tensor, label: str) -> Tensor:
+    """Return a tensor of torch's own type over the same memory: this rank's part of a DTensor."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        local = tensor._local_tensor
+        if hasattr(local, "wait"):  # a collective still under way
+            local = local.wait()
+        return _plain(local, label)
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"{label}: expected a tensor with memory of its own, or a DTensor, got {type(tensor)}"
+        )
+    return tensor.as_subclass(torch.Tensor)
+
+
+def _only_rows(group: dict[str, Any]) -> bool:
+    """Tell whether a sparse gradient leaves the rows it does not name as they are.
+
+    Always so in the lazy mode, and where the dense result is the same: p - lr * 0 is p, unless maximize turns
+    the zeros negative.
+    """
+    if group.get("sparse_mode", "dense") == "lazy":
+        return True
+    return (
+        float(group["momentum"]) == 0 and float(group["weight_decay"]) == 0 and not group["maximize"]
+    )
+
+
+def _prepare_rows(update: _Update, p: Tensor, g: Tensor, b: Tensor | None) -> None:
+    """Make the arguments copies of the rows that the sparse gradient names, to be put back afterwards."""
+    g = g.coalesce()
+    rows = tuple(g.indices())
+    p_rows = p[rows]
+    b_rows = None if b is None else b[rows]
+
+    def put_back() -> None:
+        p[rows] = p_rows
+        if b is not None:
+            b[rows] = b_rows
+
+    update.write_back.append(put_back)
+    update.arguments = (p_rows, g.values(), b_rows)
+
+
+def _real(
+    update: _Update, p: Tensor, g: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return complex tensors as real ones, over the same memory where possible; real ones as they are."""
+    if not p.is_complex():
+        return p, g, b
+    if p.is_conj():
+        p = _staged(update, p, p.resolve_conj())
+    if b is not None and b.is_conj():
+        b = _staged(update, b, b.resolve_conj())
+    return (
+        torch.view_as_real(p),
+        torch.view_as_real(g.resolve_conj()),
+        None if b is None else torch.view_as_real(b),
+    )
+
+
+def _staged(update: _Update, tensor: Tensor, copy: Tensor) -> Tensor:
+    """Return the copy, to be written back to the tensor after the step."""
+    # The innermost copy is written back first.
+    update.write_back.insert(0, lambda: tensor.copy_(copy))
+    return copy

@@ -1,0 +1,134 @@
+"""The update inside the backward pass: each parameter steps as soon as its gradient is there."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from sgdcore.torch._interface import exchange_api, new_plan
+from sgdcore.torch.sgd import SGD
+
+__all__ = ["StepInBackward", "step_in_backward"]
+
+
+class _UsedGradient(Tensor):
+    """What stands in for a gradient that was used and freed: without memory, and any use of it raises."""
+
+    @staticmethod
+    def __new__(cls, parameter: Tensor) -> _UsedGradient:
+        used: _UsedGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            parameter.shape,
+            strides=parameter.stride(),
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+        return used
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"<gradient of shape {tuple(self.shape)}, already used by step_in_backward>"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{func}: the gradient was used and freed by step_in_backward. Gradients cannot be clipped by their global "
+            "norm, unscaled or accumulated with it; call optimizer.step() after each backward pass, or remove() it"
+        )
+
+
+class StepInBackward:
+    """Returned by `step_in_backward`; `remove` makes the optimizer step by itself again. Also a context manager."""
+
+    def __init__(self, optimizer: SGD) -> None:
+        self._optimizer = optimizer
+        self._handles: list[Any] = []
+        # Of one parameter each time, so there is nothing to remember.
+        self._plan = new_plan(exchange_api(), pins=False)
+        self._stepped: list[Tensor] = []
+        for group in optimizer.param_groups:
+            self.add_group(group)
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Make the parameters of a group step in the backward pass."""
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                self._register(parameter, group)
+
+    def _register(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        used = _UsedGradient(parameter)
+        only = [parameter]
+
+        def step(parameter: Tensor) -> None:
+            optimizer = self._optimizer
+            groups = [{**group, "params": only}]
+            if not self._plan.run(groups, optimizer.state, False, 1.0):
+                optimizer._update_group(self._plan, groups)
+            parameter.grad = used
+            self._stepped.append(parameter)
+
+        self._handles.append(parameter.register_post_accumulate_grad_hook(step))
+
+    def finish_round(self) -> None:
+        """Let the parameters take new gradients; what ``optimizer.step()`` does."""
+        for parameter in self._stepped:
+            if isinstance(parameter.grad, _UsedGradient):
+                parameter.grad = None
+        self._stepped.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off again; the optimizer then steps when it is told to."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.finish_round()
+        if self._optimizer._in_backward is self:
+            self._optimizer._in_backward = None
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def step_in_backward(optimizer: SGD) -> StepInBackward:
+    """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
+
+    The gradients of all parameters are then never in memory together, and each is used while it is in the cache. The
+    training loop stays as it is: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, where ``step()`` runs the
+    hooks and schedulers' bookkeeping and lets the next backward pass begin. Hyperparameters are read at each update. The
+    numbers are those of separate steps, provided the backward pass uses no parameter after its gradient was
+    complete; autograd raises an error if it does.
+
+    Between the backward pass and ``step()``, ``p.grad`` is a placeholder without memory that raises a RuntimeError when
+    it is used: by clip_grad_norm_, or by a second backward pass that would accumulate. A GradScaler gets a
+    RuntimeError, too, but only after the parameters were updated with scaled gradients.
+
+    Args:
+        optimizer: the optimizer whose parameters are to be stepped.
+
+    Raises:
+        TypeError: if the optimizer is not a sgdcore.torch.SGD.
+        ValueError: if it is differentiable, or already steps in the backward pass, or a gradient is pending.
+    """
+    if not isinstance(optimizer, SGD):
+        raise TypeError(f"optimizer: expected a sgdcore.torch.SGD, got {type(optimizer)}")
+    if optimizer._in_backward is not None:
+        raise ValueError("optimizer: it already steps in the backward pass")
+    for group in optimizer.param_groups:
+        if group["differentiable"]:
+            raise ValueError("optimizer: differentiable=True cannot go with step_in_backward")
+        if any(parameter.grad is not None for parameter in group["params"]):
+            raise ValueError(
+                "optimizer: some parameters have gradients; call step() or zero_grad() before step_in_backward"
+            )
+    optimizer._in_backward = StepInBackward(optimizer)
+    return optimizer._in_backward  # type: ignore[no-any-return]

@@ -1,0 +1,323 @@
+"""torch.optim.SGD's interface, with the update in the core."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as _optimizer
+
+from sgdcore import _core
+from sgdcore.torch import _irregular
+from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
+
+__all__ = ["SGD"]
+
+_profiler_enabled = torch.autograd._profiler_enabled
+# The same objects for the life of the process.
+_global_pre_hooks = _optimizer._global_optimizer_pre_hooks
+_global_post_hooks = _optimizer._global_optimizer_post_hooks
+
+
+class _Kept:
+    """A momentum buffer on its way through load_state_dict, hidden from torch, which would cast it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class SGD(torch.optim.SGD):
+    """Stochastic gradient descent for torch parameters on the CPU; takes the place of torch.optim.SGD.
+
+    For each parameter p with gradient g and momentum buffer b, in the parameter's shape::
+
+        g = -g                                   if maximize
+        g = g + weight_decay * p                 if weight_decay != 0
+        b = g                                    on a parameter's first step
+        b = momentum * b + (1 - dampening) * g   afterwards
+        g = g + momentum * b  if nesterov, else b           both only if momentum != 0
+        p = p - lr * g
+
+    For float32 and float64 (and complex) parameters every bit equals torch.optim.SGD(foreach=False). bfloat16 and
+    float16 are computed in float32 and rounded once per stored value. docs/torch.md says what is equal, better,
+    and refused.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define groups, as in torch.
+        lr: learning rate, a number or a tensor of one element.
+        momentum: momentum factor.
+        dampening: dampening for momentum.
+        weight_decay: weight decay (L2 penalty), a number or a tensor of one element.
+        nesterov: use Nesterov momentum; needs a momentum and no dampening.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted and kept in the groups; there is one path here.
+        differentiable: let autograd record the step, with torch's own (slow) code.
+        momentum_dtype: type of new momentum buffers, one of float64, float32, float16, bfloat16; the
+            parameter's if None. float32 for bfloat16 parameters keeps small gradients from being rounded away.
+        sparse_mode: what a sparse gradient means. ``"dense"``: what the same gradient means as a dense tensor, so
+            that weight decay and momentum act on all rows. ``"lazy"``: only the rows that it names are touched.
+
+    Raises:
+        ValueError, TypeError: for hyperparameters out of range, worded as torch does.
+
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013,
+    in the form that torch.optim.SGD gave it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        sparse_mode: str = "dense",
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if lr < 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if momentum < 0.0:
+            raise ValueError(f"Invalid momentum value: {momentum}")
+        if weight_decay < 0.0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self._start()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "momentum_dtype": momentum_dtype,
+            "sparse_mode": sparse_mode,
+        }
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    def _start(self) -> None:
+        """Set up what is not part of a checkpoint or a pickle."""
+        self._plan = new_plan(exchange_api())
+        self._in_backward: Any = None  # the StepInBackward that steps for us
+        # Subclasses with a step() of their own are wrapped by torch, hooks and all.
+        self._observed_outside = type(self).step is not SGD.step
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # What GradScaler.step asks first: the scale and found_inf are then left to `step`.
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "GradScaler cannot be used with step_in_backward: the parameters were already updated, with "
+                "gradients that are still scaled"
+            )
+        return True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with the defaults for the hyperparameters it does not set.
+
+        Raises:
+            TypeError, ValueError: as torch does, and for an invalid momentum_dtype or sparse_mode.
+        """
+        if isinstance(param_group, dict):
+            _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if self._in_backward is not None:
+            self._in_backward.add_group(self.param_groups[-1])
+
+    # The step
+
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None, *, zero_grad: bool = False) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, zero_grad: bool = False) -> float: ...
+    def step(
+        self, closure: Callable[[], float] | None = None, *, zero_grad: bool = False
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: called first, if given, with gradients enabled, to compute the loss, which is returned.
+            zero_grad: also set every gradient to zeros, in the same pass over memory.
+
+        Raises:
+            TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
+        """
+        if closure is None and (
+            self._observed_outside
+            or not (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_pre_hooks
+                or _global_post_hooks
+                or _profiler_enabled()
+            )
+        ):
+            return self._update(zero_grad)
+        if self._observed_outside:
+            return self._update_after(closure, zero_grad)
+        return self._observed_step(closure, zero_grad)
+
+    # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _observed_step(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
+        """Step under torch's label for the profiler, with all hooks."""
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {"zero_grad": True} if zero_grad else {}
+        label = f"Optimizer.step#{type(self).__name__}.step"
+        with torch.autograd.profiler.record_function(label):
+            for pre_hook in chain(
+                _global_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
+            ):
+                replaced = pre_hook(self, args, kwargs)
+                if replaced is not None:
+                    if not (isinstance(replaced, tuple) and len(replaced) == 2):
+                        raise RuntimeError(
+                            f"{type(self).step} must return None or a tuple of (new_args, new_kwargs), "
+                            f"but got {replaced}."
+                        )
+                    args, kwargs = replaced
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            loss = self._update_after(closure, kwargs.get("zero_grad", False))
+            self._optimizer_step_code()
+            for post_hook in chain(
+                self._optimizer_step_post_hooks.values(), _global_post_hooks.values()
+            ):
+                post_hook(self, args, kwargs)
+        return loss
+
+    def _update_after(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update(zero_grad)
+        return loss
+
+    def _update(self, zero_grad: bool) -> None:
+        if self._in_backward is not None:
+            self._in_backward.finish_round()
+            return
+        attributes = self.__dict__
+        grad_factor = 1.0
+        if "found_inf" in attributes or "grad_scale" in attributes:
+            # GradScaler's, for the time of one step.
+            found_inf, scale = attributes.get("found_inf"), attributes.get("grad_scale")
+            if found_inf is not None and float(found_inf) != 0:
+                if zero_grad:
+                    self.zero_grad(set_to_none=False)
+                return
+            if scale is not None:
+                # As GradScaler.unscale_ computes it.
+                grad_factor = float(torch.as_tensor(scale).double().reciprocal().float())
+        if not self._plan.run(self.param_groups, self.state, zero_grad, grad_factor):
+            self._update_irregular(grad_factor)
+            if zero_grad:
+                self.zero_grad(set_to_none=False)
+
+    def _update_irregular(self, grad_factor: float) -> None:
+        if any(group["differentiable"] for group in self.param_groups):
+            # Written by torch, and recorded by autograd as a graph of tensor operations.
+            step = torch.optim.SGD.step
+            if getattr(step, "hooked", False):  # by torch, which would call our hooks a second time
+                step = step.__wrapped__  # type: ignore[attr-defined]
+            step(self)
+        else:
+            _irregular.step(self._plan, self.param_groups, self.state, grad_factor)
+
+    def _update_group(self, plan: _core.TorchPlan, groups: list[dict[str, Any]]) -> None:
+        """Step what `plan.run` refused."""
+        _irregular.step(plan, groups, self.state, 1.0)
+
+    # Checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of this class or of torch.optim.SGD.
+
+        Unlike in torch, a momentum buffer keeps its dtype rather than being cast to the parameter's; where this
+        optimizer's ``momentum_dtype`` is set and the checkpoint's is not, it is cast to that.
+
+        Raises:
+            ValueError: if the groups do not match, or a momentum buffer does not have its parameter's shape; the
+                optimizer is then as it was.
+        """
+        # Hooks run in the order of registration, so this one sees what the user's return.
+        hook = self.register_load_state_dict_pre_hook(_hide_momentum)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called by load_state_dict, copy and pickle; the first two pass what may be kept, so nothing is changed in place.
+        defaults = state.get("defaults") or self.defaults
+        groups = state["param_groups"]
+        for group in groups:
+            group.setdefault("momentum_dtype", defaults.get("momentum_dtype"))
+            group.setdefault("sparse_mode", defaults.get("sparse_mode", "dense"))
+            _check_group(group)
+        dtypes = {p: group["momentum_dtype"] for group in groups for p in group["params"]}
+        for parameter, values in state["state"].items():
+            if isinstance(values, dict) and isinstance(values.get("momentum_buffer"), _Kept):
+                kept = values["momentum_buffer"].tensor
+                values["momentum_buffer"] = _momentum_for(
+                    parameter, kept, dtypes.get(parameter)
+                )
+        super().__setstate__(state)
+        self._start()
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if group["momentum_dtype"] is not None and group["momentum_dtype"] not in STORAGE_TYPES:
+        expected = ", ".join(str(dtype) for dtype in STORAGE_TYPES)
+        raise TypeError(
+            f"momentum_dtype: expected one of {expected} or None, got {group['momentum_dtype']!r}"
+        )
+    if group["sparse_mode"] not in ("dense", "lazy"):
+        raise ValueError(f"sparse_mode: expected 'dense' or 'lazy', got {group['sparse_mode']!r}")
+
+
+def _hide_momentum(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Wrap the momentum buffers, so that torch's casting passes them by."""
+    state = {}
+    for key, values in state_dict["state"].items():
+        momentum = values.get("momentum_buffer") if isinstance(values, dict) else None
+        hide = isinstance(momentum, Tensor)
+        state[key] = {**values, "momentum_buffer": _Kept(momentum)} if hide else values
+    return {**state_dict, "state": state}
+
+
+def _momentum_for(parameter: Tensor, momentum: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a copy of a loaded momentum buffer: on the parameter's device, in its layout."""
+    if momentum.shape != parameter.shape:
+        raise ValueError(
+            f"state_dict: expected a momentum buffer of shape {tuple(parameter.shape)}, its parameter's, "
+            f"got {tuple(momentum.shape)}"
+        )
+    if dtype is None or momentum.dtype.is_complex:
+        dtype = momentum.dtype
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(momentum, distributed.DTensor):
+        return momentum.to(device=parameter.device, dtype=dtype, copy=True)
+    with torch.no_grad():
+        copy = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return copy.copy_(momentum)

@@ -1,0 +1,151 @@
+"""A check anyone can run on a model of their own: the same bits as torch.optim.SGD, and at what cost."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgdcore.torch.sgd import SGD
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        steps: the number of steps taken.
+        difference: None if every bit was equal; else the first difference, in words.
+        torch_seconds, sgdcore_seconds: median time of ``optimizer.step()``.
+    """
+
+    steps: int
+    difference: str | None
+    torch_seconds: float
+    sgdcore_seconds: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether parameters, momentum and losses were equal in every bit after every step."""
+        return self.difference is None
+
+    def __str__(self) -> str:
+        bits = "every bit equal" if self.equal else f"first difference: {self.difference}"
+        return (
+            f"{self.steps} steps, {bits}; optimizer.step(): torch {self.torch_seconds * 1e6:.1f} us, "
+            f"sgdcore {self.sgdcore_seconds * 1e6:.1f} us (medians), "
+            f"{self.torch_seconds / self.sgdcore_seconds:.2f} times"
+        )
+
+
+def _default_loss(model: torch.nn.Module, batch: Any) -> Tensor:
+    inputs, targets = batch
+    return torch.nn.functional.cross_entropy(model(inputs), targets)
+
+
+def verify(
+    model: torch.nn.Module,
+    batch_fn: Callable[[int], Any],
+    steps: int = 20,
+    *,
+    loss_fn: Callable[[torch.nn.Module, Any], Tensor] | None = None,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    **hyperparameters: Any,
+) -> Verification:
+    """Train two copies of a model side by side, with torch.optim.SGD(foreach=False) and with sgdcore.
+
+    Both copies see the same batches and the same random numbers. The model itself is not changed. A model whose backward
+    pass is not deterministic differs for reasons of its own: use torch.use_deterministic_algorithms.
+
+    Args:
+        model: any module with CPU parameters.
+        batch_fn: called with the number of the step, from 0, for a batch.
+        steps: how many steps to take.
+        loss_fn: called with a model and a batch, for a scalar loss; if None, the batch is a pair of
+            inputs and class indices, and the loss is the cross-entropy of the model's output.
+        lr, momentum, **hyperparameters: of both optimizers.
+
+    Returns:
+        the first difference, if any, and the time of both.
+
+    Raises:
+        ValueError: if `steps` is not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: expected a positive number, got {steps}")
+    loss_fn = loss_fn or _default_loss
+    models = [copy.deepcopy(model), copy.deepcopy(model)]
+    hyperparameters = {"lr": lr, "momentum": momentum, **hyperparameters}
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD(models[0].parameters(), foreach=False, **hyperparameters),
+        SGD(models[1].parameters(), **hyperparameters),
+    ]
+    seconds: list[list[float]] = [[], []]
+    difference = None
+    taken = 0
+    for number in range(steps):
+        batch = batch_fn(number)
+        random_state = torch.get_rng_state()
+        losses = []
+        for i, (copied, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            torch.set_rng_state(random_state)
+            optimizer.zero_grad()
+            loss = loss_fn(copied, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            start = time.perf_counter()
+            optimizer.step()
+            seconds[i].append(time.perf_counter() - start)
+        taken += 1
+        difference = _difference(number, losses, models, optimizers)
+        if difference is not None:
+            break
+    return Verification(taken, difference, *(statistics.median(each) for each in seconds))
+
+
+def _difference(
+    number: int,
+    losses: list[Tensor],
+    models: list[torch.nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+) -> str | None:
+    """Return the first difference in words."""
+    pairs = [("loss", losses[0], losses[1])]
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        pairs.append((f"parameter '{name}'", a.detach(), b.detach()))
+        buffers = [
+            optimizer.state.get(p, {}).get("momentum_buffer")
+            for optimizer, p in zip(optimizers, (a, b), strict=True)
+        ]
+        if buffers[0] is not None and buffers[1] is not None:
+            pairs.append((f"momentum of '{name}'", buffers[0], buffers[1]))
+        elif buffers[0] is not buffers[1]:
+            return f"step {number}: only one has a momentum buffer of '{name}'"
+    for what, a, b in pairs:
+        unequal = ~(_bits(a) == _bits(b))
+        if unequal.any():
+            index = tuple(unequal.nonzero()[0].tolist())
+            place = f"[{', '.join(map(str, index))}]" if index else ""
+            return (
+                f"step {number}, {what}{place}: torch {a[index].item()!r}, sgdcore {b[index].item()!r} "
+                f"({int(unequal.sum())} of {unequal.numel()} elements)"
+            )
+    return None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the elements as integers, so that NaN equals NaN and -0.0 differs from 0.0."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()]
+    return tensor.contiguous().view(integer)

@@ -1,0 +1,101 @@
+"""Helpers of the tests of sgdcore.torch: pairs of optimizers in lockstep, comparing bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sgdcore
+
+Hyper = dict[str, Any]
+
+# All meaningful combinations of the hyperparameters: each term absent and present.
+HYPERS: list[Hyper] = [
+    {
+        "lr": 0.1,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
+    for momentum, dampening, weight_decay, nesterov, maximize in itertools.product(
+        [0.0, 0.9], [0.0, 0.3], [0.0, 0.01], [False, True], [False, True]
+    )
+    if not (nesterov and (momentum == 0 or dampening != 0))
+    and not (momentum == 0 and dampening != 0)
+]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The elements as integers."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    return tensor.contiguous().view(integer)
+
+
+def assert_same_bits(actual: Tensor | None, expected: Tensor | None, what: str = "") -> None:
+    if actual is None or expected is None:
+        assert actual is expected, what
+        return
+    assert actual.dtype == expected.dtype, what
+    assert actual.shape == expected.shape, what
+    unequal = bits(actual) != bits(expected)
+    assert not unequal.any(), f"{what}: {int(unequal.sum())} of {unequal.numel()} elements differ"
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    return optimizer.state.get(parameter, {}).get("momentum_buffer")
+
+
+def assert_same_training(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
+    """Compare the parameters and the momentum of two optimizers in every bit."""
+    for i, (a, b) in enumerate(zip(ours.param_groups, theirs.param_groups, strict=True)):
+        for j, (p, q) in enumerate(zip(a["params"], b["params"], strict=True)):
+            assert_same_bits(p, q, f"parameter {j} of group {i}")
+            assert_same_bits(
+                momentum_of(ours, p), momentum_of(theirs, q), f"momentum {j} of group {i}"
+            )
+
+
+def parameters(tensors: Sequence[Tensor]) -> list[torch.nn.Parameter]:
+    """Parameters with the values, and the strides, of the tensors."""
+    return [torch.nn.Parameter(t.clone()) for t in tensors]
+
+
+class Pair:
+    """Ours and torch's loop, over equal parameters."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        group: Callable[[list[torch.nn.Parameter]], Any] = lambda params: params,
+        **hyper: Any,
+    ) -> None:
+        self.ours_params, self.torch_params = parameters(tensors), parameters(tensors)
+        self.ours = sgdcore.torch.SGD(group(self.ours_params), **hyper)
+        self.torch = torch.optim.SGD(group(self.torch_params), foreach=False, **hyper)
+
+    def step(self, grads: Sequence[Tensor | None]) -> None:
+        for params in (self.ours_params, self.torch_params):
+            for parameter, grad in zip(params, grads, strict=True):
+                parameter.grad = None if grad is None else grad.clone()
+        self.ours.step()
+        self.torch.step()
+
+    def check(self) -> None:
+        assert_same_training(self.ours, self.torch)
+
+
+def parameter(values: Any, grad: Any = None, **kwargs: Any) -> torch.nn.Parameter:
+    result = torch.nn.Parameter(torch.as_tensor(values, **kwargs))
+    if grad is not None:
+        result.grad_dtype = None  # a gradient of any type
+        result.grad = grad if isinstance(grad, Tensor) else torch.as_tensor(grad, **kwargs)
+    return result
