@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import lr_scheduler, swa_utils
 from torch_support import assert_same_bits, assert_same_training, momentum_of
 
@@ -376,10 +377,16 @@ def test_step_in_backward_trains_the_same(groups: int) -> None:
 def test_step_in_backward_frees_the_gradients_and_refuses_their_use() -> None:
     model = network()
     optimizer = SGD(model.parameters(), **FULL)
+    storages = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda p: storages.append(StorageWeakRef(p.grad.untyped_storage()))
+        )
     with step_in_backward(optimizer):
         loss_of(model, 0).backward()
+        assert len(storages) == 4
+        assert all(storage.expired() for storage in storages)
         for p in model.parameters():
-            assert p.grad.untyped_storage().nbytes() == 0
             assert "already used" in repr(p.grad)
         with pytest.raises(RuntimeError, match="used and freed by step_in_backward"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

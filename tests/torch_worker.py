@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -92,7 +93,9 @@ def checkpoint() -> None:
         train(module, first)
         second = target(fresh.parameters(), foreach=False, **HYPER)
         fresh.load_state_dict(module.state_dict())
-        set_optimizer_state_dict(fresh, second, get_optimizer_state_dict(module, first))
+        # A copy, since torch.optim.SGD would go on to share the momentum buffers it is given.
+        state = copy.deepcopy(get_optimizer_state_dict(module, first))
+        set_optimizer_state_dict(fresh, second, state)
         train(module, first)
         train(fresh, second)
         trained += [list(module.parameters()), list(fresh.parameters())]
@@ -107,4 +110,5 @@ if __name__ == "__main__":
         "gloo", init_method=f"file://{path}", rank=int(rank), world_size=int(ranks)
     )
     {"ddp": ddp, "zero": zero, "fsdp2": fsdp2, "checkpoint": checkpoint}[scenario]()
+    dist.barrier()  # so that neither takes the connection away from the other
     dist.destroy_process_group()
