@@ -10,7 +10,7 @@ import io
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,16 @@ def convolutional() -> torch.nn.Module:
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks this small lose time to torch's second thread, much of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("make_network", [convolutional, Transformer])
 @pytest.mark.parametrize(
