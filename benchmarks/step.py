@@ -179,6 +179,17 @@ def report(title: str, contenders: dict[str, Contender], results: dict[str, Any]
         }
 
 
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON, with the machine and the versions they belong to."""
+    document = {
+        "machine": machine(),
+        "build": sgdcore.build_info(),
+        "torch": torch.__version__,
+        "results": results,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
@@ -252,18 +263,7 @@ def main() -> int:
     report(f"{title}, 16-bit", contenders, results)
 
     if args.json:
-        args.json.write_text(
-            json.dumps(
-                {
-                    "machine": machine(),
-                    "build": info,
-                    "torch": torch.__version__,
-                    "results": results,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        write(args.json, results)
     return 0
 
 

@@ -18,6 +18,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+import sgdcore
+from sgdcore import reference
+from sgdcore.torch import SGD, _interface
+from sgdcore.torch import sgd as sgd_module
 from torch_support import (
     HYPERS,
     Hyper,
@@ -29,11 +34,6 @@ from torch_support import (
     parameter,
     parameters,
 )
-
-import sgdcore
-from sgdcore import reference
-from sgdcore.torch import SGD, _interface
-from sgdcore.torch import sgd as sgd_module
 
 FULL: Hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 
@@ -120,7 +120,9 @@ def test_sixteen_bits_are_float32_arithmetic_with_one_rounding(
 
 
 @pytest.mark.parametrize("hyper", HYPERS)
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.complex64, 2e-6), (torch.complex128, 2e-15)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.complex64, 2e-6), (torch.complex128, 2e-15)]
+)
 def test_complex_numbers_are_pairs_of_real_ones(
     hyper: Hyper, dtype: torch.dtype, rounding: float
 ) -> None:
@@ -232,9 +234,7 @@ def test_gradients_of_another_type(dtype: torch.dtype, reading_grad: str) -> Non
     optimizer = SGD([p], lr=0.1)
     optimizer.step()
     wide = torch.float64 if torch.float64 in (dtype, grad.dtype) else torch.float32
-    expected, _ = reference.sgd_update(
-        before.to(wide).numpy(), grad.to(wide).numpy(), None, lr=0.1
-    )
+    expected, _ = reference.sgd_update(before.to(wide).numpy(), grad.to(wide).numpy(), None, lr=0.1)
     assert_same_bits(p, torch.from_numpy(np.asarray(expected)).to(dtype))
 
 
@@ -285,7 +285,10 @@ def test_lazy_sparse_steps_touch_only_the_rows_that_appear() -> None:
 def test_embedding_with_sparse_gradients_trains() -> None:
     embeddings = [torch.nn.Embedding(30, 4, sparse=sparse) for sparse in (True, False)]
     embeddings[1].load_state_dict(embeddings[0].state_dict())
-    optimizers = [SGD(embeddings[0].parameters(), **FULL), torch.optim.SGD(embeddings[1].parameters(), **FULL)]
+    optimizers = [
+        SGD(embeddings[0].parameters(), **FULL),
+        torch.optim.SGD(embeddings[1].parameters(), **FULL),
+    ]
     for step in range(5):
         for embedding, optimizer in zip(embeddings, optimizers, strict=True):
             optimizer.zero_grad()
@@ -408,7 +411,10 @@ def test_step_returns_the_closures_loss_and_enables_gradients() -> None:
 
 
 def test_step_clears_the_gradients_in_the_same_pass(reading: str) -> None:
-    p, q = parameter(torch.zeros(40_000), torch.ones(40_000)), parameter(torch.zeros(3, 2), torch.ones(2, 3).t())
+    p, q = (
+        parameter(torch.zeros(40_000), torch.ones(40_000)),
+        parameter(torch.zeros(3, 2), torch.ones(2, 3).t()),
+    )
     optimizer = SGD([p, q], **FULL)
     for _ in range(3):
         grads = p.grad, q.grad
@@ -422,7 +428,11 @@ def test_step_clears_the_gradients_in_the_same_pass(reading: str) -> None:
 
 
 def test_hyperparameters_change_between_steps() -> None:
-    pair = Pair([torch.randn(9), torch.randn(4, 4)], lambda ps: [{"params": ps[:1]}, {"params": ps[1:], "lr": 0.5}], **FULL)
+    pair = Pair(
+        [torch.randn(9), torch.randn(4, 4)],
+        lambda ps: [{"params": ps[:1]}, {"params": ps[1:], "lr": 0.5}],
+        **FULL,
+    )
     for step in range(6):
         for optimizer in (pair.ours, pair.torch):
             optimizer.param_groups[0]["lr"] = torch.tensor(0.1 / (step + 1))
@@ -468,7 +478,9 @@ def test_hooks_run_as_torchs_do() -> None:
     ]
     for optimizer in (pair.ours, pair.torch):
         optimizer.register_step_pre_hook(lambda *_: events.append("pre"))
-        optimizer.register_step_post_hook(lambda o, args, kwargs: events.append(f"post {len(args)} {kwargs}"))
+        optimizer.register_step_post_hook(
+            lambda o, args, kwargs: events.append(f"post {len(args)} {kwargs}")
+        )
     try:
         pair.ours.step()
         ours = events.copy()
@@ -626,7 +638,9 @@ def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
 # Checkpoints
 
 
-@pytest.mark.parametrize("hyper", [FULL, {"lr": 0.1}, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}])
+@pytest.mark.parametrize(
+    "hyper", [FULL, {"lr": 0.1}, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}]
+)
 @pytest.mark.parametrize("to_ours", [True, False])
 def test_checkpoints_go_either_way(hyper: Hyper, to_ours: bool) -> None:
     values = tensors()
@@ -681,7 +695,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing() -> None:
     before = momentum_of(optimizer, p)
     lr = optimizer.param_groups[0]["lr"]
     with pytest.raises(ValueError, match="expected a momentum buffer of shape"):
-        optimizer.load_state_dict({**checkpoint, "param_groups": [{**checkpoint["param_groups"][0], "lr": 5.0}]})
+        optimizer.load_state_dict(
+            {**checkpoint, "param_groups": [{**checkpoint["param_groups"][0], "lr": 5.0}]}
+        )
     assert momentum_of(optimizer, p) is before
     assert optimizer.param_groups[0]["lr"] == lr
     with pytest.raises(ValueError, match="different number of parameter groups"):
@@ -693,7 +709,9 @@ def test_copies_train_on(way: str) -> None:
     p = parameter(torch.ones(8), torch.ones(8))
     optimizer = SGD([p], **FULL, momentum_dtype=torch.float64)
     optimizer.step()
-    copied = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    copied = (
+        copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    )
     q = copied.param_groups[0]["params"][0]
     q.grad = torch.ones(8)
     copied.step()
@@ -765,7 +783,9 @@ def test_nesterov_does_not_add_the_momentum_to_the_gradient() -> None:
 def test_sparse_gradients_with_weight_decay_and_fused() -> None:
     """torch: weight decay raises with sparse gradients, and fused refuses them."""
     p = parameter(torch.ones(3, 2))
-    p.grad = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 2), (3, 2), check_invariants=False)
+    p.grad = torch.sparse_coo_tensor(
+        torch.tensor([[0]]), torch.ones(1, 2), (3, 2), check_invariants=False
+    )
     SGD([p], lr=0.5, weight_decay=0.5, fused=True).step()
     assert p.tolist() == [[0.25, 0.25], [0.75, 0.75], [0.75, 0.75]]
 
@@ -805,11 +825,15 @@ def test_momentum_of_a_sixteen_bit_type_does_not_round_the_factor() -> None:
     p.grad.zero_()
     for _ in range(300):
         optimizer.step()
-    torch.testing.assert_close(momentum_of(optimizer, p), torch.full((4,), 0.99**300), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        momentum_of(optimizer, p), torch.full((4,), 0.99**300), rtol=1e-4, atol=0
+    )
 
 
 def test_a_tiny_learning_rate_updates_float16() -> None:
     """torch: rounds lr = 2e-8 to zero in float16."""
-    p = parameter(torch.zeros(4, dtype=torch.float16), torch.full((4,), 1000.0, dtype=torch.float16))
+    p = parameter(
+        torch.zeros(4, dtype=torch.float16), torch.full((4,), 1000.0, dtype=torch.float16)
+    )
     SGD([p], lr=2e-8).step()
     assert bits(p).tolist() == bits(torch.full((4,), -2e-5, dtype=torch.float16)).tolist()

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import lr_scheduler, swa_utils
-from torch_support import assert_same_bits, assert_same_training, momentum_of
 
 import sgdcore
 from sgdcore.torch import SGD, step_in_backward, verify
+from torch_support import assert_same_bits, assert_same_training, momentum_of
 
 FULL: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 MAKERS: list[Any] = [SGD, torch.optim.SGD]
@@ -231,7 +231,9 @@ def test_grad_scaler(unscale: bool) -> None:
 
 def test_a_loss_scale_that_is_no_power_of_two() -> None:
     def train(model: torch.nn.Module, optimizer: Any) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=1000.0, growth_factor=3.0, growth_interval=1)
+        scaler = torch.amp.GradScaler(
+            "cpu", init_scale=1000.0, growth_factor=3.0, growth_interval=1
+        )
         for step in range(4):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, step)).backward()

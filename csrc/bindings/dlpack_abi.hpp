@@ -1,5 +1,5 @@
-// The DLPack 1.x ABI (https://dmlc.github.io/dlpack/latest/c_api.html), declared here because the few structures we need
-// are smaller than a dependency.
+// The DLPack 1.x ABI (https://dmlc.github.io/dlpack/latest/c_api.html), declared here because the few structures we
+// need are smaller than a dependency.
 #pragma once
 
 #include <cstdint>

@@ -39,8 +39,8 @@ class TorchPlan {
     /// `grad_factor` multiplies every gradient.
     bool run(const py::list& param_groups, const py::object& state, bool zero_grad, double grad_factor);
 
-    /// One step over `items`, tuples (parameter, gradient, momentum or None, index of the group, first). False as above;
-    /// `dry_run` goes no further than that. Does not increment versions.
+    /// One step over `items`, tuples (parameter, gradient, momentum or None, index of the group, first). False as
+    /// above; `dry_run` goes no further than that. Does not increment versions.
     bool run_items(const py::list& param_groups, const py::list& items, double grad_factor, bool dry_run);
 
     /// True if the elements fill one range of memory, axes in any order.
@@ -52,8 +52,9 @@ class TorchPlan {
   private:
     /// What is remembered of one parameter, by its position. All of it only saves time.
     ///
-    /// A tensor that only Python refers to costs 30 ns more each time its memory or version is asked for (torch >= 2.10:
-    /// passing from one C++ reference to two takes a Python reference, and back). A pin is such a second reference.
+    /// A tensor that only Python refers to costs 30 ns more each time its memory or version is asked for (torch
+    /// >= 2.10: passing from one C++ reference to two takes a Python reference, and back). A pin is such a second
+    /// reference.
     struct Entry {
         py::object parameter, parameter_pin, momentum, momentum_pin;
         Py_hash_t hash = 0;  // of the parameter: a Python call otherwise
@@ -78,7 +79,7 @@ class TorchPlan {
         std::vector<std::size_t> axes_end;  // per tensor, into `axes`
         std::vector<Range> ranges;
         std::vector<py::object> grads;
-        std::vector<PyObject*> changed;  // borrowed; what the step writes to
+        std::vector<PyObject*> changed;                  // borrowed; what the step writes to
         std::vector<std::vector<std::int64_t>> numbers;  // shapes and strides of described tensors
         std::int64_t total = 0;
         void clear();
@@ -86,7 +87,8 @@ class TorchPlan {
 
     bool view(Scratch& scratch, PyObject* tensor, View& view) const;
     bool described(Scratch& scratch, PyObject* tensor, View& view) const;
-    bool add(Scratch& scratch, PyObject* parameter, PyObject* grad, PyObject* momentum, std::uint32_t group, bool first);
+    bool add(Scratch& scratch, PyObject* parameter, PyObject* grad, PyObject* momentum, std::uint32_t group,
+             bool first);
     bool disjoint(const Scratch& scratch, bool zero_grad);
     void update(Scratch& scratch, bool zero_grad);
     /// Makes entries_[position] that of the parameter.

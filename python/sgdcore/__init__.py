@@ -22,7 +22,6 @@ from sgdcore.runtime import build_info, get_isa, get_num_threads, set_isa, set_n
 from sgdcore.sgd import SGD
 
 
-
 def __getattr__(name: str) -> Any:
     """Import sgdcore.torch when it is first used, so that NumPy users need no torch."""
     if name == "torch":

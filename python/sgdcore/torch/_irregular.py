@@ -187,9 +187,9 @@ def _placed_like(parameter: Tensor, grad: Tensor, label: str) -> Tensor:
         raise TypeError(
             f"the gradient of {label}: expected a DTensor as the parameter is, got {type(grad)}"
         )
-    if grad.placements == parameter.placements and grad.device_mesh == parameter.device_mesh:
-        return grad
-    placed: Tensor = grad.redistribute(parameter.device_mesh, parameter.placements)
+    placed: Tensor = grad
+    if grad.placements != parameter.placements or grad.device_mesh != parameter.device_mesh:
+        placed = grad.redistribute(parameter.device_mesh, parameter.placements)
     return placed
 
 
@@ -219,7 +219,9 @@ def _only_rows(group: dict[str, Any]) -> bool:
     if group.get("sparse_mode", "dense") == "lazy":
         return True
     return (
-        float(group["momentum"]) == 0 and float(group["weight_decay"]) == 0 and not group["maximize"]
+        float(group["momentum"]) == 0
+        and float(group["weight_decay"]) == 0
+        and not group["maximize"]
     )
 
 
@@ -228,14 +230,11 @@ def _prepare_rows(update: _Update, p: Tensor, g: Tensor, b: Tensor | None) -> No
     g = g.coalesce()
     rows = tuple(g.indices())
     p_rows = p[rows]
-    b_rows = None if b is None else b[rows]
-
-    def put_back() -> None:
-        p[rows] = p_rows
-        if b is not None:
-            b[rows] = b_rows
-
-    update.write_back.append(put_back)
+    update.write_back.append(lambda: p.index_put_(rows, p_rows))
+    b_rows = None
+    if b is not None:
+        b_rows = b[rows]
+        update.write_back.append(lambda: b.index_put_(rows, b_rows))
     update.arguments = (p_rows, g.values(), b_rows)
 
 

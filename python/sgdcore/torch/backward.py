@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
-import torch
 from torch import Tensor
 
 from sgdcore.torch._interface import exchange_api, new_plan
@@ -18,8 +17,8 @@ class _UsedGradient(Tensor):
     """What stands in for a gradient that was used and freed: without memory, and any use of it raises."""
 
     @staticmethod
-    def __new__(cls, parameter: Tensor) -> _UsedGradient:
-        used: _UsedGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, parameter: Tensor) -> Self:
+        used: Self = Tensor._make_wrapper_subclass(
             cls,
             parameter.shape,
             strides=parameter.stride(),
@@ -28,11 +27,11 @@ class _UsedGradient(Tensor):
         )
         return used
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<gradient of shape {tuple(self.shape)}, already used by step_in_backward>"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
         raise RuntimeError(
             f"{func}: the gradient was used and freed by step_in_backward. Gradients cannot be clipped by their global "
             "norm, unscaled or accumulated with it; call optimizer.step() after each backward pass, or remove() it"
@@ -69,7 +68,8 @@ class StepInBackward:
             parameter.grad = used
             self._stepped.append(parameter)
 
-        self._handles.append(parameter.register_post_accumulate_grad_hook(step))
+        handle = parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
+        self._handles.append(handle)
 
     def finish_round(self) -> None:
         """Let the parameters take new gradients; what ``optimizer.step()`` does."""
@@ -87,7 +87,7 @@ class StepInBackward:
         if self._optimizer._in_backward is self:
             self._optimizer._in_backward = None
 
-    def __enter__(self) -> StepInBackward:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

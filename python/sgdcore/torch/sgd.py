@@ -17,7 +17,7 @@ from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
 
 __all__ = ["SGD"]
 
-_profiler_enabled = torch.autograd._profiler_enabled
+_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 # The same objects for the life of the process.
 _global_pre_hooks = _optimizer._global_optimizer_pre_hooks
 _global_post_hooks = _optimizer._global_optimizer_post_hooks
@@ -122,7 +122,7 @@ class SGD(torch.optim.SGD):
         self._observed_outside = type(self).step is not SGD.step
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         # What GradScaler.step asks first: the scale and found_inf are then left to `step`.
         if self._in_backward is not None:
             raise RuntimeError(
@@ -145,7 +145,7 @@ class SGD(torch.optim.SGD):
 
     # The step
 
-    @overload  # type: ignore[override]
+    @overload
     def step(self, closure: None = None, *, zero_grad: bool = False) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *, zero_grad: bool = False) -> float: ...
@@ -171,7 +171,8 @@ class SGD(torch.optim.SGD):
                 or _profiler_enabled()
             )
         ):
-            return self._update(zero_grad)
+            self._update(zero_grad)
+            return None
         if self._observed_outside:
             return self._update_after(closure, zero_grad)
         return self._observed_step(closure, zero_grad)
@@ -188,7 +189,7 @@ class SGD(torch.optim.SGD):
             for pre_hook in chain(
                 _global_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
             ):
-                replaced = pre_hook(self, args, kwargs)
+                replaced: Any = pre_hook(self, args, kwargs)
                 if replaced is not None:
                     if not (isinstance(replaced, tuple) and len(replaced) == 2):
                         raise RuntimeError(
@@ -279,10 +280,8 @@ class SGD(torch.optim.SGD):
         for parameter, values in state["state"].items():
             if isinstance(values, dict) and isinstance(values.get("momentum_buffer"), _Kept):
                 kept = values["momentum_buffer"].tensor
-                values["momentum_buffer"] = _momentum_for(
-                    parameter, kept, dtypes.get(parameter)
-                )
-        super().__setstate__(state)
+                values["momentum_buffer"] = _momentum_for(parameter, kept, dtypes.get(parameter))
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
 
 
@@ -296,13 +295,14 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"sparse_mode: expected 'dense' or 'lazy', got {group['sparse_mode']!r}")
 
 
-def _hide_momentum(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _hide_momentum(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Wrap the momentum buffers, so that torch's casting passes them by."""
     state = {}
     for key, values in state_dict["state"].items():
         momentum = values.get("momentum_buffer") if isinstance(values, dict) else None
-        hide = isinstance(momentum, Tensor)
-        state[key] = {**values, "momentum_buffer": _Kept(momentum)} if hide else values
+        if isinstance(momentum, Tensor):
+            values = {**values, "momentum_buffer": _Kept(momentum)}
+        state[key] = values
     return {**state_dict, "state": state}
 
 
@@ -317,7 +317,8 @@ def _momentum_for(parameter: Tensor, momentum: Tensor, dtype: torch.dtype | None
         dtype = momentum.dtype
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(momentum, distributed.DTensor):
-        return momentum.to(device=parameter.device, dtype=dtype, copy=True)
+        loaded: Tensor = momentum.to(device=parameter.device, dtype=dtype, copy=True)
+        return loaded
     with torch.no_grad():
         copy = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return copy.copy_(momentum)

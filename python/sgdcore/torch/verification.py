@@ -72,7 +72,9 @@ def verify(
         steps: how many steps to take.
         loss_fn: called with a model and a batch, for a scalar loss; if None, the batch is a pair of
             inputs and class indices, and the loss is the cross-entropy of the model's output.
-        lr, momentum, **hyperparameters: of both optimizers.
+        lr: learning rate of both optimizers.
+        momentum: momentum factor of both.
+        **hyperparameters: further arguments of both.
 
     Returns:
         the first difference, if any, and the time of both.
@@ -130,13 +132,13 @@ def _difference(
             pairs.append((f"momentum of '{name}'", buffers[0], buffers[1]))
         elif buffers[0] is not buffers[1]:
             return f"step {number}: only one has a momentum buffer of '{name}'"
-    for what, a, b in pairs:
-        unequal = ~(_bits(a) == _bits(b))
+    for what, expected, actual in pairs:
+        unequal = ~(_bits(expected) == _bits(actual))
         if unequal.any():
             index = tuple(unequal.nonzero()[0].tolist())
             place = f"[{', '.join(map(str, index))}]" if index else ""
             return (
-                f"step {number}, {what}{place}: torch {a[index].item()!r}, sgdcore {b[index].item()!r} "
+                f"step {number}, {what}{place}: torch {expected[index].item()!r}, sgdcore {actual[index].item()!r} "
                 f"({int(unequal.sum())} of {unequal.numel()} elements)"
             )
     return None
