@@ -4,7 +4,7 @@
 
 As in step.py: results are compared before anything is timed, contenders take turns in one process, and ratios count.
 Steps are measured with one thread and with all. The deep MLP is trained by separate steps and by steps in the backward
-pass, with the peak of the process's memory.
+pass, with the most memory that a step allocates.
 """
 
 from __future__ import annotations
@@ -92,16 +92,18 @@ def contenders_of(shapes: Shapes, dtype: torch.dtype) -> dict[str, Contender]:
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Return by how many bytes the process's resident memory rose at most while the function ran."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-    def field(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
-
-    before = field("VmRSS")
-    function()
-    return field("VmHWM") - before
+    """Return the most memory, in bytes, that torch's allocator had handed out while the function ran."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    assert profile.profiler is not None
+    results = profile.profiler.kineto_results
+    assert results is not None
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def deep_mlp(depth: int, width: int, rounds: int, results: dict[str, Any]) -> None:
@@ -147,7 +149,9 @@ def deep_mlp(depth: int, width: int, rounds: int, results: dict[str, Any]) -> No
     for name, each in contenders.items():
         peak = statistics.median(peak_memory(each.step) for _ in range(5))
         results[title][name]["peak_bytes"] = peak
-        print(f"  {name:<28} rises by {peak / 2**20:6.1f} MiB; gradients: {gradients / 2**20:.1f}")
+        print(
+            f"  {name:<28} holds at most {peak / 2**20:6.1f} MiB; gradients: {gradients / 2**20:.1f}"
+        )
 
 
 def main() -> int:
