@@ -458,7 +458,9 @@ def test_multiprocessing_fork() -> None:
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 INTERRUPTED = """
+import signal
 import numpy as np, sgdcore
+signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited as ignored from a job in the background
 w = sgdcore.Parameter(np.zeros({size}, np.float32))
 w.grad = np.ones({size}, np.float32)
 optimizer = sgdcore.SGD([w], lr=1)
