@@ -40,6 +40,7 @@ struct TensorRef {
 
 struct StepOptions {
     bool zero_grad = false;  // clear each gradient right after it was used
+    double grad_factor = 1;  // multiplies every gradient, with a rounding to the compute type; undoes a loss's scaling
 };
 
 }  // namespace sgdcore

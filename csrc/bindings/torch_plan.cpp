@@ -264,13 +264,12 @@ bool TorchPlan::disjoint(const Scratch& scratch, bool zero_grad) {
     return true;
 }
 
-void TorchPlan::update(Scratch& scratch, bool zero_grad) {
+void TorchPlan::update(Scratch& scratch, const StepOptions& options) {
     std::size_t start = 0;
     for (std::size_t i = 0; i < scratch.tensors.size(); ++i) {
         scratch.tensors[i].grad_axes = {scratch.axes.data() + start, scratch.axes_end[i] - start};
         start = scratch.axes_end[i];
     }
-    const StepOptions options{.zero_grad = zero_grad};
     if (scratch.total >= gil_release_elements) {
         py::gil_scoped_release release;
         step(scratch.tensors, scratch.hypers, options);
@@ -328,8 +327,7 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
     std::size_t position = 0;
     MomentumReader momenta(state.ptr());
     for (std::size_t index = 0; index < scratch->hypers.size(); ++index) {
-        SgdHyper& hyper = scratch->hypers[index];
-        hyper.grad_factor = grad_factor;
+        const SgdHyper& hyper = scratch->hypers[index];
         PyObject* group = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(index));
         if (PyObject* differentiable = lookup(group, differentiable_key);
             differentiable != nullptr && differentiable != Py_False) {
@@ -367,7 +365,7 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
 
     // Also holds all tensors while other threads run. Made before anything is written, since it may fail.
     const py::list changed = list_of(scratch->changed);
-    update(*scratch, zero_grad);
+    update(*scratch, {.zero_grad = zero_grad, .grad_factor = grad_factor});
     if (!scratch->changed.empty()) interface_.increment_version(changed);
     scratch->grads.clear();
     scratch_ = std::move(scratch);
@@ -378,7 +376,6 @@ bool TorchPlan::run_items(const py::list& param_groups, const py::list& items, d
     std::unique_ptr<Scratch> scratch = take_scratch();
     scratch->clear();
     read_hypers(param_groups, scratch->hypers);
-    for (SgdHyper& hyper : scratch->hypers) hyper.grad_factor = grad_factor;
     for (const py::handle item : items) {
         const auto [parameter, grad, momentum, group, first] =
             py::cast<std::tuple<py::object, py::object, py::object, std::uint32_t, bool>>(item);
@@ -386,7 +383,7 @@ bool TorchPlan::run_items(const py::list& param_groups, const py::list& items, d
         if (!add(*scratch, parameter.ptr(), grad.ptr(), momentum_tensor, group, first)) return false;
     }
     if (!disjoint(*scratch, false)) return false;
-    if (!dry_run) update(*scratch, false);
+    if (!dry_run) update(*scratch, {.grad_factor = grad_factor});
     scratch_ = std::move(scratch);
     return true;
 }

@@ -90,7 +90,7 @@ class TorchPlan {
     bool add(Scratch& scratch, PyObject* parameter, PyObject* grad, PyObject* momentum, std::uint32_t group,
              bool first);
     bool disjoint(const Scratch& scratch, bool zero_grad);
-    void update(Scratch& scratch, bool zero_grad);
+    void update(Scratch& scratch, const StepOptions& options);
     /// Makes entries_[position] that of the parameter.
     void remember(std::size_t position, PyObject* parameter);
     void remember_momentum(std::size_t position, PyObject* momentum);

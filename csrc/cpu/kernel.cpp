@@ -23,8 +23,7 @@ SGDCORE_INLINE std::int64_t update_bfloat16_pairs(const SgdRule<float, variant>&
                                                   std::byte* SGDCORE_RESTRICT momentum, std::int64_t size) {
     static_assert(std::endian::native == std::endian::little);
     // Only a NaN among the coefficients could bring one whose bits rounded_bits does not keep.
-    const float coefficients =
-        rule.negative_lr + rule.momentum + rule.one_minus_dampening + rule.weight_decay + rule.grad_factor;
+    const float coefficients = rule.negative_lr + rule.momentum + rule.one_minus_dampening + rule.weight_decay;
     if (coefficients != coefficients) return 0;
     using storage::BFloat16;
     using Words = Unaligned<std::uint32_t>;

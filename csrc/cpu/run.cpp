@@ -99,11 +99,38 @@ class StridedGradient {
     std::int64_t index_[max_dimensions];
 };
 
+template <class C, class Storage>
+void multiply(const std::byte* grad, C factor, std::int64_t count, std::byte* product) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        reinterpret_cast<C*>(product)[i] = factor * storage::load<Storage, C>(grad, i);
+    }
+}
+
+/// Writes `factor` times each of the gradient's elements to `product`, rounded to C.
+template <class C>
+void multiply(DType dtype, const std::byte* grad, C factor, std::int64_t count, std::byte* product) {
+    switch (dtype) {
+        case DType::float64:
+            return multiply<C, storage::Float64>(grad, factor, count, product);
+        case DType::float32:
+            return multiply<C, storage::Float32>(grad, factor, count, product);
+        case DType::float16:
+            return multiply<C, storage::Float16>(grad, factor, count, product);
+        case DType::bfloat16:
+            return multiply<C, storage::BFloat16>(grad, factor, count, product);
+    }
+}
+
 /// Updates the elements [begin, end) of one tensor.
 void update_range(const KernelTable& kernels, const TensorRef& tensor, const SgdHyper& hyper,
                   const StepOptions& options, std::int64_t begin, std::int64_t end) {
+    // The kernels know neither strides nor scaled losses: such gradients reach them block by block, through a copy.
+    const bool strided = !tensor.grad_axes.empty(), scaled = options.grad_factor != 1;
+    const bool in_float64 = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64 ||
+                            (hyper.momentum != 0 && tensor.momentum_dtype == DType::float64);
+    const DType grad_dtype = !scaled ? tensor.grad_dtype : in_float64 ? DType::float64 : DType::float32;
     const Kernel kernel =
-        kernels.find(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype, sgd_variant(hyper, tensor.first));
+        kernels.find(tensor.param_dtype, grad_dtype, tensor.momentum_dtype, sgd_variant(hyper, tensor.first));
     const auto param_item = static_cast<std::int64_t>(item_size(tensor.param_dtype));
     const auto grad_item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
     const auto momentum_item = static_cast<std::int64_t>(item_size(tensor.momentum_dtype));
@@ -111,26 +138,33 @@ void update_range(const KernelTable& kernels, const TensorRef& tensor, const Sgd
         std::byte* momentum = tensor.momentum == nullptr ? nullptr : tensor.momentum + first * momentum_item;
         kernel(tensor.param + first * param_item, grad, momentum, count, hyper);
     };
+    if (!strided && !scaled && !options.zero_grad) {
+        return update(begin, end - begin, tensor.grad + begin * grad_item);
+    }
 
-    if (!tensor.grad_axes.empty()) {
-        alignas(cache_line) std::byte gathered[block_size * sizeof(double)];
-        StridedGradient reader(tensor, begin), cleaner(tensor, begin);
-        // An element that others still have to read is cleared by `run`.
-        const bool clear = options.zero_grad && !StridedGradient::may_overlap(tensor);
-        for (std::int64_t first = begin; first < end; first += block_size) {
-            const std::int64_t count = std::min(block_size, end - first);
+    alignas(cache_line) std::byte gathered[block_size * sizeof(double)], product[block_size * sizeof(double)];
+    StridedGradient reader(tensor, begin), cleaner(tensor, begin);
+    // An element that others still have to read is cleared by `run`.
+    const bool clear = options.zero_grad && !StridedGradient::may_overlap(tensor);
+    for (std::int64_t first = begin; first < end; first += block_size) {
+        const std::int64_t count = std::min(block_size, end - first);
+        std::byte* const contiguous = tensor.grad + first * grad_item;
+        const std::byte* grad = contiguous;
+        if (strided) {
             reader.gather(gathered, count);
-            update(first, count, gathered);
-            if (clear) cleaner.clear(count);
+            grad = gathered;
         }
-    } else if (options.zero_grad) {
-        for (std::int64_t first = begin; first < end; first += block_size) {
-            const std::int64_t count = std::min(block_size, end - first);
-            update(first, count, tensor.grad + first * grad_item);
-            std::memset(tensor.grad + first * grad_item, 0, static_cast<std::size_t>(count * grad_item));
+        if (scaled && in_float64) {
+            multiply<double>(tensor.grad_dtype, grad, options.grad_factor, count, product);
+        } else if (scaled) {
+            multiply<float>(tensor.grad_dtype, grad, static_cast<float>(options.grad_factor), count, product);
         }
-    } else {
-        update(begin, end - begin, tensor.grad + begin * grad_item);
+        update(first, count, scaled ? product : grad);
+        if (clear && strided) {
+            cleaner.clear(count);
+        } else if (clear) {
+            std::memset(contiguous, 0, static_cast<std::size_t>(count * grad_item));
+        }
     }
 }
 

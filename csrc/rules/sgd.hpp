@@ -4,7 +4,6 @@
 // With RT(x) = x rounded to the compute type C, hyperparameters are rounded to C first and then
 //
 //     g = -g                                              if maximize
-//     g = RT(grad_factor * g)                             grad_factor = 1 changes no bit
 //     g = fma(weight_decay, p, g)                         if weight_decay != 0
 //     b = g                                               on the first step of a tensor
 //     b = fma(1 - dampening, g, RT(momentum * b))         afterwards
@@ -31,7 +30,6 @@ struct SgdHyper {
     double weight_decay = 0;
     bool nesterov = false;
     bool maximize = false;
-    double grad_factor = 1;  // undoes the scaling of the loss in mixed-precision training
 };
 
 /// How the momentum buffer takes part. `first`: it is written, its old content never read.
@@ -67,7 +65,7 @@ inline constexpr SignMask<C> sign_bit = SignMask<C>{1} << (8 * sizeof(C) - 1);
 /// The coefficients in the compute type, and the update of one element.
 template <class C, SgdVariant variant>
 struct SgdRule {
-    C negative_lr, momentum, one_minus_dampening, weight_decay, grad_factor;
+    C negative_lr, momentum, one_minus_dampening, weight_decay;
     SignMask<C> flip;  // the sign bit if maximize, else zero: an xor vectorises where a branch would not
 
     SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdRule(const SgdHyper& hyper)
@@ -75,12 +73,11 @@ struct SgdRule {
           momentum(static_cast<C>(hyper.momentum)),
           one_minus_dampening(static_cast<C>(1 - hyper.dampening)),
           weight_decay(static_cast<C>(hyper.weight_decay)),
-          grad_factor(static_cast<C>(hyper.grad_factor)),
           flip(hyper.maximize ? sign_bit<C> : 0) {}
 
     /// Updates the parameter `p` and the momentum `b` of one element, given its gradient `g`.
     SGDCORE_HOST_DEVICE SGDCORE_INLINE void operator()(C& p, C g, C& b) const {
-        g = grad_factor * bits_as<C>(bits_as<SignMask<C>>(g) ^ flip);
+        g = bits_as<C>(bits_as<SignMask<C>>(g) ^ flip);
         if constexpr (variant.weight_decay) g = fused_multiply_add(weight_decay, p, g);
         if constexpr (variant.momentum != Momentum::none) {
             if constexpr (variant.momentum == Momentum::first) {

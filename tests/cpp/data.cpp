@@ -154,10 +154,11 @@ TensorRef TestTensor::ref() {
     return tensor;
 }
 
-void TestTensor::expect_step(std::span<const SgdHyper> hypers, bool zero_grad) {
+void TestTensor::expect_step(std::span<const SgdHyper> hypers, const StepOptions& options) {
     for (std::size_t i = 0; i < param_.expected.size(); ++i) {
-        update_word(dtypes_, hypers[hyper_], first_, param_.expected[i], grad_.expected[i], momentum_.expected[i]);
-        if (zero_grad) grad_.expected[i] = 0;
+        update_word(dtypes_, hypers[hyper_], first_, param_.expected[i], grad_.expected[i], momentum_.expected[i],
+                    options.grad_factor);
+        if (options.zero_grad) grad_.expected[i] = 0;
     }
 }
 
@@ -197,10 +198,10 @@ bool TestTensor::same_bytes(const TestTensor& other) const {
     return same(param_, other.param_) && same(grad_, other.grad_) && same(momentum_, other.momentum_);
 }
 
-void step_all(std::span<TestTensor> tensors, std::span<const SgdHyper> hypers, bool zero_grad) {
+void step_all(std::span<TestTensor> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
     std::vector<TensorRef> refs;
     for (TestTensor& tensor : tensors) refs.push_back(tensor.ref());
-    step(refs, hypers, {.zero_grad = zero_grad});
+    step(refs, hypers, options);
 }
 
 }  // namespace sgdcore::test

@@ -80,7 +80,7 @@ class TestTensor {
 
     TensorRef ref();
     /// Takes the step that `sgdcore::step` should take.
-    void expect_step(std::span<const SgdHyper> hypers, bool zero_grad);
+    void expect_step(std::span<const SgdHyper> hypers, const StepOptions& options = {});
     /// Makes the next step an ordinary one, as the owner of a momentum buffer does after the first.
     void initialized() { first_ = false; }
     /// Compares all three arrays, canaries included; reports differences as failures of the running test.
@@ -111,6 +111,6 @@ class TestTensor {
 };
 
 /// Steps the tensors with the core; the reference is not run.
-void step_all(std::span<TestTensor> tensors, std::span<const SgdHyper> hypers, bool zero_grad);
+void step_all(std::span<TestTensor> tensors, std::span<const SgdHyper> hypers, const StepOptions& options = {});
 
 }  // namespace sgdcore::test

@@ -113,11 +113,12 @@ struct DTypes {
 
 /// The rule of rules/sgd.hpp in the arithmetic of C, on words.
 template <class C>
-void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad, Word& momentum) {
+void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad, Word& momentum,
+                    double grad_factor) {
     C p = static_cast<C>(decode(dtypes.param, param));
     C g = static_cast<C>(decode(dtypes.grad, grad));
     if (hyper.maximize) g = -g;
-    g *= static_cast<C>(hyper.grad_factor);
+    if (grad_factor != 1) g *= static_cast<C>(grad_factor);
     if (hyper.weight_decay != 0) g = std::fma(static_cast<C>(hyper.weight_decay), p, g);
     if (hyper.momentum != 0) {
         const C mu = static_cast<C>(hyper.momentum);
@@ -137,13 +138,13 @@ void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Wor
 }
 
 /// Updates one element. The arithmetic is float64 if an array that takes part is stored as float64, else float32.
-inline void update_word(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad,
-                        Word& momentum) {
+inline void update_word(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad, Word& momentum,
+                        double grad_factor = 1) {
     if (dtypes.param == DType::float64 || dtypes.grad == DType::float64 ||
         (hyper.momentum != 0 && dtypes.momentum == DType::float64)) {
-        update_word_in<double>(dtypes, hyper, first, param, grad, momentum);
+        update_word_in<double>(dtypes, hyper, first, param, grad, momentum, grad_factor);
     } else {
-        update_word_in<float>(dtypes, hyper, first, param, grad, momentum);
+        update_word_in<float>(dtypes, hyper, first, param, grad, momentum, grad_factor);
     }
 }
 
@@ -151,7 +152,7 @@ inline std::string describe(const SgdHyper& hyper, bool first) {
     return "lr=" + std::to_string(hyper.lr) + " momentum=" + std::to_string(hyper.momentum) +
            (first ? " (first)" : "") + " dampening=" + std::to_string(hyper.dampening) +
            " weight_decay=" + std::to_string(hyper.weight_decay) + (hyper.nesterov ? " nesterov" : "") +
-           (hyper.maximize ? " maximize" : "") + " grad_factor=" + std::to_string(hyper.grad_factor);
+           (hyper.maximize ? " maximize" : "");
 }
 
 inline std::string describe(const DTypes& dtypes) {

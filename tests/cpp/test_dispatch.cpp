@@ -92,7 +92,8 @@ TEST(unknown_isa, the_first_step_throws_and_changes_nothing) {
     Random random(10);
     const SgdHyper hypers[] = {{.lr = 0.1, .momentum = 0.9}};
     std::vector<TestTensor> tensors{{{DType::float32, DType::float32, DType::float32}, 100, 0, true, random}};
-    for (int i = 0; i < 2; ++i) CHECK_THROWS(std::invalid_argument, unknown, step_all(tensors, hypers, true));
+    for (int i = 0; i < 2; ++i)
+        CHECK_THROWS(std::invalid_argument, unknown, step_all(tensors, hypers, {.zero_grad = true}));
     tensors[0].check("unknown instruction set");
 }
 

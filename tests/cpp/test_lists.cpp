@@ -38,17 +38,18 @@ std::vector<TestTensor> many_tensors() {
 }  // namespace
 
 TEST(lists, every_thread_count_gives_the_reference_bits) {
-    constexpr int steps = 3;
-    std::vector<TestTensor> expected = many_tensors(), last;
+    constexpr int steps = 4;
+    constexpr double factors[steps] = {1, 1, 0.3, 0x1p-16};  // of the gradients; 1 leaves them out of the arithmetic
+    std::vector<TestTensor> last;
     for (const int threads : {1, 2, 3, 7}) {
         cpu::set_num_threads(threads);
         std::vector<TestTensor> tensors = many_tensors();
         for (int i = 0; i < steps; ++i) {
             // The gradient is cleared at the last step, so that the earlier ones have something to add.
-            const bool zero_grad = i + 1 == steps;
-            step_all(tensors, hypers, zero_grad);
+            const StepOptions options{.zero_grad = i + 1 == steps, .grad_factor = factors[i]};
+            step_all(tensors, hypers, options);
             for (TestTensor& tensor : tensors) {
-                tensor.expect_step(hypers, zero_grad);
+                tensor.expect_step(hypers, options);
                 tensor.initialized();
             }
         }
@@ -69,8 +70,8 @@ TEST(lists, slices_of_one_large_tensor) {
         for (const int threads : {2, 7}) {
             cpu::set_num_threads(threads);
             std::vector<TestTensor> tensors{{float32, 7 * 32768 + 11, 1, false, random, offset}};
-            step_all(tensors, hypers, threads == 2);
-            tensors[0].expect_step(hypers, threads == 2);
+            step_all(tensors, hypers, {.zero_grad = threads == 2});
+            tensors[0].expect_step(hypers, {.zero_grad = threads == 2});
             tensors[0].check(std::to_string(threads) + " threads, offset " + std::to_string(offset));
         }
     }
@@ -83,9 +84,9 @@ TEST(lists, slices_of_many_tiny_tensors) {
     std::vector<TestTensor> tensors;
     for (int i = 0; i < 3000; ++i) tensors.emplace_back(bfloat16, random.below(60), i % 4, i % 2 == 0, random, i % 3);
     cpu::set_num_threads(3);
-    step_all(tensors, hypers, false);
+    step_all(tensors, hypers);
     for (TestTensor& tensor : tensors) {
-        tensor.expect_step(hypers, false);
+        tensor.expect_step(hypers);
         tensor.check("tiny tensors");
     }
     cpu::set_num_threads(0);

@@ -62,6 +62,7 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
                 const std::string& layout) {
     constexpr std::size_t margin = 64;
     static Random random(5);
+    const StepOptions options{.zero_grad = zero_grad, .grad_factor = random.below(3) == 0 ? 0.3 : 1};
     const auto item = static_cast<std::int64_t>(item_size(dtypes.grad));
     std::int64_t size = 1, lowest = 0, highest = 0;
     for (const Axis& axis : axes) {
@@ -82,7 +83,8 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
     for (std::int64_t i = 0; i < size; ++i) {
         Word p = read_word(dtypes.param, param.data() + margin, i),
              b = read_word(dtypes.momentum, momentum.data() + margin, i);
-        update_word(dtypes, hyper, false, p, read_word(dtypes.grad, start + offset_of(axes, i), 0), b);
+        const Word g = read_word(dtypes.grad, start + offset_of(axes, i), 0);
+        update_word(dtypes, hyper, false, p, g, b, options.grad_factor);
         write_word(dtypes.param, expected_param.data() + margin, i, p);
         write_word(dtypes.momentum, expected_momentum.data() + margin, i, b);
         if (zero_grad) write_word(dtypes.grad, expected_grad.data() + margin - lowest + offset_of(axes, i), 0, 0);
@@ -93,9 +95,12 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
     tensor.param_dtype = dtypes.param;
     tensor.grad_dtype = dtypes.grad;
     tensor.momentum_dtype = dtypes.momentum;
-    step({&tensor, 1}, {&hyper, 1}, {.zero_grad = zero_grad});
+    step({&tensor, 1}, {&hyper, 1}, options);
 
-    const auto text = [&] { return describe(dtypes) + (zero_grad ? ", zero_grad, " : ", ") + layout; };
+    const auto text = [&] {
+        return describe(dtypes) + (zero_grad ? ", zero_grad, " : ", ") +
+               "grad_factor=" + std::to_string(options.grad_factor) + ", " + layout;
+    };
     for (std::int64_t i = 0; i < size; ++i) {
         const Word p = read_word(dtypes.param, param.data() + margin, i);
         const Word b = read_word(dtypes.momentum, momentum.data() + margin, i);

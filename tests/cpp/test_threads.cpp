@@ -34,9 +34,9 @@ std::vector<TestTensor> model(std::uint64_t seed) {
 }
 
 void step_and_expect(std::vector<TestTensor>& tensors) {
-    step_all(tensors, hypers, false);
+    step_all(tensors, hypers);
     for (TestTensor& tensor : tensors) {
-        tensor.expect_step(hypers, false);
+        tensor.expect_step(hypers);
         tensor.initialized();
     }
 }
@@ -129,10 +129,10 @@ TEST(fork, a_child_trains_and_exits) {
     const pid_t child = fork();
     if (child == 0) {
         // Only the exit status comes back.
-        step_all(tensors, hypers, false);
+        step_all(tensors, hypers);
         bool right = cpu::num_threads() == 1;
         for (std::size_t i = 0; i < tensors.size(); ++i) right = right && tensors[i].same_bytes(stepped[i]);
-        for (int i = 0; i < 3; ++i) step_all(tensors, hypers, false);
+        for (int i = 0; i < 3; ++i) step_all(tensors, hypers);
         _exit(right ? 0 : 1);
     }
     CHECK(child > 0);
