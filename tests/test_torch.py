@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -837,3 +838,141 @@ def test_a_tiny_learning_rate_updates_float16() -> None:
     )
     SGD([p], lr=2e-8).step()
     assert bits(p).tolist() == bits(torch.full((4,), -2e-5, dtype=torch.float16)).tolist()
+
+
+# What a review found
+
+
+def test_a_gradient_that_stands_for_its_negative() -> None:
+    p = parameter([0.0, 0.0, 0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    p.grad = torch.tensor([1 + 2j, 3 + 4j, 5 + 6j]).conj().imag
+    assert p.grad.is_neg()
+    for step in (1, 2):
+        optimizer.step()
+        assert p.tolist() == [1.0 * step, 2.0 * step, 3.0 * step]
+
+
+def test_a_cycle_through_a_hook_is_collected() -> None:
+    p = parameter([1.0, 2.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        p.grad = torch.ones(2)
+        optimizer.step()
+    p.optimizer = optimizer  # type: ignore[attr-defined]
+    gone = weakref.ref(p)
+    del p, optimizer
+    gc.collect()
+    assert gone() is None
+
+
+def test_groups_that_change_while_the_step_reads_them() -> None:
+    class Clears(float):
+        def __float__(self) -> float:
+            optimizer.param_groups.clear()
+            return 0.1
+
+    p, q = parameter([1.0], torch.ones(1)), parameter([1.0], torch.ones(1))
+    optimizer = sgdcore.torch.SGD([{"params": [p]}, {"params": [q]}], lr=0.1)
+    optimizer.param_groups[1]["lr"] = Clears(0.1)
+    with contextlib.suppress(ValueError):
+        optimizer.step()
+
+
+def test_another_default_device() -> None:
+    p = parameter([1.0, 1.0], torch.ones(2))
+    optimizer = sgdcore.torch.SGD([p], lr=0.5, momentum=0.5)
+    with torch.device("meta"):
+        optimizer.step()
+        optimizer.step()
+    assert p.tolist() == [1 - 0.5 - 0.75] * 2
+
+
+def test_a_failed_step_of_a_scaler_leaves_nothing_behind() -> None:
+    p = parameter([0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    hook = optimizer.register_step_post_hook(lambda *_: 1 / 0)
+    scaler.scale(p.sum()).backward()
+    with pytest.raises(ZeroDivisionError):
+        scaler.step(optimizer)
+    hook.remove()
+    before = p.item()
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert p.item() == before - 0.5
+
+
+def test_a_scaler_and_a_differentiable_group() -> None:
+    p = parameter([0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    optimizer.param_groups[0]["differentiable"] = True
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(p.sum()).backward()
+    scaler.step(optimizer)
+    assert p.item() == -0.5
+
+
+@pytest.mark.parametrize("change", ["load", "replace", "in place"])
+def test_step_in_backward_reads_the_groups_as_they_are(change: str) -> None:
+    p = parameter([0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    sgdcore.torch.step_in_backward(optimizer)
+    if change == "load":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif change == "replace":
+        optimizer.param_groups = [{**optimizer.param_groups[0]}]
+    optimizer.param_groups[0]["lr"] = 1.0
+    p.sum().backward()
+    assert p.item() == -1
+    optimizer.step()
+    assert p.item() == -1
+    assert p.grad is None
+
+
+def test_step_in_backward_and_a_removed_parameter() -> None:
+    p = parameter([0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    sgdcore.torch.step_in_backward(optimizer)
+    optimizer.param_groups.pop()
+    p.sum().backward()
+    assert p.item() == 0
+    assert p.grad is not None
+
+
+def test_step_in_backward_and_gradients_from_elsewhere() -> None:
+    p, q = parameter([0.0]), torch.zeros(1)
+    optimizer = sgdcore.torch.SGD([p, q], lr=0.5)
+    sgdcore.torch.step_in_backward(optimizer)
+    q.requires_grad_()  # after the hooks were registered
+    (p + q).sum().backward()
+    optimizer.step()
+    assert p.item() == q.item() == -0.5
+
+
+def test_step_in_backward_of_a_converted_model() -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = sgdcore.torch.SGD(model.parameters(), lr=0.5)
+    sgdcore.torch.step_in_backward(optimizer)
+    model.double()
+    before = model.bias.item()
+    model(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert model.bias.item() == before - 0.5
+
+
+def test_loaded_state_of_what_is_no_parameter_is_kept() -> None:
+    p = parameter([0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    state = optimizer.state_dict()
+    state["state"][7] = {"momentum_buffer": torch.ones(3)}
+    optimizer.load_state_dict(state)
+    assert optimizer.state[7]["momentum_buffer"].tolist() == [1, 1, 1]
+
+
+def test_an_expanded_parameter_is_refused_before_anything_changes() -> None:
+    p, q = parameter([0.0], torch.ones(1)), torch.zeros(1).expand(3).requires_grad_()
+    q.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[1\].*expanded"):
+        sgdcore.torch.SGD([p, q], lr=0.5).step()
+    assert p.item() == 0

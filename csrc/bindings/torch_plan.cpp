@@ -219,6 +219,11 @@ bool TorchPlan::add(Scratch& scratch, PyObject* parameter, PyObject* grad, PyObj
         tensor.momentum_dtype = m.dtype;
     }
     if (p.size == 0) return true;
+    if (p.data == nullptr || g.data == nullptr) return false;
+    // A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does
+    // not tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and
+    // momentum buffers were, once.
+    if ((p.size == 1 || !same_strides(p, g)) && is_negated(grad)) return false;
     const std::size_t axes_start = scratch.axes.size();
     if (!is_c_contiguous(p) || !same_strides(p, g)) {
         int order[max_dimensions];
@@ -278,13 +283,16 @@ void TorchPlan::update(Scratch& scratch, const StepOptions& options) {
     }
 }
 
+bool TorchPlan::is_negated(PyObject* tensor) const { return py::cast<bool>(interface_.is_negated(py::handle(tensor))); }
+
 py::object TorchPlan::pin(PyObject* tensor) const {
     if (interface_.pin.is_none()) return py::none();
     return interface_.pin(py::handle(tensor));
 }
 
-void TorchPlan::remember(std::size_t position, PyObject* parameter) {
-    if (position < entries_.size() && entries_[position].parameter.ptr() == parameter) return;
+bool TorchPlan::remember(std::size_t position, PyObject* parameter) {
+    if (position < entries_.size() && entries_[position].parameter.ptr() == parameter) return true;
+    if (is_negated(parameter)) return false;
     Entry entry;
     entry.parameter = py::reinterpret_borrow<py::object>(parameter);
     entry.parameter_pin = pin(parameter);
@@ -292,17 +300,19 @@ void TorchPlan::remember(std::size_t position, PyObject* parameter) {
     if (entry.hash == -1) throw py::error_already_set();
     if (position >= entries_.size()) entries_.resize(position + 1);  // after the calls to Python above
     entries_[position] = std::move(entry);
+    return true;
 }
 
-void TorchPlan::remember_momentum(std::size_t position, PyObject* momentum) {
-    const py::object held = py::reinterpret_borrow<py::object>(momentum);
+bool TorchPlan::remember_momentum(std::size_t position, PyObject* momentum) {
+    if (is_negated(momentum)) return false;
     py::object pinned = pin(momentum);  // runs Python code, which may let another thread forget the entry
-    if (position >= entries_.size()) return;
-    entries_[position].momentum = held;
+    if (position >= entries_.size()) return true;
+    entries_[position].momentum = py::reinterpret_borrow<py::object>(momentum);
     entries_[position].momentum_pin = std::move(pinned);
+    return true;
 }
 
-py::list TorchPlan::list_of(const std::vector<PyObject*>& tensors) {
+py::list TorchPlan::list_of(const std::vector<py::object>& tensors) {
     // Mostly the same as last time; nobody else has this list by then.
     const auto count = static_cast<Py_ssize_t>(tensors.size());
     if (!changed_ || PyList_GET_SIZE(changed_.ptr()) != count || Py_REFCNT(changed_.ptr()) != 1) {
@@ -310,7 +320,7 @@ py::list TorchPlan::list_of(const std::vector<PyObject*>& tensors) {
         for (Py_ssize_t i = 0; i < count; ++i) PyList_SET_ITEM(changed_.ptr(), i, Py_NewRef(Py_None));
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
-        PyObject* tensor = tensors[static_cast<std::size_t>(i)];
+        PyObject* tensor = tensors[static_cast<std::size_t>(i)].ptr();
         if (PyList_GET_ITEM(changed_.ptr(), i) != tensor) PyList_SetItem(changed_.ptr(), i, Py_NewRef(tensor));
     }
     return py::reinterpret_borrow<py::list>(changed_);
@@ -322,21 +332,27 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
     scratch->clear();
     read_hypers(param_groups, scratch->hypers);
     if (!PyDict_Check(state.ptr())) return false;
+    if (unpinned_) entries_.clear();
+    unpinned_ = false;
     const auto is_tensor = [&](PyObject* object) { return Py_TYPE(object) == tensor_type_; };
 
     std::size_t position = 0;
     MomentumReader momenta(state.ptr());
     for (std::size_t index = 0; index < scratch->hypers.size(); ++index) {
         const SgdHyper& hyper = scratch->hypers[index];
-        PyObject* group = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(index));
-        if (PyObject* differentiable = lookup(group, differentiable_key);
+        // Pins and numbers run Python code, after which the lists may be other ones.
+        if (static_cast<Py_ssize_t>(index) >= PyList_GET_SIZE(param_groups.ptr())) return false;
+        const auto group =
+            py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(index)));
+        if (!PyDict_Check(group.ptr())) return false;
+        if (PyObject* differentiable = lookup(group.ptr(), differentiable_key);
             differentiable != nullptr && differentiable != Py_False) {
             return false;
         }
-        PyObject* params = group_item(group, keys().params, index);
-        if (!PyList_Check(params)) return false;
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++position) {
-            PyObject* parameter = PyList_GET_ITEM(params, i);
+        const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), keys().params, index));
+        if (!PyList_Check(params.ptr())) return false;
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++position) {
+            PyObject* const parameter = PyList_GET_ITEM(params.ptr(), i);
             if (Py_TYPE(parameter) != parameter_type_ && !is_tensor(parameter)) return false;
             PyObject* grad = grad_getter_ != nullptr ? grad_getter_->get(parameter, grad_getter_->closure)
                                                      : PyObject_GetAttrString(parameter, "grad");
@@ -346,18 +362,19 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
                 continue;
             }
             scratch->grads.push_back(py::reinterpret_steal<py::object>(grad));
+            scratch->changed.push_back(py::reinterpret_borrow<py::object>(parameter));
             if (!is_tensor(grad)) return false;
-            remember(position, parameter);
+            if (!remember(position, parameter)) return false;
             PyObject* momentum = nullptr;
             if (hyper.momentum != 0) {
                 momentum = momenta.find(parameter, entries_[position].hash);
                 if (momentum == nullptr || !is_tensor(momentum)) return false;
-                if (entries_[position].momentum.ptr() != momentum) remember_momentum(position, momentum);
+                scratch->changed.push_back(py::reinterpret_borrow<py::object>(momentum));
+                if (entries_[position].momentum.ptr() != momentum && !remember_momentum(position, momentum))
+                    return false;
             }
             if (!add(*scratch, parameter, grad, momentum, static_cast<std::uint32_t>(index), false)) return false;
-            scratch->changed.push_back(parameter);
-            if (momentum != nullptr) scratch->changed.push_back(momentum);
-            if (zero_grad) scratch->changed.push_back(grad);
+            if (zero_grad) scratch->changed.push_back(scratch->grads.back());
         }
     }
     if (entries_.size() > position) entries_.resize(position);
@@ -368,6 +385,8 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
     update(*scratch, {.zero_grad = zero_grad, .grad_factor = grad_factor});
     if (!scratch->changed.empty()) interface_.increment_version(changed);
     scratch->grads.clear();
+    scratch->changed.clear();
+    if (zero_grad) changed_ = py::object();  // would keep the gradients alive
     scratch_ = std::move(scratch);
     return true;
 }
@@ -393,6 +412,14 @@ bool TorchPlan::is_dense(const py::object& tensor) {
     View tensor_view;
     int order[max_dimensions];
     return view(scratch, tensor.ptr(), tensor_view) && (tensor_view.size == 0 || memory_order(tensor_view, order));
+}
+
+void TorchPlan::unpin() {
+    unpinned_ = true;
+    for (Entry& entry : entries_) {
+        entry.parameter_pin = py::object();
+        entry.momentum_pin = py::object();
+    }
 }
 
 int TorchPlan::traverse(visitproc visit, void* arg) const {

@@ -26,6 +26,7 @@ struct TorchInterface {
     py::object increment_version;  // of a list of tensors
     /// pin(tensor) -> an object that holds a C++ reference to the tensor, or None; see Entry.
     py::object pin;
+    py::object is_negated;  // of a tensor: the elements in memory have the opposite sign
     py::object tensor_type, parameter_type, grad_descriptor;
 };
 
@@ -45,6 +46,10 @@ class TorchPlan {
 
     /// True if the elements fill one range of memory, axes in any order.
     bool is_dense(const py::object& tensor);
+
+    /// Forgets the pins until the next step. They hide the parameters from the garbage collector, which could not
+    /// collect cycles that lead through a parameter and back to the optimizer.
+    void unpin();
 
     int traverse(visitproc visit, void* arg) const;
     void clear();
@@ -79,7 +84,7 @@ class TorchPlan {
         std::vector<std::size_t> axes_end;  // per tensor, into `axes`
         std::vector<Range> ranges;
         std::vector<py::object> grads;
-        std::vector<PyObject*> changed;                  // borrowed; what the step writes to
+        std::vector<py::object> changed;                 // what the step writes to
         std::vector<std::vector<std::int64_t>> numbers;  // shapes and strides of described tensors
         std::int64_t total = 0;
         void clear();
@@ -91,11 +96,12 @@ class TorchPlan {
              bool first);
     bool disjoint(const Scratch& scratch, bool zero_grad);
     void update(Scratch& scratch, const StepOptions& options);
-    /// Makes entries_[position] that of the parameter.
-    void remember(std::size_t position, PyObject* parameter);
-    void remember_momentum(std::size_t position, PyObject* momentum);
-    py::list list_of(const std::vector<PyObject*>& tensors);
+    /// Makes entries_[position] that of the parameter. These return false for a negated tensor.
+    bool remember(std::size_t position, PyObject* parameter);
+    bool remember_momentum(std::size_t position, PyObject* momentum);
+    py::list list_of(const std::vector<py::object>& tensors);
     py::object pin(PyObject* tensor) const;
+    bool is_negated(PyObject* tensor) const;
     std::unique_ptr<Scratch> take_scratch();
 
     TorchInterface interface_;
@@ -104,6 +110,7 @@ class TorchPlan {
     PyTypeObject *tensor_type_, *parameter_type_;
     py::object changed_;  // the list last passed to increment_version
     std::vector<Entry> entries_;
+    bool unpinned_ = false;             // the entries are to be made anew
     std::unique_ptr<Scratch> scratch_;  // null while a step uses it
     // The ranges of memory last found to be disjoint.
     std::vector<Range> checked_;

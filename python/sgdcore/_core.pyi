@@ -64,6 +64,7 @@ class TorchPlan:
         describe: Any,
         increment_version: Any,
         pin: Any,
+        is_negated: Any,
         tensor_type: type,
         parameter_type: type,
         grad_descriptor: Any,
@@ -78,4 +79,5 @@ class TorchPlan:
         grad_factor: float,
         dry_run: bool,
     ) -> bool: ...
+    def unpin(self) -> None: ...
     def is_dense(self, tensor: Any) -> bool: ...

@@ -5,6 +5,8 @@ The only place that depends on which version of torch is installed.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import torch
@@ -51,8 +53,22 @@ def _pin(tensor: torch.Tensor) -> torch.Tensor | None:
         return None  # has no version, or is not for the core to read
     with torch.no_grad():
         view = tensor.view_as(tensor)
-        view.data = torch.empty(0, dtype=tensor.dtype)
+        view.data = torch.empty(0, dtype=tensor.dtype, device="cpu")
     return view
+
+
+# The plans that pin tensors.
+_pinning: weakref.WeakSet[_core.TorchPlan] = weakref.WeakSet()
+
+
+def _unpin(phase: str, info: dict[str, int]) -> None:
+    """Let a full garbage collection see through the pins."""
+    if phase == "start" and info["generation"] == 2:
+        for plan in list(_pinning):
+            plan.unpin()
+
+
+gc.callbacks.append(_unpin)
 
 
 def exchange_api() -> Any:
@@ -62,7 +78,7 @@ def exchange_api() -> Any:
 
 def _takes_lists(increment_version: Any) -> bool:
     """Tell whether torch's C function increments the versions of a whole list, as recent ones do."""
-    probe = torch.empty(0)
+    probe = torch.empty(0, device="cpu")
     try:
         increment_version([probe])
     except (TypeError, RuntimeError):
@@ -80,12 +96,16 @@ def new_plan(api: Any, *, pins: bool = True) -> _core.TorchPlan:
     increment_version = getattr(torch._C, "_increment_version", None)
     if increment_version is None or not _takes_lists(increment_version):
         increment_version = _increment_versions
-    return _core.TorchPlan(
+    plan = _core.TorchPlan(
         exchange_api=api,
         describe=_describe,
         increment_version=increment_version,
         pin=_pin if pins and api is not None else None,
+        is_negated=torch.Tensor.is_neg,
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         grad_descriptor=torch.Tensor.grad,
     )
+    if pins:
+        _pinning.add(plan)
+    return plan

@@ -129,6 +129,10 @@ def _prepare(
 
     grad = parameter.grad
     assert grad is not None
+    if momentum is not None and momentum.layout is not torch.strided:
+        momentum = update.momentum = (
+            momentum.to_dense()
+        )  # as torch leaves it after sparse gradients
     p = _plain(parameter, label)
     g = _plain(_placed_like(parameter, grad, label), f"the gradient of {label}")
     b = None if momentum is None else _plain(momentum, f"the momentum buffer of {label}")
@@ -158,6 +162,10 @@ def _prepare(
         if tensor is not None and tensor.dtype not in STORAGE_TYPES:
             expected = ", ".join(STORAGE_TYPES.values())
             raise TypeError(f"{what}: expected one of {expected} or complex, got {tensor.dtype}")
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(
+            f"{label}: expected elements with memory of their own, got an expanded tensor"
+        )
     if p.is_neg() or not plan.is_dense(p):
         p = _staged(update, p, p.resolve_neg().contiguous())
     if b is not None and (b.is_neg() or b.stride() != p.stride()):
@@ -244,6 +252,10 @@ def _real(
     """Return complex tensors as real ones, over the same memory where possible; real ones as they are."""
     if not p.is_complex():
         return p, g, b
+    if not g.is_complex() or not (b is None or b.is_complex()):
+        raise TypeError(
+            f"{update.label}: expected a complex gradient and momentum buffer for a complex parameter"
+        )
     if p.is_conj():
         p = _staged(update, p, p.resolve_conj())
     if b is not None and b.is_conj():

@@ -46,7 +46,10 @@ class StepInBackward:
         self._handles: list[Any] = []
         # Of one parameter each time, so there is nothing to remember.
         self._plan = new_plan(exchange_api(), pins=False)
-        self._stepped: list[Tensor] = []
+        # Where each parameter was last found: the index of its group, and its position there.
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._stepped: dict[Tensor, None] = {}  # an ordered set; since the last round's end
+        self._used: dict[Tensor, _UsedGradient] = {}
         for group in optimizer.param_groups:
             self.add_group(group)
 
@@ -54,25 +57,48 @@ class StepInBackward:
         """Make the parameters of a group step in the backward pass."""
         for parameter in group["params"]:
             if parameter.requires_grad:
-                self._register(parameter, group)
+                handle = parameter.register_post_accumulate_grad_hook(self._step)
+                self._handles.append(handle)
 
-    def _register(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        used = _UsedGradient(parameter)
-        only = [parameter]
+    def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        """Return the parameter's group as it is now, with this parameter alone; None if it is in none."""
+        groups = self._optimizer.param_groups
+        for _ in range(2):
+            index, position = self._places.get(parameter, (len(groups), 0))
+            if index < len(groups):
+                group = groups[index]
+                params = group["params"]
+                if position < len(params) and params[position] is parameter:
+                    only = {**group, "params": [parameter]}
+                    if "param_names" in group:
+                        only["param_names"] = [group["param_names"][position]]
+                    return only
+            self._places = {
+                p: (i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"])
+            }
+        return None
 
-        def step(parameter: Tensor) -> None:
-            optimizer = self._optimizer
-            groups = [{**group, "params": only}]
-            if not self._plan.run(groups, optimizer.state, False, 1.0):
-                optimizer._update_group(self._plan, groups)
-            parameter.grad = used
-            self._stepped.append(parameter)
-
-        handle = parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
-        self._handles.append(handle)
+    def _step(self, parameter: Tensor) -> None:
+        group = self._group_of(parameter)
+        if group is None:
+            return  # it was removed, and keeps its gradient
+        used = self._used.get(parameter)
+        # The parameter may have been converted since.
+        if (
+            used is None
+            or used.dtype != parameter.dtype
+            or used.shape != parameter.shape
+            or used.device != parameter.device
+        ):
+            used = self._used[parameter] = _UsedGradient(parameter)
+        optimizer = self._optimizer
+        if not self._plan.run([group], optimizer.state, False, 1.0):
+            optimizer._update_group(self._plan, [group])
+        parameter.grad = used
+        self._stepped[parameter] = None
 
     def finish_round(self) -> None:
-        """Let the parameters take new gradients; what ``optimizer.step()`` does."""
+        """Let the parameters take new gradients; a part of ``optimizer.step()``."""
         for parameter in self._stepped:
             if isinstance(parameter.grad, _UsedGradient):
                 parameter.grad = None
@@ -103,8 +129,9 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
     The gradients of all parameters are then never in memory together, and each is used while it is in the cache. The
-    training loop stays as it is: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, where ``step()`` runs the
-    hooks and schedulers' bookkeeping and lets the next backward pass begin. Hyperparameters are read at each update. The
+    training loop stays as it is: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, where ``step()`` updates
+    the parameters that got a gradient in another way, runs the hooks and schedulers' bookkeeping, and lets the next
+    backward pass begin. Hyperparameters are read at each update. The
     numbers are those of separate steps, provided the backward pass uses no parameter after its gradient was
     complete; autograd raises an error if it does.
 

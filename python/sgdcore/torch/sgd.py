@@ -42,7 +42,8 @@ class SGD(torch.optim.SGD):
         g = g + momentum * b  if nesterov, else b           both only if momentum != 0
         p = p - lr * g
 
-    For float32 and float64 (and complex) parameters every bit equals torch.optim.SGD(foreach=False). bfloat16 and
+    For float32 and float64 parameters every bit equals torch.optim.SGD(foreach=False); complex ones agree to a few
+    roundings. bfloat16 and
     float16 are computed in float32 and rounded once per stored value. docs/torch.md says what is equal, better,
     and refused.
 
@@ -117,7 +118,8 @@ class SGD(torch.optim.SGD):
     def _start(self) -> None:
         """Set up what is not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api())
-        self._in_backward: Any = None  # the StepInBackward that steps for us
+        # The StepInBackward that steps for us; loading a state dict changes nothing about that.
+        self._in_backward: Any = self.__dict__.get("_in_backward")
         # Subclasses with a step() of their own are wrapped by torch, hooks and all.
         self._observed_outside = type(self).step is not SGD.step
 
@@ -129,7 +131,7 @@ class SGD(torch.optim.SGD):
                 "GradScaler cannot be used with step_in_backward: the parameters were already updated, with "
                 "gradients that are still scaled"
             )
-        return True
+        return not any(group["differentiable"] for group in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the defaults for the hyperparameters it does not set.
@@ -161,6 +163,18 @@ class SGD(torch.optim.SGD):
         Raises:
             TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
         """
+        try:
+            return self._step(closure, zero_grad)
+        except BaseException:
+            # GradScaler removes what it set for one step only where that succeeds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
         if closure is None and (
             self._observed_outside
             or not (
@@ -176,9 +190,6 @@ class SGD(torch.optim.SGD):
         if self._observed_outside:
             return self._update_after(closure, zero_grad)
         return self._observed_step(closure, zero_grad)
-
-    # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
-    step.hooked = True  # type: ignore[attr-defined]
 
     def _observed_step(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
         """Step under torch's label for the profiler, with all hooks."""
@@ -216,8 +227,7 @@ class SGD(torch.optim.SGD):
 
     def _update(self, zero_grad: bool) -> None:
         if self._in_backward is not None:
-            self._in_backward.finish_round()
-            return
+            self._in_backward.finish_round()  # and then the parameters that did not step in it
         attributes = self.__dict__
         grad_factor = 1.0
         if "found_inf" in attributes or "grad_scale" in attributes:
@@ -280,7 +290,9 @@ class SGD(torch.optim.SGD):
         for parameter, values in state["state"].items():
             if isinstance(values, dict) and isinstance(values.get("momentum_buffer"), _Kept):
                 kept = values["momentum_buffer"].tensor
-                values["momentum_buffer"] = _momentum_for(parameter, kept, dtypes.get(parameter))
+                if parameter in dtypes:
+                    kept = _momentum_for(parameter, kept, dtypes[parameter])
+                values["momentum_buffer"] = kept
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
 
@@ -320,5 +332,7 @@ def _momentum_for(parameter: Tensor, momentum: Tensor, dtype: torch.dtype | None
         loaded: Tensor = momentum.to(device=parameter.device, dtype=dtype, copy=True)
         return loaded
     with torch.no_grad():
+        if momentum.layout is not torch.strided:  # torch's, of sparse gradients
+            momentum = momentum.to_dense()
         copy = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return copy.copy_(momentum)
