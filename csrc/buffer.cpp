@@ -1,5 +1,5 @@
 // Large buffers are mapped directly and advised to use transparent huge pages: fewer page faults at the first touch
-// and fewer TLB misses in every pass. docs and benchmarks/ hold the measurement.
+// and fewer TLB misses in every pass. docs/design.md says what that was measured to be worth.
 #include "buffer.hpp"
 
 #include <sys/mman.h>

@@ -976,3 +976,32 @@ def test_an_expanded_parameter_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[1\].*expanded"):
         sgdcore.torch.SGD([p, q], lr=0.5).step()
     assert p.item() == 0
+
+
+def gaps(base: torch.Tensor) -> list[torch.Tensor]:
+    return [base, base[::2], base[1:6:2], base[::2]]
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [1, 3], [2, 1, 0]])
+@pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_parameters_with_gaps_that_share_memory(order: list[int], hyper: dict[str, Any]) -> None:
+    results = []
+    for kind in (SGD, torch.optim.SGD):
+        base = torch.arange(8.0)
+        params = [gaps(base)[i].detach().requires_grad_() for i in order]
+        optimizer = kind(params, lr=0.1, foreach=False, **hyper)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = torch.linspace(-1, 1, p.numel()) + i + step
+            optimizer.step()
+        results.append(base)
+    assert_same_bits(results[0], results[1])
+
+
+def test_sparse_gradients_of_parameters_that_share_memory() -> None:
+    base = torch.zeros(4)
+    p, q = base.detach().requires_grad_(), base.detach().requires_grad_()
+    p.grad = torch.ones(4).to_sparse()
+    q.grad = torch.ones(4)
+    SGD([p, q], lr=0.5).step()
+    assert base.tolist() == [-1.0] * 4

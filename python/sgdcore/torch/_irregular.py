@@ -63,7 +63,9 @@ def step(
         ]
         real = [update for update in updates if update.arguments is not None]
         items = [update.item() for update in real]
-        if plan.run_items(groups, items, grad_factor, False):
+        # Copies of memory that others share would miss what is written to it meanwhile.
+        copies_are_current = not any(update.write_back for update in real) or _all_apart(real)
+        if copies_are_current and plan.run_items(groups, items, grad_factor, False):
             for update in real:
                 for write in update.write_back:
                     write()
@@ -95,12 +97,31 @@ def _step_in_sequence(
                 f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
             )
     for update in updates:
+        if update.write_back:  # copies of what it was before the others
+            update.write_back.clear()
+            _arrange(plan, groups[update.group], update)
         parameter, grad, momentum, group, first = update.item()
         plan.run_items(
             groups, [(parameter, grad.clone(), momentum, group, first)], grad_factor, False
         )
         for write in update.write_back:
             write()
+
+
+def _all_apart(updates: list[_Update]) -> bool:
+    """Return False if some tensors may share memory: if they have the same storage."""
+    seen = set()
+    for update in updates:
+        for tensor in (update.parameter, update.parameter.grad, update.momentum):
+            if tensor is None:
+                continue
+            tensor = _plain(tensor, update.label)
+            if tensor.layout is torch.strided and tensor.numel() > 0:
+                address = tensor.untyped_storage().data_ptr()
+                if address in seen:
+                    return False
+                seen.add(address)
+    return True
 
 
 def _prepare(
@@ -124,9 +145,14 @@ def _prepare(
         if momentum is None:
             momentum = _new_momentum(parameter, group, label)
     update = _Update(label, parameter, momentum, index, first)
-    if parameter.is_meta:
-        return update
+    if not parameter.is_meta:
+        _arrange(plan, group, update)
+    return update
 
+
+def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> None:
+    """Find what the core is to be given."""
+    parameter, momentum, label = update.parameter, update.momentum, update.label
     grad = parameter.grad
     assert grad is not None
     if momentum is not None and momentum.layout is not torch.strided:
@@ -171,7 +197,6 @@ def _prepare(
     if b is not None and (b.is_neg() or b.stride() != p.stride()):
         b = _staged(update, b, torch.empty_like(p, dtype=b.dtype).copy_(b))
     update.arguments = (p, g.resolve_neg(), b)
-    return update
 
 
 def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tensor:
