@@ -6,12 +6,17 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import sgdcore
 
 Hyper = dict[str, Any]
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# From when on torch's optimizers have names of parameters, and refuse a learning rate of several elements.
+needs_torch_2_6 = pytest.mark.skipif(TORCH < (2, 6), reason="needs torch 2.6")
 
 # All meaningful combinations of the hyperparameters: each term absent and present.
 HYPERS: list[Hyper] = [
@@ -96,6 +101,10 @@ class Pair:
 def parameter(values: Any, grad: Any = None, **kwargs: Any) -> torch.nn.Parameter:
     result = torch.nn.Parameter(torch.as_tensor(values, **kwargs))
     if grad is not None:
-        result.grad_dtype = None  # a gradient of any type
-        result.grad = grad if isinstance(grad, Tensor) else torch.as_tensor(grad, **kwargs)
+        grad = grad if isinstance(grad, Tensor) else torch.as_tensor(grad, **kwargs)
+        if grad.dtype != result.dtype:
+            if not hasattr(torch.Tensor, "grad_dtype"):
+                pytest.skip("this torch takes only gradients of the parameter's dtype")
+            result.grad_dtype = None  # any
+        result.grad = grad
     return result
