@@ -8,6 +8,7 @@ them from 4 MiB on because of what this prints; results/ holds a run.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import statistics
@@ -67,7 +68,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 3:  # from main
         child(int(sys.argv[1]), bool(int(sys.argv[2])))
     else:
+        argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
         main()

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import sgdcore
+from sgdcore import SGD, Parameter, ParameterBuffer
 from sgdcore.reference import ReferenceSGD
 from support import (
     BFLOAT16,
@@ -168,8 +169,8 @@ def test_what_is_no_array_is_refused(place: str, bad: str) -> None:
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        (torch.zeros(4), "Tensor"),
-        (torch.nn.Parameter(torch.zeros(4)), "Parameter"),
+        (torch.zeros(4), "torch.Tensor; .* sgdcore.torch.SGD"),
+        (torch.nn.Parameter(torch.zeros(4)), "torch.Parameter; .* sgdcore.torch.SGD"),
         ([1.0, 2.0], "list"),
         (1.0, "float"),
         (np.float32(1), "float32"),
@@ -177,7 +178,7 @@ def test_what_is_no_array_is_refused(place: str, bad: str) -> None:
         ("w", "str"),
         ({"params": []}, "dict"),
         (array.array("f", [1.0]), "array"),
-        (sgdcore.ParameterBuffer({"w": 1}), "ParameterBuffer"),
+        (sgdcore.ParameterBuffer({"w": 1}), "ParameterBuffer; .* passed by itself, .*"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -193,8 +194,16 @@ def test_only_parameters_and_arrays_are_optimized(place: str, value: Any, name: 
 @pytest.mark.parametrize(
     ("params", "error", "match"),
     [
-        (numbers(0, (3,)), TypeError, "^params argument given .* but got ndarray$"),
-        (sgdcore.Parameter(numbers(0, (3,))), TypeError, "^params argument .* but got Parameter$"),
+        (
+            numbers(0, (3,)),
+            TypeError,
+            "^params argument given .* but got ndarray; put it in a list$",
+        ),
+        (
+            sgdcore.Parameter(numbers(0, (3,))),
+            TypeError,
+            "^params argument .* but got Parameter; put it in a list$",
+        ),
         (np.float32(1), TypeError, "^params argument given .* but got float32$"),
         (1.5, TypeError, "^params argument given .* but got float$"),
         (None, TypeError, "^params argument given .* but got NoneType$"),
@@ -202,9 +211,13 @@ def test_only_parameters_and_arrays_are_optimized(place: str, value: Any, name: 
         (
             torch.zeros(2),
             TypeError,
-            r"^params\[0\]: optimizer can only optimize .* but got Tensor$",
+            r"^params\[0\]: optimizer can only optimize .* but got torch.Tensor; .*$",
         ),
-        ({"params": []}, TypeError, r"^params\[0\]: optimizer can only optimize .* but got str$"),
+        (
+            {"params": []},
+            TypeError,
+            r"^params argument .* but got dict; put a group in a list, or pass ",
+        ),
         ([], ValueError, "^optimizer got an empty parameter list$"),
         (iter(()), ValueError, "^optimizer got an empty parameter list$"),
         ({sgdcore.Parameter(numbers(0, (3,)))}, TypeError, "organized in ordered collections"),
@@ -916,7 +929,7 @@ def closure_that_raises(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
     yield {"closure": lambda: 1 / 0}
 
 
-@sabotage(TypeError, "not callable")
+@sabotage(TypeError, "^closure: expected a function, got int$")
 def closure_that_is_none(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
     yield {"closure": 3}
 
@@ -995,9 +1008,13 @@ def test_overlapping_parameters_are_refused(names: tuple[str, str], label: str) 
 
 def test_array_twice_is_refused() -> None:
     values = numbers(0, (3,))
-    with refused(ValueError, "^params: the data of .* overlap in memory$", None, values):
+    with refused(
+        ValueError, "^some parameters appear in more than one .*, or twice: parameter", None, values
+    ):
         sgdcore.SGD([values, values], lr=0.1)
-    with refused(ValueError, "^params: the data of .* overlap in memory$", None, values):
+    with refused(
+        ValueError, "^some parameters appear in more than one .*, or twice: parameter", None, values
+    ):
         sgdcore.SGD([{"params": [values]}, {"params": [values]}], lr=0.1)
 
 
@@ -1291,6 +1308,128 @@ def test_dlpack_request_is_refused(place: str, arguments: dict[str, Any], match:
         (buffer if place == "buffer" else buffer["w"]).__dlpack__(**arguments)
 
 
+@pytest.mark.parametrize("attribute", ["data", "grad"])
+def test_array_of_a_buffer_is_not_replaced(attribute: str) -> None:
+    buffer = ParameterBuffer({"w": (3,)})
+    own = getattr(buffer, attribute)
+    match = f"^{attribute}: it belongs to the buffer and its parameters .* got ndarray$"
+    with pytest.raises(AttributeError, match=match):
+        setattr(buffer, attribute, np.ones(3, np.float32))
+    assert getattr(buffer, attribute) is own
+    buffer.grad += 2
+    buffer.data += 1
+    SGD(buffer, lr=0.25).step()
+    np.testing.assert_array_equal(buffer["w"].data, np.full(3, 0.5, np.float32))
+
+
+def test_memory_that_cannot_be_had_is_named() -> None:
+    with pytest.raises(
+        MemoryError, match=r"^data: cannot allocate 2305843009213693950 elements of float32, "
+    ):
+        ParameterBuffer({"w": (2**61 - 2,)})
+
+
+# --- Arguments of another kind, with what was probably meant ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (
+            lambda w: {"w": w},
+            TypeError,
+            r"but got dict; put a group in a list, or .* list\(params.items\(\)\)$",
+        ),
+        (
+            lambda _: [ParameterBuffer({"w": (3,)})],
+            TypeError,
+            r"^params\[0\]: .* but got ParameterBuffer; a ParameterBuffer is passed by itself",
+        ),
+        (
+            lambda _: torch.nn.Linear(1, 1).parameters(),
+            TypeError,
+            r"^params\[0\]: .* but got torch.Parameter; for torch's tensors there is sgdcore.torch.SGD$",
+        ),
+        (
+            lambda w: [w, w],
+            ValueError,
+            "appear in more than one parameter group, or twice: parameter at position 1$",
+        ),
+        (
+            lambda w: [Parameter(w), Parameter(w, name="again")],
+            ValueError,
+            "appear in more than one parameter group, or twice: parameter 'again'$",
+        ),
+    ],
+)
+def test_params_of_another_kind_are_explained(make: Any, error: Any, match: str) -> None:
+    values = np.ones(3, np.float32)
+    with pytest.raises(error, match=match):
+        SGD(make(values))
+
+
+@pytest.mark.parametrize(
+    ("closure", "match"),
+    [
+        (np.ones(3), "^closure: expected a function, got ndarray; gradients are passed as grads=$"),
+        ([np.ones(3)], "^closure: expected a function, got list; gradients are passed as grads=$"),
+        (3.0, "^closure: expected a function, got float$"),
+    ],
+)
+def test_closure_that_is_no_function_is_refused(closure: Any, match: str) -> None:
+    optimizer = trained()
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append(1))
+    with refused(TypeError, match, optimizer):
+        optimizer.step(closure)
+    assert not called
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda _: None, TypeError, "^state_dict: expected a mapping, got NoneType$"),
+        (lambda _: "x", TypeError, "^state_dict: expected a mapping, got str$"),
+        (lambda _: {"a": 1}, KeyError, r"state_dict: expected a key 'state', got \['a'\]"),
+        (
+            lambda d: {"state": d["state"]},
+            KeyError,
+            r"state_dict: expected a key 'param_groups', got \['state'\]",
+        ),
+        (
+            lambda d: {**d, "state": 3},
+            TypeError,
+            r"^state_dict\['state'\]: expected a mapping, got int$",
+        ),
+        (
+            lambda d: {**d, "state": {0: 3}},
+            TypeError,
+            r"^state_dict\['state'\]\[0\]: expected a mapping, got 3$",
+        ),
+        (
+            lambda d: {**d, "param_groups": 3},
+            TypeError,
+            r"^state_dict\['param_groups'\]: expected a list, got int$",
+        ),
+        (
+            lambda d: {**d, "param_groups": [3]},
+            TypeError,
+            r"^state_dict\['param_groups'\]\[0\]: expected a mapping with a list 'params', got 3$",
+        ),
+        (
+            lambda d: {**d, "param_groups": [{}]},
+            TypeError,
+            r"^state_dict\['param_groups'\]\[0\]: expected a mapping with a list 'params', got \{\}$",
+        ),
+    ],
+)
+def test_state_dict_of_another_layout_is_refused(change: Any, error: Any, match: str) -> None:
+    optimizer = trained()
+    bad = change(optimizer.state_dict())
+    with refused(error, match, optimizer):
+        optimizer.load_state_dict(bad)
+
+
 # --- Keys of the state ----------------------------------------------------------------------------
 
 
@@ -1317,8 +1456,9 @@ def test_state_replaced_by_something_bad_stays() -> None:
 @pytest.mark.parametrize(
     ("count", "error", "match"),
     [
-        (-1, ValueError, "^count: expected a number of threads, or 0 for the default, got -1$"),
-        (2**31, ValueError, f"^count: expected a number of threads, .*, got {2**31}$"),
+        (4097, ValueError, "^count: expected a number of threads up to 4096, or 0 for the default"),
+        (-1, ValueError, "^count: expected a number of threads up to 4096, or 0 .*, got -1$"),
+        (2**31, ValueError, f"^count: expected a number of threads .*, got {2**31}$"),
         (2.5, TypeError, r"^count: expected an integer, got 2\.5$"),
         ("two", TypeError, "^count: expected an integer, got 'two'$"),
         (None, TypeError, "^count: expected an integer, got None$"),
@@ -1377,3 +1517,15 @@ print(w)
         assert error.startswith("SGDCORE_ISA: this machine has no instruction set 'z80'; it has ")
     assert unchanged == "[1. 1. 1.] 0"
     assert stepped == "[0. 0. 0.]"
+
+
+def test_unknown_instruction_set_on_the_command_line() -> None:
+    environment = {**os.environ, "SGDCORE_ISA": "z80", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "sgdcore", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "python -m sgdcore info: SGDCORE_ISA: this machine has no instruction set 'z80'"
+    )

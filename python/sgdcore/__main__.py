@@ -9,7 +9,11 @@ from sgdcore import __version__, build_info, demo
 
 
 def _print_info(_: argparse.Namespace) -> int:
-    info = build_info()
+    try:
+        info = build_info()
+    except ValueError as error:  # of SGDCORE_ISA
+        print(f"python -m sgdcore info: {error}", file=sys.stderr)
+        return 2
     isa = ", ".join(
         name + (" (in use)" if name == info["isa"] else "") for name in info["isa_available"]
     )

@@ -694,7 +694,8 @@ def _resolve_nesterov(args: argparse.Namespace) -> bool:
 def _report_steps(times: StepTimes, what: str) -> None:
     isa = sgdcore.build_info()["isa"]
     threads = sgdcore.get_num_threads()
-    _say(f"One optimizer step ({what}; {isa}, at most {threads} threads), median:")
+    limit = "1 thread" if threads == 1 else f"at most {threads} threads"
+    _say(f"One optimizer step ({what}; {isa}, {limit}), median:")
     _say(f"  sgdcore                {1e6 * times.sgdcore:10.2f} us")
     for name, seconds in (
         ("NumPy, array by array", times.numpy),

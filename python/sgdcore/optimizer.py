@@ -148,12 +148,17 @@ class Optimizer:
         self.state = OptimizerState()
         self._start()
 
-        if isinstance(params, Parameter | np.ndarray | str | bytes) or not isinstance(
+        if isinstance(params, Parameter | np.ndarray | str | bytes | dict) or not isinstance(
             params, Iterable
         ):
+            hint = ""
+            if isinstance(params, Parameter | np.ndarray):
+                hint = "; put it in a list"
+            elif isinstance(params, dict):
+                hint = "; put a group in a list, or pass names with list(params.items())"
             raise TypeError(
                 "params argument given to the optimizer should be an iterable of Parameters, arrays "
-                f"or dicts, but got {type(params).__name__}"
+                f"or dicts, but got {type(params).__name__}{hint}"
             )
         groups: list[Any] = [params] if isinstance(params, ParameterBuffer) else list(params)
         if not groups:
@@ -202,14 +207,14 @@ class Optimizer:
                 f"cannot add param group {which} to the optimizer"
             )
         self._check_group(group)
-        known = {id(p) for each in self.param_groups for p in each["params"]}
+        known = {_identity(p) for each in self.param_groups for p in each["params"]}
         for position, parameter in enumerate(group["params"]):
-            if id(parameter) in known:
+            if _identity(parameter) in known:
                 label = repr(parameter.name) if parameter.name else f"at position {position}"
                 raise ValueError(
                     f"some parameters appear in more than one parameter group, or twice: parameter {label}"
                 )
-            known.add(id(parameter))
+            known.add(_identity(parameter))
         try:
             self._build_plan([*self.param_groups, group])
         except Exception:
@@ -263,6 +268,9 @@ class Optimizer:
 
     def _step_with_hooks(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Call the hooks around the closure and the update."""
+        if closure is not None and not callable(closure):
+            hint = "; gradients are passed as grads=" if np.iterable(closure) else ""
+            raise TypeError(f"closure: expected a function, got {type(closure).__name__}{hint}")
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         for hook in self._step_pre_hooks.values():
             replaced = hook(self, args, kwargs)
@@ -338,13 +346,18 @@ class Optimizer:
         keep this optimizer's defaults.
 
         Raises:
-            ValueError: if the groups do not match this optimizer's, or a momentum buffer does not have
-                its parameter's shape. The optimizer is then as it was.
+            TypeError: if `state_dict` is not laid out as `state_dict` returns it.
+            KeyError: if it lacks "state" or "param_groups".
+            ValueError: if the groups do not match this optimizer's, or a momentum buffer does not have its
+                parameter's shape. The optimizer is then as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)  # so that hooks may change it
         for hook in self._load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        _check_layout(state_dict)
         saved = [dict(group) for group in state_dict["param_groups"]]
         if len(saved) != len(self.param_groups):
             raise ValueError(
@@ -430,6 +443,31 @@ class Optimizer:
         return text + ")"
 
 
+def _check_layout(state_dict: Any) -> None:
+    """Raise if something is not laid out as a state dict; what the parts mean is for others to check."""
+    for key, kind in {"state": Mapping, "param_groups": list | tuple}.items():
+        if key not in state_dict:
+            raise KeyError(f"state_dict: expected a key {key!r}, got {list(state_dict)!r}")
+        if not isinstance(state_dict[key], kind):
+            expected = "a mapping" if kind is Mapping else "a list"
+            raise TypeError(
+                f"state_dict[{key!r}]: expected {expected}, got {type(state_dict[key]).__name__}"
+            )
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise TypeError(
+                f"state_dict['param_groups'][{i}]: expected a mapping with a list 'params', got {group!r}"
+            )
+    for key, values in state_dict["state"].items():
+        if not isinstance(values, Mapping):
+            raise TypeError(f"state_dict['state'][{key!r}]: expected a mapping, got {values!r}")
+
+
+def _identity(parameter: Parameter) -> int:
+    """Return what tells parameters apart; two made of one array are the same one."""
+    return id(parameter.data)
+
+
 def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
     """Return the names, if there are any, and the parameters of a group."""
     if isinstance(params, ParameterBuffer):
@@ -461,8 +499,14 @@ def _as_parameter(value: Any, position: int) -> Parameter:
             return Parameter(value)
         except (TypeError, ValueError) as error:
             raise type(error)(str(error).replace("data:", f"params[{position}]:", 1)) from None
+    kind, hint = type(value).__name__, ""
+    if isinstance(value, ParameterBuffer):
+        hint = "; a ParameterBuffer is passed by itself, SGD(buffer), or as a group's 'params'"
+    elif type(value).__module__.partition(".")[0] == "torch":
+        kind = "torch." + kind  # which has a Parameter, too
+        hint = "; for torch's tensors there is sgdcore.torch.SGD"
     raise TypeError(
-        f"params[{position}]: optimizer can only optimize Parameters and NumPy arrays, but got {type(value).__name__}"
+        f"params[{position}]: optimizer can only optimize Parameters and NumPy arrays, but got {kind}{hint}"
     )
 
 

@@ -172,8 +172,8 @@ class ParameterBuffer(Mapping[str, Parameter]):
                 )
             dtype = found.pop() if found else np.float32
         size = sum(math.prod(shape) for shape in shapes.values())
-        self.data = _flat("data", data, size, dtype)
-        self.grad = _flat(
+        self._data = _flat("data", data, size, dtype)
+        self._grad = _flat(
             "grad",
             grad,
             size,
@@ -194,6 +194,33 @@ class ParameterBuffer(Mapping[str, Parameter]):
         for name, array in values.items():
             # Between storage types; NumPy counts bfloat16 as no kind of float, hence "unsafe".
             np.copyto(self[name].data, array, casting="unsafe")
+
+    @property
+    def data(self) -> Array:
+        """All parameters, 1-d. Written in place, also by ``buffer.data += x``; no other array may take its place."""
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self._refuse_other("data", value, self._data)
+
+    @property
+    def grad(self) -> Array:
+        """All gradients, 1-d; as `data`."""
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        self._refuse_other("grad", value, self._grad)
+
+    @staticmethod
+    def _refuse_other(attribute: str, value: Any, own: Array) -> None:
+        # ``buffer.grad += g`` assigns what is there already.
+        if value is not own:
+            raise AttributeError(
+                f"{attribute}: it belongs to the buffer and its parameters and cannot be replaced; "
+                f"copy values into it with buffer.{attribute}[:] = ..., got {type(value).__name__}"
+            )
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -311,7 +338,13 @@ def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None) -> Arra
     if given is None:
         if size > sys.maxsize // storage_dtype(dtype).itemsize:
             raise MemoryError(f"parameters: {size} elements of {dtype} exceed the address space")
-        return _core.allocate(size, storage_dtype(dtype))
+        try:
+            return _core.allocate(size, storage_dtype(dtype))
+        except MemoryError:
+            raise MemoryError(
+                f"{argument}: cannot allocate {size} elements of {storage_dtype(dtype)}, "
+                f"{size * storage_dtype(dtype).itemsize} bytes"
+            ) from None
     if not isinstance(given, np.ndarray):
         raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")
     if given.shape != (size,):

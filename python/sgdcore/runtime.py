@@ -11,6 +11,9 @@ from sgdcore import _core
 
 __all__ = ["build_info", "get_isa", "get_num_threads", "set_isa", "set_num_threads"]
 
+# Beyond what one system runs well; OpenMP ends the process where it cannot start as many threads as it is told to.
+_MOST_THREADS = 4096
+
 
 def get_num_threads() -> int:
     """Return how many threads a large step uses.
@@ -26,12 +29,14 @@ def set_num_threads(count: int) -> None:
 
     Raises:
         TypeError: if `count` is no integer.
-        ValueError: if it is negative or absurdly large.
+        ValueError: if it is negative or exceeds 4,096.
     """
     if not isinstance(count, int | np.integer):
         raise TypeError(f"count: expected an integer, got {count!r}")
-    if not 0 <= count < 2**31:
-        raise ValueError(f"count: expected a number of threads, or 0 for the default, got {count}")
+    if not 0 <= count <= _MOST_THREADS:
+        raise ValueError(
+            f"count: expected a number of threads up to {_MOST_THREADS}, or 0 for the default, got {count}"
+        )
     _core.set_num_threads(count)
 
 

@@ -36,7 +36,8 @@ class SGD(Optimizer):
 
     Args:
         params: a `ParameterBuffer`; or an iterable of `Parameter` objects or arrays, of (name, parameter) pairs,
-            or of dicts that define groups.
+            or of dicts that define groups. An array has no place for its gradient: it gets one in each step, by
+            ``step(grads=[...])``.
         lr: learning rate, >= 0; a number or an array of one element, read at each step.
         momentum: momentum factor, >= 0.
         dampening: dampening of the momentum.
