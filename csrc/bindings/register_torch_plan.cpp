@@ -19,6 +19,7 @@ void register_torch_plan(py::module_& module) {
              py::arg("grad_factor"))
         .def("run_items", &TorchPlan::run_items, py::arg("param_groups"), py::arg("items"), py::arg("grad_factor"),
              py::arg("dry_run"))
+        .def_readwrite("state_exposed", &TorchPlan::state_exposed)
         .def("unpin", &TorchPlan::unpin)
         .def("is_dense", &TorchPlan::is_dense, py::arg("tensor"));
 }

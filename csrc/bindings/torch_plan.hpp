@@ -1,7 +1,6 @@
-// The step over torch tensors: reads pointers from tensors and hands a work list to the core.
+// The step over torch tensors: finds each parameter's gradient and momentum and hands a work list to the core.
 //
-// torch's C++ library is not linked. Tensors are read through the DLPack C exchange API, or through a Python function
-// where torch does not have it. What is unusual (see `run`) is left to Python code that turns it into the usual.
+// What is unusual (see `run`) is left to Python code that turns it into the usual.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,28 +10,15 @@
 #include <vector>
 
 #include "../work.hpp"
-#include "arrays.hpp"
-#include "dlpack_abi.hpp"
 #include "parameter.hpp"
+#include "torch_listing.hpp"
+#include "torch_reader.hpp"
 
 namespace sgdcore::bindings {
 
-/// What to know of torch, from the Python side.
-struct TorchInterface {
-    py::object exchange_api;  // capsule, or None
-    /// describe(tensor) -> (address, shape, strides, dtype's name), or None for what is not plain memory; used without
-    /// exchange_api.
-    py::object describe;
-    py::object increment_version;  // of a list of tensors
-    /// pin(tensor) -> an object that holds a C++ reference to the tensor, or None; see Entry.
-    py::object pin;
-    py::object is_negated;  // of a tensor: the elements in memory have the opposite sign
-    py::object tensor_type, parameter_type, grad_descriptor;
-};
-
 class TorchPlan {
   public:
-    explicit TorchPlan(TorchInterface interface);
+    explicit TorchPlan(TorchInterface interface) : reader_(std::move(interface)) {}
 
     /// One step over the groups' parameters that have a gradient, with momentum buffers from `state`. Returns false,
     /// with nothing changed, unless every tensor is as usual: of torch's own types, dense memory of a storage type
@@ -46,6 +32,11 @@ class TorchPlan {
 
     /// True if the elements fill one range of memory, axes in any order.
     bool is_dense(const py::object& tensor);
+
+    /// Whether anyone may hold a reference to the optimizer's state. As long as nobody has asked for it, nobody can
+    /// have moved the momentum buffers' memory or recorded one for autograd, so a step need neither read them anew nor
+    /// increment their versions.
+    bool state_exposed = true;
 
     /// Forgets the pins until the next step. They hide the parameters from the garbage collector, which could not
     /// collect cycles that lead through a parameter and back to the optimizer.
@@ -64,58 +55,33 @@ class TorchPlan {
         py::object parameter, parameter_pin, momentum, momentum_pin;
         Py_hash_t hash = 0;  // of the parameter: a Python call otherwise
     };
-    struct View {
-        std::byte* data;
-        DType dtype;
-        int dimensions;
-        const std::int64_t *shape, *strides;  // strides in elements
-        std::int64_t size;
-    };
-    struct Range {
-        std::uintptr_t begin, end;
-        bool written;
-        bool operator==(const Range&) const = default;
-    };
-    /// Refilled by every step; its capacity is kept.
-    struct Scratch {
+    /// What is kept from step to step. A step takes it away from the plan for its time, so that another one, in another
+    /// thread or from code that this one calls, finds none and makes its own.
+    struct Memory {
+        std::vector<Entry> entries;
         std::vector<SgdHyper> hypers;
-        std::vector<TensorRef> tensors;
-        std::vector<Axis> axes;
-        std::vector<std::size_t> axes_end;  // per tensor, into `axes`
-        std::vector<Range> ranges;
-        std::vector<py::object> grads;
-        std::vector<py::object> changed;                 // what the step writes to
-        std::vector<std::vector<std::int64_t>> numbers;  // shapes and strides of described tensors
-        std::int64_t total = 0;
-        void clear();
+        TorchListing listing;
+        std::vector<PyObject*> grads;  // references that the step holds
+        py::object changed;            // the list last passed to increment_versions
+        bool with_momenta = false;     // `changed` has the momentum buffers, too
+        bool complete = false;         // the last step found everything as usual
     };
+    class Lease;
+    class Momenta;
 
-    bool view(Scratch& scratch, PyObject* tensor, View& view) const;
-    bool described(Scratch& scratch, PyObject* tensor, View& view) const;
-    bool add(Scratch& scratch, PyObject* parameter, PyObject* grad, PyObject* momentum, std::uint32_t group,
-             bool first);
-    bool disjoint(const Scratch& scratch, bool zero_grad);
-    void update(Scratch& scratch, const StepOptions& options);
-    /// Makes entries_[position] that of the parameter. These return false for a negated tensor.
-    bool remember(std::size_t position, PyObject* parameter);
-    bool remember_momentum(std::size_t position, PyObject* momentum);
-    py::list list_of(const std::vector<py::object>& tensors);
-    py::object pin(PyObject* tensor) const;
-    bool is_negated(PyObject* tensor) const;
-    std::unique_ptr<Scratch> take_scratch();
+    /// Makes memory.listing the work list of a step; false if something is unusual.
+    bool list(Memory& memory, const py::list& param_groups, const py::object& state, bool momenta_are_known);
+    /// The momentum buffer of the parameter at `position`, borrowed; null if it is missing or unusual.
+    PyObject* momentum_of(Memory& memory, std::size_t position, Momenta& momenta);
+    /// Makes entries[position] that of the parameter; false if it is negated.
+    bool remember(Memory& memory, std::size_t position, PyObject* parameter);
+    /// A list of the parameters and momentum buffers in the listing.
+    static py::list written(const Memory& memory, bool with_momenta);
+    static void update(const Memory& memory, const StepOptions& options);
 
-    TorchInterface interface_;
-    const DLPackExchangeAPI* exchange_ = nullptr;
-    PyGetSetDef* grad_getter_ = nullptr;
-    PyTypeObject *tensor_type_, *parameter_type_;
-    py::object changed_;  // the list last passed to increment_version
-    std::vector<Entry> entries_;
-    bool unpinned_ = false;             // the entries are to be made anew
-    std::unique_ptr<Scratch> scratch_;  // null while a step uses it
-    // The ranges of memory last found to be disjoint.
-    std::vector<Range> checked_;
-    bool checked_zero_grad_ = false;
-    std::vector<Range> sorted_;
+    TorchReader reader_;
+    std::unique_ptr<Memory> memory_;  // null while a step uses it
+    bool unpinned_ = false;           // the entries are to be made anew
 };
 
 }  // namespace sgdcore::bindings

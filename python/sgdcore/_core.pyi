@@ -57,6 +57,7 @@ class Plan:
     def missing_momentum(self) -> list[int]: ...
 
 class TorchPlan:
+    state_exposed: bool
     def __init__(
         self,
         *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, overload
@@ -114,6 +115,22 @@ class SGD(torch.optim.SGD):
             "sparse_mode": sparse_mode,
         }
         torch.optim.Optimizer.__init__(self, params, defaults)
+        self._plan.state_exposed = False  # only torch has seen it so far
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """What is remembered of each parameter: a dict whose ``"momentum_buffer"`` is a tensor like the parameter.
+
+        A momentum buffer may be read, changed in place, or replaced between steps.
+        """
+        # From now on somebody may hold a momentum buffer, and each step looks whether it was moved.
+        self._plan.state_exposed = True
+        return self._state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._plan.state_exposed = True
+        self._state = state
 
     def _start(self) -> None:
         """Set up what is not part of a checkpoint or a pickle."""
@@ -164,7 +181,18 @@ class SGD(torch.optim.SGD):
             TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
         """
         try:
-            return self._step(closure, zero_grad)
+            if closure is None and not (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_pre_hooks
+                or _global_post_hooks
+                or _profiler_enabled()
+            ):
+                self._update(zero_grad)
+                return None
+            if self._observed_outside:
+                return self._update_after(closure, zero_grad)
+            return self._observed_step(closure, zero_grad)
         except BaseException:
             # GradScaler removes what it set for one step only where that succeeds.
             self.__dict__.pop("grad_scale", None)
@@ -173,23 +201,6 @@ class SGD(torch.optim.SGD):
 
     # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _step(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
-        if closure is None and (
-            self._observed_outside
-            or not (
-                self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _global_pre_hooks
-                or _global_post_hooks
-                or _profiler_enabled()
-            )
-        ):
-            self._update(zero_grad)
-            return None
-        if self._observed_outside:
-            return self._update_after(closure, zero_grad)
-        return self._observed_step(closure, zero_grad)
 
     def _observed_step(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
         """Step under torch's label for the profiler, with all hooks."""
@@ -240,7 +251,7 @@ class SGD(torch.optim.SGD):
             if scale is not None:
                 # As GradScaler.unscale_ computes it.
                 grad_factor = float(torch.as_tensor(scale).double().reciprocal().float())
-        if not self._plan.run(self.param_groups, self.state, zero_grad, grad_factor):
+        if not self._plan.run(self.param_groups, self._state, zero_grad, grad_factor):
             self._update_irregular(grad_factor)
             if zero_grad:
                 self.zero_grad(set_to_none=False)
@@ -253,11 +264,11 @@ class SGD(torch.optim.SGD):
                 step = step.__wrapped__  # type: ignore[attr-defined]
             step(self)
         else:
-            _irregular.step(self._plan, self.param_groups, self.state, grad_factor)
+            _irregular.step(self._plan, self.param_groups, self._state, grad_factor)
 
     def _update_group(self, plan: _core.TorchPlan, groups: list[dict[str, Any]]) -> None:
         """Step what `plan.run` refused."""
-        _irregular.step(plan, groups, self.state, 1.0)
+        _irregular.step(plan, groups, self._state, 1.0)
 
     # Checkpoints
 
@@ -294,6 +305,7 @@ class SGD(torch.optim.SGD):
                     kept = _momentum_for(parameter, kept, dtypes[parameter])
                 values["momentum_buffer"] = kept
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._state = self.__dict__.pop("state")  # where torch has put it
         self._start()
 
 

@@ -1,0 +1,264 @@
+// The work list of a step over torch tensors.
+#include "torch_listing.hpp"
+
+#include <algorithm>
+
+#include "arrays.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+bool same_shape(const TorchView& a, const TorchView& b) {
+    return a.dimensions == b.dimensions && std::equal(a.shape, a.shape + a.dimensions, b.shape);
+}
+
+/// True if both, of one shape, have their elements in the same order and distance.
+bool same_strides(const TorchView& a, const TorchView& b) {
+    for (int axis = 0; axis < a.dimensions; ++axis) {
+        if (a.strides[axis] != b.strides[axis] && a.shape[axis] != 1) return false;
+    }
+    return true;
+}
+
+std::uintptr_t address_of(const std::byte* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+
+}  // namespace
+
+bool memory_order(const TorchView& view, int* order) {
+    for (int axis = 0; axis < view.dimensions; ++axis) order[axis] = axis;
+    std::stable_sort(order, order + view.dimensions, [&](int a, int b) {
+        // An axis of length 1 may have any stride; it goes first, where it does no harm.
+        const auto rank = [&](int axis) { return view.shape[axis] == 1 ? INT64_MAX : view.strides[axis]; };
+        return rank(a) > rank(b);
+    });
+    std::int64_t expected = 1;
+    for (int i = view.dimensions; i-- > 0;) {
+        if (view.shape[order[i]] == 1) continue;
+        if (view.strides[order[i]] != expected) return false;
+        expected *= view.shape[order[i]];
+    }
+    return true;
+}
+
+std::int64_t size_of(const TorchView& view) {
+    std::int64_t size = 1;
+    for (int axis = 0; axis < view.dimensions; ++axis) size *= view.shape[axis];
+    return size;
+}
+
+void TorchListing::start() {
+    if (!complete_) truncate(0);
+    complete_ = false;
+    next_ = 0;
+    relisted_ = moved_writes_ = tensors_.empty();
+    moved_grads_.clear();
+}
+
+TorchListing::Answer TorchListing::add(const TorchReader& reader, std::size_t position, PyObject* grad,
+                                       const TorchViews& views, std::uint32_t group, bool first) {
+    if (next_ < tensors_.size()) {
+        const Found& found = found_[next_];
+        if (found.position == position && tensors_[next_].hyper == group && tensors_[next_].first == first &&
+            matches(next_, views)) {
+            if (found.may_be_negated && reader.is_negated(grad)) return Answer::refused;
+            return update(next_, views);
+        }
+    }
+    if (views.has_momentum && !views.momentum_is_read) return Answer::read_momentum;
+    truncate(next_);
+    return append(reader, position, grad, views, group, first);
+}
+
+/// True if nothing but addresses has changed.
+bool TorchListing::matches(std::size_t index, const TorchViews& views) const {
+    const Found& found = found_[index];
+    const TensorRef& tensor = tensors_[index];
+    const TorchView &p = views.param, &g = views.grad;
+    if (p.dtype != tensor.param_dtype || g.dtype != tensor.grad_dtype || p.dimensions != found.dimensions ||
+        g.dimensions != found.dimensions || views.has_momentum != found.has_momentum) {
+        return false;
+    }
+    const bool read = views.has_momentum && views.momentum_is_read;
+    if (read && (views.momentum.dtype != tensor.momentum_dtype || views.momentum.dimensions != found.dimensions)) {
+        return false;
+    }
+    const TorchView& m = read ? views.momentum : p;
+    const std::int64_t *shape = numbers_.data() + found.numbers, *strides = shape + found.dimensions,
+                       *grad_strides = strides + found.dimensions;
+    for (int axis = 0; axis < found.dimensions; ++axis) {
+        if (p.shape[axis] != shape[axis] || g.shape[axis] != shape[axis] || m.shape[axis] != shape[axis] ||
+            p.strides[axis] != strides[axis] || m.strides[axis] != strides[axis] ||
+            g.strides[axis] != grad_strides[axis]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/// Takes over the addresses.
+TorchListing::Answer TorchListing::update(std::size_t index, const TorchViews& views) {
+    TensorRef& tensor = tensors_[index];
+    const TorchView &p = views.param, &g = views.grad, &m = views.momentum;
+    if (tensor.size > 0 && (p.data == nullptr || g.data == nullptr)) return Answer::refused;
+    if (p.data != tensor.param) {
+        tensor.param = p.data;
+        moved_writes_ = true;
+    }
+    if (views.has_momentum && views.momentum_is_read && m.data != tensor.momentum) {
+        tensor.momentum = m.data;
+        moved_writes_ = true;
+    }
+    if (g.data != tensor.grad) {
+        tensor.grad = g.data;
+        moved_grads_.push_back(index);
+    }
+    ++next_;
+    return Answer::listed;
+}
+
+TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t position, PyObject* grad,
+                                          const TorchViews& views, std::uint32_t group, bool first) {
+    const TorchView &p = views.param, &g = views.grad, &m = views.momentum;
+    if (!same_shape(p, g)) return Answer::refused;
+    TensorRef tensor;
+    tensor.momentum_dtype = p.dtype;
+    if (views.has_momentum) {
+        if (!same_shape(p, m) || !same_strides(p, m)) return Answer::refused;
+        tensor.momentum = m.data;
+        tensor.momentum_dtype = m.dtype;
+    }
+    tensor.param = p.data;
+    tensor.param_dtype = p.dtype;
+    tensor.grad = g.data;
+    tensor.grad_dtype = g.dtype;
+    tensor.size = size_of(p);
+    tensor.hyper = group;
+    tensor.first = first;
+    if (tensor.size > 0 && (p.data == nullptr || g.data == nullptr)) return Answer::refused;
+    // A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does
+    // not tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and
+    // momentum buffers were, once.
+    const bool reordered = tensor.size > 0 && !same_strides(p, g);
+    const bool may_be_negated = reordered || tensor.size == 1;
+    if (may_be_negated && reader.is_negated(grad)) return Answer::refused;
+    int order[max_dimensions];
+    if (tensor.size > 0 && !memory_order(p, order)) return Answer::refused;
+    const std::size_t axes_start = axes_.size();
+    if (reordered) {
+        const auto item = static_cast<std::int64_t>(item_size(g.dtype));
+        for (int i = 0; i < p.dimensions; ++i) {
+            if (g.shape[order[i]] == 1) continue;
+            append_axis(axes_, axes_start, {g.shape[order[i]], g.strides[order[i]] * item});
+        }
+    }
+    found_.push_back(
+        {position, numbers_.size(), axes_.size(), p.dimensions, views.has_momentum, may_be_negated, p.shape, g.shape});
+    for (const std::int64_t* numbers : {p.shape, p.strides, g.strides}) {
+        numbers_.insert(numbers_.end(), numbers, numbers + p.dimensions);
+    }
+    tensors_.push_back(tensor);
+    elements_ += tensor.size;
+    relisted_ = moved_writes_ = true;
+    ++next_;
+    return Answer::listed;
+}
+
+void TorchListing::prefetch() const {
+    constexpr std::size_t ahead = 2, line = 64;
+    if (next_ + ahead >= tensors_.size()) return;
+    const TensorRef& tensor = tensors_[next_ + ahead];
+    const Found& found = found_[next_ + ahead];
+    for (const void* header : {found.param_header, found.grad_header}) {
+        const auto* const bytes = static_cast<const std::byte*>(header);
+        __builtin_prefetch(bytes - line);
+        __builtin_prefetch(bytes);
+        __builtin_prefetch(bytes + line);
+    }
+    for (const std::byte* data : {tensor.param, tensor.grad, tensor.momentum}) __builtin_prefetch(data);
+}
+
+void TorchListing::truncate(std::size_t count) {
+    if (count == tensors_.size()) return;
+    for (std::size_t i = count; i < tensors_.size(); ++i) elements_ -= tensors_[i].size;
+    numbers_.resize(found_[count].numbers);
+    axes_.resize(count == 0 ? 0 : found_[count - 1].axes);
+    tensors_.resize(count);
+    found_.resize(count);
+    relisted_ = moved_writes_ = true;
+}
+
+bool TorchListing::finish(bool zero_grad) {
+    truncate(next_);
+    if (relisted_) {
+        std::size_t start = 0;
+        for (std::size_t i = 0; i < tensors_.size(); ++i) {
+            tensors_[i].grad_axes = {axes_.data() + start, found_[i].axes - start};
+            start = found_[i].axes;
+        }
+    }
+    if (moved_writes_) {
+        if (!writes_are_disjoint()) return false;
+        for (const TensorRef& tensor : tensors_) {
+            if (!apart_from_writes(tensor)) return false;
+        }
+    } else {
+        for (const std::size_t index : moved_grads_) {
+            if (!apart_from_writes(tensors_[index])) return false;
+        }
+    }
+    if (relisted_ || !moved_grads_.empty()) disjoint_grads_ = false;
+    if (zero_grad && !disjoint_grads_) {
+        if (!grads_are_disjoint()) return false;
+        disjoint_grads_ = true;
+    }
+    complete_ = true;
+    return true;
+}
+
+bool TorchListing::writes_are_disjoint() {
+    writes_.clear();
+    const auto add = [&](const std::byte* data, std::int64_t size, DType dtype) {
+        writes_.push_back({address_of(data), address_of(data) + static_cast<std::uintptr_t>(size) * item_size(dtype)});
+    };
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+        const TensorRef& tensor = tensors_[i];
+        if (tensor.size == 0) continue;
+        add(tensor.param, tensor.size, tensor.param_dtype);
+        if (found_[i].has_momentum) add(tensor.momentum, tensor.size, tensor.momentum_dtype);
+    }
+    return sort_disjoint(writes_);
+}
+
+/// Sorts by address; false if some ranges overlap.
+bool TorchListing::sort_disjoint(std::vector<Range>& ranges) {
+    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    return std::adjacent_find(ranges.begin(), ranges.end(),
+                              [](const Range& a, const Range& b) { return b.begin < a.end; }) == ranges.end();
+}
+
+bool TorchListing::apart_from_writes(const TensorRef& tensor) const {
+    if (tensor.size == 0) return true;
+    const Range range = grad_range(tensor);
+    // The writes are disjoint and sorted, so their ends are sorted too.
+    const auto write = std::upper_bound(writes_.begin(), writes_.end(), range.begin,
+                                        [](std::uintptr_t begin, const Range& w) { return begin < w.end; });
+    return write == writes_.end() || write->begin >= range.end;
+}
+
+bool TorchListing::grads_are_disjoint() {
+    grads_.clear();
+    for (const TensorRef& tensor : tensors_) {
+        if (tensor.size > 0) grads_.push_back(grad_range(tensor));
+    }
+    return sort_disjoint(grads_);
+}
+
+TorchListing::Range TorchListing::grad_range(const TensorRef& tensor) {
+    const auto item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
+    std::int64_t reach = item;  // from the first element to behind the last
+    for (const Axis& axis : tensor.grad_axes) reach += (axis.length - 1) * axis.stride;
+    if (tensor.grad_axes.empty()) reach = tensor.size * item;
+    return {address_of(tensor.grad), address_of(tensor.grad) + static_cast<std::uintptr_t>(reach)};
+}
+
+}  // namespace sgdcore::bindings

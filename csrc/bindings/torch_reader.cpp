@@ -1,0 +1,115 @@
+// Reading torch's tensors.
+#include "torch_reader.hpp"
+
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "../work.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+/// Finds the storage type; false if it is none of ours.
+bool storage_type(const DLDataType& type, DType& dtype) {
+    if (type.lanes != 1) return false;
+    if (type.code == code_bfloat && type.bits == 16) {
+        dtype = DType::bfloat16;
+        return true;
+    }
+    if (type.code != code_float) return false;
+    switch (type.bits) {
+        case 64:
+            dtype = DType::float64;
+            return true;
+        case 32:
+            dtype = DType::float32;
+            return true;
+        case 16:
+            dtype = DType::float16;
+            return true;
+        default:
+            return false;
+    }
+}
+
+}  // namespace
+
+TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interface)) {
+    if (!interface_.exchange_api.is_none()) {
+        auto* api = static_cast<const DLPackExchangeAPI*>(
+            PyCapsule_GetPointer(interface_.exchange_api.ptr(), DLPackExchangeAPI::capsule_name));
+        if (api == nullptr) throw py::error_already_set();
+        if (api->version.major == 1) exchange_ = api;
+    }
+    tensor_type_ = reinterpret_cast<PyTypeObject*>(interface_.tensor_type.ptr());
+    parameter_type_ = reinterpret_cast<PyTypeObject*>(interface_.parameter_type.ptr());
+    // The getter itself, past the lookup of the attribute, which costs as much as the getter.
+    PyObject* descriptor = interface_.grad_descriptor.ptr();
+    if (Py_IS_TYPE(descriptor, &PyGetSetDescr_Type)) {
+        grad_getter_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor)->d_getset;
+    }
+}
+
+bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const {
+    if (exchange_ == nullptr) return described(tensor, view, numbers);
+    DLTensor dl;
+    if (exchange_->dltensor_from_py_object_no_sync(tensor, &dl) != 0) {
+        // Sparse, conjugated or such: not an error, only not for this path.
+        if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+        PyErr_Clear();
+        return false;
+    }
+    if (dl.device.type != device_cpu || dl.ndim > max_dimensions || (dl.strides == nullptr && dl.ndim > 0))
+        return false;
+    view.data = static_cast<std::byte*>(dl.data) + dl.byte_offset;
+    view.dimensions = dl.ndim;
+    view.shape = dl.shape;
+    view.strides = dl.strides;
+    return storage_type(dl.dtype, view.dtype);
+}
+
+bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const {
+    const py::object description = interface_.describe(py::handle(tensor));
+    if (description.is_none()) return false;
+    const auto [address, shape, strides, dtype] =
+        py::cast<std::tuple<std::uintptr_t, std::vector<std::int64_t>, std::vector<std::int64_t>, std::string>>(
+            description);
+    int index = 0;
+    while (index < dtype_count && dtype != dtype_name(static_cast<DType>(index))) ++index;
+    if (index == dtype_count || shape.size() > max_dimensions) return false;
+    view.data = reinterpret_cast<std::byte*>(address);
+    view.dtype = static_cast<DType>(index);
+    view.dimensions = static_cast<int>(shape.size());
+    numbers = shape;
+    numbers.insert(numbers.end(), strides.begin(), strides.end());
+    view.shape = numbers.data();
+    view.strides = numbers.data() + shape.size();
+    return true;
+}
+
+PyObject* TorchReader::grad(PyObject* parameter) const {
+    PyObject* grad = grad_getter_ != nullptr ? grad_getter_->get(parameter, grad_getter_->closure)
+                                             : PyObject_GetAttrString(parameter, "grad");
+    if (grad == nullptr) throw py::error_already_set();
+    return grad;
+}
+
+bool TorchReader::is_negated(PyObject* tensor) const {
+    return py::cast<bool>(interface_.is_negated(py::handle(tensor)));
+}
+
+py::object TorchReader::pin(PyObject* tensor) const {
+    if (interface_.pin.is_none()) return py::none();
+    return interface_.pin(py::handle(tensor));
+}
+
+void TorchReader::increment_versions(const py::list& tensors) const {
+    PyObject* result = PyObject_CallOneArg(interface_.increment_version.ptr(), tensors.ptr());
+    if (result == nullptr) throw py::error_already_set();
+    Py_DECREF(result);
+}
+
+}  // namespace sgdcore::bindings

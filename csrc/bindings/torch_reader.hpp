@@ -1,0 +1,71 @@
+// How torch's tensors are read: their memory, their gradients, and what else the step has to know of them.
+//
+// torch's C++ library is not linked. Memory is read through the DLPack C exchange API, or through a Python function
+// where torch does not have it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "../dtypes.hpp"
+#include "dlpack_abi.hpp"
+
+namespace sgdcore::bindings {
+
+namespace py = pybind11;
+
+/// What to know of torch, from the Python side.
+struct TorchInterface {
+    py::object exchange_api;  // capsule, or None
+    /// describe(tensor) -> (address, shape, strides, dtype's name), or None for what is not plain memory; used without
+    /// exchange_api.
+    py::object describe;
+    py::object increment_version;  // of a list of tensors
+    /// pin(tensor) -> an object that holds a C++ reference to the tensor, or None; see TorchPlan::Entry.
+    py::object pin;
+    py::object is_negated;  // of a tensor: the elements in memory have the opposite sign
+    py::object tensor_type, parameter_type, grad_descriptor;
+};
+
+/// A tensor's memory. Shape and strides, in elements, are lent by the tensor.
+struct TorchView {
+    std::byte* data = nullptr;
+    DType dtype = DType::float32;
+    int dimensions = 0;
+    const std::int64_t *shape = nullptr, *strides = nullptr;
+};
+
+class TorchReader {
+  public:
+    explicit TorchReader(TorchInterface interface);
+
+    /// Reads where a tensor's elements are; false unless they lie in the CPU's memory as one of the storage types.
+    /// `numbers` keeps shape and strides where torch does not lend them.
+    bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const;
+
+    /// The gradient or None; a new reference.
+    PyObject* grad(PyObject* parameter) const;
+
+    /// True for torch's own types, whose memory is what it seems to be.
+    bool is_tensor(PyObject* object) const { return Py_TYPE(object) == tensor_type_; }
+    bool is_tensor_or_parameter(PyObject* object) const {
+        return Py_TYPE(object) == parameter_type_ || is_tensor(object);
+    }
+
+    // These run Python code.
+    bool is_negated(PyObject* tensor) const;
+    py::object pin(PyObject* tensor) const;
+    void increment_versions(const py::list& tensors) const;
+
+  private:
+    bool described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const;
+
+    TorchInterface interface_;
+    const DLPackExchangeAPI* exchange_ = nullptr;
+    PyGetSetDef* grad_getter_ = nullptr;
+    PyTypeObject *tensor_type_, *parameter_type_;
+};
+
+}  // namespace sgdcore::bindings
