@@ -19,6 +19,13 @@
 #error "sgdcore needs GCC or Clang: the kernels rely on __builtin_fma, __builtin_bit_cast and always_inline"
 #endif
 
+/// Lets the compiler use 64-byte vectors in a function of a file that is compiled for 32-byte ones.
+#if defined(__AVX512F__) && !defined(__clang__)
+#define SGDCORE_WIDE_VECTORS __attribute__((target("prefer-vector-width=512")))
+#else
+#define SGDCORE_WIDE_VECTORS
+#endif
+
 #if defined(__CUDACC__)
 #define SGDCORE_HOST_DEVICE __host__ __device__
 #else

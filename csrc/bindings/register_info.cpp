@@ -28,19 +28,21 @@ void register_info(py::module_& module) {
     // For the benchmarks: contiguous arrays of one size, exchanged and read (see cpu/stream.hpp).
     module.def(
         "stream",
-        [](const py::object& param, const py::object& grad, const py::object& momentum) {
-            const ArrayRef p = read_array(param, "param"), g = read_array(grad, "grad"),
-                           b = read_array(momentum, "momentum");
+        [](const py::object& param, const py::object& grad, const py::object& momentum, bool clear) {
+            const ArrayRef p = read_array(param, "param"), g = read_array(grad, "grad");
+            const ArrayRef b = momentum.is_none() ? p : read_array(momentum, "momentum");
             require_updatable(p, "param");
             require_updatable(g, "grad");
             require_updatable(b, "momentum");
             require_same_shape(g, p, "grad");
             require_same_shape(b, p, "momentum");
             if (g.dtype != p.dtype || b.dtype != p.dtype) throw py::type_error("stream: expected arrays of one dtype");
+            std::byte* const momentum_data = momentum.is_none() ? nullptr : b.data;
             const py::gil_scoped_release release;
-            return cpu::stream(p.data, g.data, b.data, p.size * static_cast<std::int64_t>(item_size(p.dtype)));
+            const auto size = p.size * static_cast<std::int64_t>(item_size(p.dtype));
+            return cpu::stream(p.data, g.data, momentum_data, size, clear);
         },
-        py::arg("param"), py::arg("grad"), py::arg("momentum"));
+        py::arg("param"), py::arg("grad"), py::arg("momentum") = py::none(), py::arg("clear") = false);
     module.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
 }
 

@@ -88,8 +88,8 @@ SGDCORE_INLINE std::int64_t update_lanes(const SgdRule<float, variant>& rule, st
 }
 
 template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
-void update(std::byte* SGDCORE_RESTRICT param, const std::byte* SGDCORE_RESTRICT grad,
-            std::byte* SGDCORE_RESTRICT momentum, std::int64_t size, const SgdHyper& hyper) {
+SGDCORE_INLINE void update_elements(std::byte* SGDCORE_RESTRICT param, const std::byte* SGDCORE_RESTRICT grad,
+                                    std::byte* SGDCORE_RESTRICT momentum, std::int64_t size, const SgdHyper& hyper) {
     using C = storage::ComputeType<ParamStorage, GradStorage, MomentumStorage>;
     const SgdRule<C, variant> rule(hyper);
     std::int64_t i = 0;
@@ -111,6 +111,56 @@ void update(std::byte* SGDCORE_RESTRICT param, const std::byte* SGDCORE_RESTRICT
     }
 }
 
+template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
+void update(std::byte* param, const std::byte* grad, std::byte* momentum, std::int64_t size, const SgdHyper& hyper) {
+    update_elements<ParamStorage, GradStorage, MomentumStorage, variant>(param, grad, momentum, size, hyper);
+}
+
+template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
+SGDCORE_WIDE_VECTORS void update_wide(std::byte* param, const std::byte* grad, std::byte* momentum, std::int64_t size,
+                                      const SgdHyper& hyper) {
+    update_elements<ParamStorage, GradStorage, MomentumStorage, variant>(param, grad, momentum, size, hyper);
+}
+
+/// Where memory alone is the limit, wide vectors only cost (see CMakeLists.txt). Conversions of 16-bit storage are
+/// worth them: a bfloat16 step over 64M elements on one thread of a Zen 4 machine took 13.3 ms with them, 14.7 without.
+template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
+constexpr Kernel choose() {
+    constexpr bool converts = item_size(ParamStorage::dtype) == 2 || item_size(GradStorage::dtype) == 2 ||
+                              item_size(MomentumStorage::dtype) == 2;
+    return converts ? update_wide<ParamStorage, GradStorage, MomentumStorage, variant>
+                    : update<ParamStorage, GradStorage, MomentumStorage, variant>;
+}
+
+template <bool has_momentum, bool clear>
+SGDCORE_INLINE std::uint64_t pass(std::byte* SGDCORE_RESTRICT param, std::byte* SGDCORE_RESTRICT grad,
+                                  std::byte* SGDCORE_RESTRICT momentum, std::int64_t size) {
+    using Words = Unaligned<std::uint64_t>;
+    auto* const params = reinterpret_cast<Words*>(param);
+    auto* const grads = reinterpret_cast<Words*>(grad);
+    auto* const momenta = reinterpret_cast<Words*>(momentum);
+    std::uint64_t check = 0;
+    for (std::int64_t i = 0; i < size / static_cast<std::int64_t>(sizeof(Words)); ++i) {
+        const std::uint64_t p = params[i].value, g = grads[i].value;
+        if constexpr (has_momentum) {
+            params[i].value = momenta[i].value;
+            momenta[i].value = p;
+            check ^= g;
+        } else {
+            params[i].value = p ^ g;
+        }
+        if constexpr (clear) grads[i].value = 0;
+    }
+    return check;
+}
+
+std::uint64_t stream(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size, bool clear) {
+    if (momentum != nullptr) {
+        return clear ? pass<true, true>(param, grad, momentum, size) : pass<true, false>(param, grad, momentum, size);
+    }
+    return clear ? pass<false, true>(param, grad, nullptr, size) : pass<false, false>(param, grad, nullptr, size);
+}
+
 template <DType dtype>
 using StorageOf = std::conditional_t<
     dtype == DType::float64, storage::Float64,
@@ -126,15 +176,15 @@ constexpr Kernel kernel_at() {
     using Grad = StorageOf<static_cast<DType>(dtypes / dtype_count % dtype_count)>;
     if constexpr (variant.momentum == Momentum::none) {
         // One instance for all four momentum types and both values of nesterov, which play no part.
-        return update<Param, Grad, Param, SgdVariant{Momentum::none, false, variant.weight_decay}>;
+        return choose<Param, Grad, Param, SgdVariant{Momentum::none, false, variant.weight_decay}>();
     } else {
-        return update<Param, Grad, StorageOf<static_cast<DType>(dtypes % dtype_count)>, variant>;
+        return choose<Param, Grad, StorageOf<static_cast<DType>(dtypes % dtype_count)>, variant>();
     }
 }
 
 template <int... index>
 constexpr KernelTable make_table(std::integer_sequence<int, index...>) {
-    return {{kernel_at<index>()...}};
+    return {{kernel_at<index>()...}, stream};
 }
 
 }  // namespace

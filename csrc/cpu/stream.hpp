@@ -6,8 +6,8 @@
 
 namespace sgdcore::cpu {
 
-/// Reads `size` bytes of each array and writes `param` and `momentum`, exchanging their contents, on as many
-/// threads as a step of that size would use. Returns a value that depends on `grad`, so that its reads happen.
-std::uint64_t stream(std::byte* param, const std::byte* grad, std::byte* momentum, std::int64_t size);
+/// Streams `size` bytes of each array as a step does, on as many threads as a large step uses; see Stream in
+/// kernel.hpp.
+std::uint64_t stream(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size, bool clear);
 
 }  // namespace sgdcore::cpu
