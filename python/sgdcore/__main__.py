@@ -1,4 +1,4 @@
-"""The command line: ``python -m sgdcore demo | info``."""
+"""The command line: ``python -m sgdcore demo | bench | info``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from sgdcore import __version__, build_info, demo
+from sgdcore.bench import command as bench
 
 
 def _print_info(_: argparse.Namespace) -> int:
@@ -44,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     demo_parser = commands.add_parser("demo", help="train a network on handwritten digits")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.main)
+    bench_parser = commands.add_parser(
+        "bench", help="time whole steps beside torch, NumPy and others"
+    )
+    bench.add_arguments(bench_parser)
+    bench_parser.set_defaults(run=bench.main)
     info_parser = commands.add_parser(
         "info", help="print version, instruction sets, threads and build flags"
     )

@@ -1,0 +1,211 @@
+"""What is measured: workloads (shapes), and the cases that cross them with hyperparameters, dtypes and threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from typing import Any
+
+__all__ = [
+    "DTYPES",
+    "HYPERS",
+    "TRAINING",
+    "WORKLOADS",
+    "Case",
+    "Grid",
+    "Shapes",
+    "full",
+    "quick",
+    "select",
+]
+
+Shapes = list[tuple[int, ...]]
+
+# By name. The learning rate is large enough that three steps which do nothing are found wrong in any dtype.
+HYPERS: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.1},
+    "momentum": {"lr": 0.1, "momentum": 0.9},
+    "nesterov": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
+}
+DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # and their bytes
+
+
+def _resnet50() -> Shapes:
+    shapes: Shapes = []
+
+    def convolution(outputs: int, inputs: int, width: int) -> None:
+        shapes.extend([(outputs, inputs, width, width), (outputs,), (outputs,)])  # with batch norm
+
+    convolution(64, 3, 7)
+    inputs = 64
+    for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolution(planes, inputs, 1)
+            convolution(planes, planes, 3)
+            convolution(4 * planes, planes, 1)
+            if block == 0:
+                convolution(4 * planes, inputs, 1)
+            inputs = 4 * planes
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def _transformer_block(d: int) -> Shapes:
+    norm: Shapes = [(d,), (d,)]
+    attention: Shapes = [(3 * d, d), (3 * d,), (d, d), (d,)]
+    mlp: Shapes = [(4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return norm + attention + norm + mlp
+
+
+def _vit_b16() -> Shapes:
+    d = 768
+    start: Shapes = [(1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,)]
+    return [*start, *(12 * _transformer_block(d)), (d,), (d,), (1000, d), (1000,)]
+
+
+def _gpt2() -> Shapes:
+    d = 768
+    return [(50257, d), (1024, d), *(12 * _transformer_block(d)), (d,), (d,)]
+
+
+WORKLOADS: dict[str, Shapes] = {
+    "tiny": [(10,)],
+    "mlp": [(64, 128), (128,), (128, 10), (10,)],
+    "161x8": [(8,)] * 161,
+    "100x1000": [(1000,)] * 100,
+    "1000x8": [(8,)] * 1000,
+    "1000x10": [(10,)] * 1000,
+    "resnet50": _resnet50(),
+    "vit_b16": _vit_b16(),
+    "gpt2": _gpt2(),
+    "flat64M": [(1 << 26,)],
+}
+
+# Whole training steps: forward, backward and update; see training.py.
+TRAINING = ("train-mlp", "train-cnn", "train-deep")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: a workload under one combination of conditions.
+
+    Attributes:
+        workload: a name in WORKLOADS or TRAINING.
+        hyper: a name in HYPERS.
+        dtype: of parameters, gradients and momentum.
+        threads: how many threads each contender may use.
+        grads: "warm": the same gradient arrays at each step; "cold": other ones at each step, and caches emptied
+            before it.
+        clear: whether a step also sets the gradients to zero.
+    """
+
+    workload: str
+    hyper: str
+    dtype: str
+    threads: int
+    grads: str = "warm"
+    clear: bool = False
+
+    @property
+    def is_training(self) -> bool:
+        """True for whole training steps, which have neither shapes nor elements here."""
+        return self.workload in TRAINING
+
+    @property
+    def shapes(self) -> Shapes:
+        """The tensors' shapes."""
+        return WORKLOADS[self.workload]
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all tensors."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def bytes(self) -> int:
+        """The least that a step moves: p and g read, p written; momentum read and written; a cleared g written."""
+        streams = 3 + 2 * ("momentum" in HYPERS[self.hyper]) + self.clear
+        return streams * self.elements * DTYPES[self.dtype]
+
+    @property
+    def title(self) -> str:
+        """Such as "resnet50, nesterov, float32, 2 threads"."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        words = [self.workload, self.hyper, self.dtype, threads]
+        return ", ".join(words + ["cold"] * (self.grads == "cold") + ["clearing"] * self.clear)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the attributes by name."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Case:
+        """Return the case that a result file describes; other keys are ignored."""
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
+
+
+# The values of each condition; a grid stands for all their combinations.
+Grid = dict[str, list[Any]]
+
+
+def quick(threads: int) -> list[Grid]:
+    """Return what is measured in less than a minute."""
+    return [
+        {
+            "workload": ["tiny", "mlp", "1000x10", "resnet50", "train-mlp"],
+            "hyper": ["nesterov"],
+            "dtype": ["float32"],
+            "threads": [threads],
+            "grads": ["warm"],
+            "clear": [False],
+        }
+    ]
+
+
+def full(threads: int) -> list[Grid]:
+    """Return everything: all hyperparameters x dtypes x threads; cold and cleared gradients for one of them."""
+    everything: Grid = {
+        "workload": [*WORKLOADS, *TRAINING],
+        "hyper": list(HYPERS),
+        "dtype": list(DTYPES),
+        "threads": sorted({1, threads}),
+        "grads": ["warm"],
+        "clear": [False],
+    }
+    gradients: Grid = {
+        **everything,
+        "hyper": ["nesterov"],
+        "dtype": ["float32"],
+        "grads": ["warm", "cold"],
+        "clear": [False, True],
+    }
+    return [everything, gradients]
+
+
+def select(grids: Sequence[Grid], filters: Mapping[str, list[Any] | None]) -> list[Case]:
+    """Return the cases of all grids, workload by workload.
+
+    Args:
+        grids: as `quick` and `full` return them.
+        filters: for a condition's name the values to take instead of the grid's; None or [] leaves the grid's.
+    """
+    found: dict[Case, None] = {}
+    for grid in grids:
+        values = [filters.get(name) or grid[name] for name in grid]
+        for combination in product(*values):
+            case = Case(**dict(zip(grid, combination, strict=True)))
+            if not case.is_training or _trains(case):
+                found[case] = None
+    order = [*WORKLOADS, *TRAINING]
+    return sorted(found, key=lambda case: order.index(case.workload))
+
+
+def _trains(case: Case) -> bool:
+    """True if a training workload has such a case: its own gradients, in float32, with the usual hyperparameters."""
+    return (case.hyper, case.dtype, case.grads, case.clear) == (
+        "nesterov",
+        "float32",
+        "warm",
+        False,
+    )

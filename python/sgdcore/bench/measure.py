@@ -1,0 +1,446 @@
+"""Check, then time: contenders take turns, round by round, in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import resource
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+import sgdcore
+from sgdcore._arrays import Array
+from sgdcore.bench import training
+from sgdcore.bench.cases import DTYPES, Case
+from sgdcore.bench.contenders import CONTENDERS, Problem, Unsuitable
+from sgdcore.bench.stats import spread
+from sgdcore.reference import ReferenceSGD
+
+__all__ = ["Extent", "Measured", "Result", "fitting", "run"]
+
+WRONG = 4.0  # roundings after three steps, beyond which a result is wrong
+
+_STEPS = 3  # that are compared with the oracle
+_SAMPLE = 4096  # elements of each end of a large tensor, and of its middle, that are compared
+_SLOW = 2.5  # times the fastest
+_SLOW_ROUNDS = 5
+
+
+class _Steps(Protocol):
+    """What is timed: a Contender, or a Training."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def step(self) -> Callable[[], Any]: ...
+    def load(self, index: int) -> None: ...
+    def result(self) -> Iterable[Array]: ...
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How long to measure a case.
+
+    Attributes:
+        rounds: samples of each contender, at most; slow ones over large arrays get five.
+        turn: seconds that the repeats of a short step take in a round.
+        budget: seconds for all rounds of a case; three are taken all the same.
+    """
+
+    rounds: int
+    turn: float
+    budget: float
+
+
+@dataclass
+class Result:
+    """What became of a contender in one case.
+
+    Attributes:
+        kind: what it works on: "numpy", "torch", "jax" or "ceiling".
+        check: "equal" to the oracle in every bit, "rounding" apart, "wrong", "failed" with an exception,
+            "unsuitable" or "ceiling"; only what is equal, rounding or ceiling is timed.
+        detail: why, in words.
+        roundings: the largest difference from the oracle, in units of the dtype's eps times max(1, abs(p)).
+        seconds: of one step, one sample for each round it took part in.
+        repeats: how many steps each sample is the mean of.
+        page_faults: per step, the median.
+        allocated_bytes: the most that one step held at a time beyond what it found, of Python's, NumPy's and torch's
+            memory; None for jax, whose memory is not seen.
+    """
+
+    kind: str
+    check: str
+    detail: str = ""
+    roundings: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    repeats: int = 1
+    page_faults: float | None = None
+    allocated_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """The median of the seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Their interquartile range over their median."""
+        return spread(self.seconds)
+
+
+@dataclass
+class Measured:
+    """A case, its results in the contenders' order, and the share of all cores that other programs used meanwhile."""
+
+    case: Case
+    results: dict[str, Result]
+    others: float | None = None
+
+
+def fitting(case: Case, names: Sequence[str], available: int) -> list[str]:
+    """Return the contenders that fit into `available` bytes of memory, taken in order of precedence; maybe none."""
+    if case.is_training:
+        return list(names)
+    array = case.elements * DTYPES[case.dtype]
+    gradients = 2 if case.grads == "cold" else 1
+    # Starting values, gradients, and what a step allocates at the most; then parameters, momentum and own gradients.
+    free = available - (1 + gradients + 3) * array
+    each = (2 + gradients * case.clear) * array
+    count = max(0, free // each) if each else len(names)
+    precedence = [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
+    kept = set(precedence[:count])
+    return [name for name in names if name in kept]
+
+
+_FIRST = (
+    "sgdcore",
+    "sgdcore.torch",
+    "torch fused",
+    "memory streams",
+    "sgdcore flat",
+    "torch loop",
+    "empty call",
+)
+
+
+def run(case: Case, names: Sequence[str], extent: Extent, asked: Sequence[str] = ()) -> Measured:
+    """Check and time one case.
+
+    Args:
+        case: what.
+        names: the contenders; those that are not suitable say so in their result.
+        extent: how long.
+        asked: contenders that take part even where they take long to start.
+    """
+    _release_memory()
+    _set_threads(case.threads)
+    results: dict[str, Result] = {}
+    present: dict[str, _Steps] = {}
+    if case.is_training:
+        _start_training(case, names, results, present)
+    else:
+        _start(case, names, asked, results, present)
+    others = None
+    if present:
+        with _Others() as watch:
+            _time(case, present, results, extent)
+        others = watch.share
+        for name, each in present.items():
+            results[name].allocated_bytes = _allocated(each)
+    return Measured(case, {name: results[name] for name in names if name in results}, others)
+
+
+def _release_memory() -> None:
+    """Return what earlier cases freed to the system.
+
+    The C library would hand out their scattered small pages again, to whoever comes first: a step over 256 MiB arrays
+    took 104 ms on such pages, 27 on fresh ones.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
+
+
+def _set_threads(count: int) -> None:
+    sgdcore.set_num_threads(count)
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(count)
+
+
+# --- Checking -------------------------------------------------------------------------------------
+
+
+def _start(
+    case: Case,
+    names: Sequence[str],
+    asked: Sequence[str],
+    results: dict[str, Result],
+    present: dict[str, _Steps],
+) -> None:
+    problem = Problem(case)
+    picks = [_pick(values) for values in problem.params]
+    expected = _expected(problem, picks)
+    # Who starts first gets other memory than who starts last; the order differs from case to case.
+    for name in random.Random(case.title).sample(list(names), len(names)):
+        cls = CONTENDERS.get(name)
+        if cls is None:
+            continue  # takes part in training only
+        problem.patient = name in asked
+        try:
+            each = cls(problem)
+            if cls.kind == "ceiling":
+                results[name] = Result(cls.kind, "ceiling")
+            else:
+                for step in range(_STEPS):
+                    each.load(step % len(problem.gradients))
+                    each.step()
+                found = _picked(each.result(), picks)
+                results[name] = _checked(cls.kind, _difference(found, expected, case.dtype))
+        except Unsuitable as reason:
+            results[name] = Result(cls.kind, "unsuitable", str(reason))
+        except Exception as error:  # noqa: BLE001 - the others go on
+            first = str(error).strip().partition("\n")[0]
+            results[name] = Result(cls.kind, "failed", f"{type(error).__name__}: {first}")
+        if results[name].check in ("equal", "rounding", "ceiling"):
+            present[name] = each
+            each.load(0)
+
+
+def _start_training(
+    case: Case, names: Sequence[str], results: dict[str, Result], present: dict[str, _Steps]
+) -> None:
+    variants = training.variants()
+    chosen = [name for name in variants if name in names]
+    if not chosen:
+        return
+    expected = _trained(case)
+    for name in chosen:
+        each = training.Training(case, *variants[name])
+        for _ in range(_STEPS):
+            each.step()
+        found = np.concatenate([values.ravel() for values in each.result()])
+        results[name] = _checked("torch", _difference(found, expected, case.dtype))
+        if results[name].check != "wrong":
+            present[name] = each
+
+
+def _expected(problem: Problem, picks: Sequence[Array]) -> Array:
+    """Return the oracle's parameters after three steps, at the places that are compared."""
+    gradients = [_picked(each, picks) for each in problem.gradients]
+    oracle = ReferenceSGD([_picked(problem.params, picks)], **problem.hyper)
+    for step in range(_STEPS):
+        oracle.step([gradients[step % len(gradients)]])
+    return oracle.params[0]
+
+
+def _trained(case: Case) -> Array:
+    """Return all parameters after three steps of a training that the oracle has confirmed at the usual places."""
+    witness = training.Training(case, *training.variants()["torch loop"])
+    picks = [_pick(values) for values in witness.result()]
+    oracle = ReferenceSGD([_picked(witness.result(), picks)], **witness.hyper)
+    for _ in range(_STEPS):
+        witness.backward()
+        oracle.step([_picked(witness.gradients(), picks)])
+        witness.update()
+    wrong_by = _difference(_picked(witness.result(), picks), oracle.params[0], case.dtype)
+    if wrong_by > WRONG:
+        raise RuntimeError(
+            f"{case.title}: torch's own update differs from the oracle by {wrong_by:.2g}"
+        )
+    return np.concatenate([values.ravel() for values in witness.result()])
+
+
+def _pick(values: Array) -> Array:
+    """Return the indices of an array that are compared with the oracle: all, or of a large one some thousands."""
+    size = values.size
+    if size <= 4 * _SAMPLE:
+        return np.arange(size)
+    middle = np.random.default_rng(size).integers(_SAMPLE, size - _SAMPLE, _SAMPLE)
+    return np.concatenate([np.arange(_SAMPLE), middle, np.arange(size - _SAMPLE, size)])
+
+
+def _picked(arrays: Iterable[Array], picks: Sequence[Array]) -> Array:
+    return np.concatenate(
+        [np.asarray(a).reshape(-1)[p] for a, p in zip(arrays, picks, strict=True)]
+    )
+
+
+def _difference(found: Array, expected: Array, dtype: str) -> float:
+    """Return the largest difference in roundings: infinite where one is not a number."""
+    eps = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+    x, y = found.astype(np.float64), expected.astype(np.float64)
+    difference = np.abs(x - y) / (eps[dtype] * np.maximum(1, np.abs(y)))
+    return float(np.max(np.nan_to_num(difference, nan=np.inf, posinf=np.inf), initial=0))
+
+
+def _checked(kind: str, wrong_by: float) -> Result:
+    if wrong_by == 0:
+        return Result(kind, "equal", roundings=0.0)
+    detail = f"differs from the oracle by {wrong_by:.2g} roundings"
+    # JSON has no infinity.
+    roundings = wrong_by if np.isfinite(wrong_by) else None
+    return Result(kind, "rounding" if wrong_by <= WRONG else "wrong", detail, roundings)
+
+
+# --- Timing ---------------------------------------------------------------------------------------
+
+
+def _time(
+    case: Case, present: dict[str, _Steps], results: dict[str, Result], extent: Extent
+) -> None:
+    cold = case.grads == "cold"
+    flush = _Flush() if cold else None
+    once = {name: _seconds_of_one(each) for name, each in present.items()}
+    fastest = min((t for n, t in once.items() if results[n].check != "ceiling"), default=0.0)
+    last = {}  # the number of rounds of each
+    for name, seconds in once.items():
+        count = 1 if cold else max(1, int(extent.turn / max(seconds, 1e-8)))
+        # Momentum that no gradient feeds must stay far from subnormal numbers.
+        results[name].repeats = min(count, 50) if case.clear else count
+        slow = seconds > max(_SLOW * fastest, 0.02)
+        last[name] = min(extent.rounds, _SLOW_ROUNDS) if slow else extent.rounds
+    faults: dict[str, list[float]] = {name: [] for name in present}
+    order = random.Random(0)
+    started = time.perf_counter()
+    gc.collect()
+    gc.disable()  # a collection takes as long as many small steps, and would hit one contender at random
+    try:
+        for round_ in range(extent.rounds):
+            turns = [name for name in present if round_ < last[name]]
+            order.shuffle(turns)  # none always follows the same one
+            for name in turns:
+                each, count = present[name], results[name].repeats
+                if cold or case.clear:
+                    each.load(round_ % 2 if cold else 0)
+                if flush is not None:
+                    flush()
+                elif count > 1:
+                    each.step()  # what it needs comes back into the caches, and its threads wake up
+                seconds, faulted = _sample(each.step, count)
+                results[name].seconds.append(float(f"{seconds:.5g}"))
+                faults[name].append(faulted)
+            if round_ >= 2 and time.perf_counter() - started > extent.budget:
+                break
+    finally:
+        gc.enable()
+    for name, counts in faults.items():
+        results[name].page_faults = round(statistics.median(counts), 2)
+
+
+def _seconds_of_one(each: _Steps) -> float:
+    """Return about how long one step takes."""
+    seconds, _ = _sample(each.step, 1)
+    return seconds if seconds > 1e-3 else _sample(each.step, 10)[0]
+
+
+def _sample(step: Callable[[], Any], count: int) -> tuple[float, float]:
+    """Take `count` steps; return the seconds and the page faults of one."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    seconds = time.perf_counter() - start
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return seconds / count, faults / count
+
+
+class _Flush:
+    """Empties the caches, by reading more than they hold."""
+
+    def __init__(self) -> None:
+        self._memory = np.ones(2 * cache_bytes() // 8)
+
+    def __call__(self) -> None:
+        self._memory.sum()
+
+
+def cache_bytes() -> int:
+    """Return the size of the last-level cache, as Linux tells it; 32 MiB where it does not."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text))
+    return max(sizes) or 32 << 20
+
+
+class _Others:
+    """Measures how much of the machine other programs used within a with block."""
+
+    share: float | None = None
+
+    def __enter__(self) -> Self:
+        self._before = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        before, after = self._before, self._read()
+        if before is None or after is None or after[0] <= before[0]:
+            return
+        total, busy, own = (b - a for a, b in zip(before, after, strict=True))
+        self.share = round(max(0.0, busy - own) / total, 4)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Return the processor seconds of the machine: all, not idle, of this process."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        ticks = [int(word) for word in stat.read_text().partition("\n")[0].split()[1:9]]
+        scale = os.sysconf("SC_CLK_TCK")
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) / scale, (sum(ticks) - idle) / scale, time.process_time()
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def _allocated(each: _Steps) -> int | None:
+    """Return the most memory that one step held at a time, beyond what it found."""
+    if each.kind == "jax":
+        return None
+    if each.kind == "torch":
+        return _allocated_by_torch(each.step)
+    each.step()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        each.step()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+def _allocated_by_torch(step: Callable[[], Any]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr
+    import torch
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    assert profile.profiler is not None
+    recorded = profile.profiler.kineto_results
+    assert recorded is not None
+    held = peak = 0
+    for event in sorted(
+        (e for e in recorded.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

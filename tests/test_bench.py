@@ -1,0 +1,491 @@
+"""``python -m sgdcore bench``: what it checks, computes, writes and returns. No test depends on a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+for module in ("rich", "matplotlib"):
+    pytest.importorskip(module)
+
+import sgdcore
+from sgdcore import _core
+from sgdcore.__main__ import main
+from sgdcore.bench import cases, contenders, measure, report, stats, training
+from sgdcore.bench.cases import Case
+from sgdcore.bench.measure import Extent, Result
+
+ROOT = Path(__file__).parents[1]
+SHORT = Extent(rounds=3, turn=0.0, budget=0.0)
+LIBRARIES = [name for name, each in contenders.CONTENDERS.items() if each.version() is not None]
+STEPS = [name for name in LIBRARIES if contenders.CONTENDERS[name].kind != "ceiling"]
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards(threads: None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def case(
+    workload: str = "tiny", hyper: str = "nesterov", dtype: str = "float32", **rest: Any
+) -> Case:
+    return Case(workload, hyper, dtype, rest.pop("threads", 1), **rest)
+
+
+def bench(*options: str) -> int:
+    return main(["bench", "--rounds", "3", *options])
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+def test_ratio_of_medians_and_interval() -> None:
+    base = [1.0, 1.1, 0.9, 1.0, 1.05]
+    found = stats.ratio([2 * x for x in base], base)
+    assert found == (2, 2, 2)  # whatever slows both alike cancels
+
+
+def test_ratio_interval_covers_what_the_samples_allow() -> None:
+    rng = np.random.default_rng(1)
+    found = stats.ratio(list(rng.normal(3, 0.3, 101)), list(rng.normal(1, 0.1, 101)))
+    assert found.low < found.value < found.high
+    assert found.low < 3 < found.high
+    assert found.high - found.low < 0.3
+
+
+def test_ratio_of_unequal_rounds_takes_the_shared_ones() -> None:
+    assert stats.ratio([4.0, 4.0], [2.0, 2.0, 100.0, 100.0]).value == 2
+
+
+def test_ratio_of_runs_draws_them_apart() -> None:
+    swapped = stats.ratio_of_runs([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    assert swapped.value == 1
+    assert swapped.low < 1 < swapped.high
+    assert stats.ratio_of_runs([2.0, 2.0], [1.0, 1.0, 1.0]) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [([1.0], 0), ([2.0, 2.0, 2.0], 0), ([1.0, 2.0, 3.0, 4.0, 5.0], 2 / 3)]
+)
+def test_spread(seconds: list[float], expected: float) -> None:
+    assert stats.spread(seconds) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        ((0.8, 0.7, 0.9), "faster"),
+        ((1.2, 1.1, 1.3), "slower"),
+        ((0.9, 0.8, 1.1), "no difference seen"),
+    ],
+)
+def test_verdict(ratio: tuple[float, float, float], expected: str) -> None:
+    assert report.verdict(stats.Ratio(*ratio)) == expected
+
+
+# --- Cases ----------------------------------------------------------------------------------------
+
+
+def test_workloads_have_the_sizes_of_their_models() -> None:
+    sizes = {name: (len(shapes), case(name).elements) for name, shapes in cases.WORKLOADS.items()}
+    assert sizes["resnet50"] == (161, 25_557_032)
+    assert sizes["vit_b16"] == (152, 86_567_656)
+    assert sizes["gpt2"] == (148, 124_439_808)
+    assert sizes["161x8"] == (161, 1288)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "clear", "streams"),
+    [("plain", False, 3), ("momentum", False, 5), ("nesterov", True, 6)],
+)
+def test_bytes_of_a_step(hyper: str, clear: bool, streams: int) -> None:
+    assert case(hyper=hyper, dtype="bfloat16", clear=clear).bytes == 10 * 2 * streams
+
+
+def test_full_covers_every_condition_of_every_workload() -> None:
+    found = cases.select(cases.full(2), {})
+    assert len(found) == len(set(found))
+    for workload in cases.WORKLOADS:
+        own = [c for c in found if c.workload == workload]
+        assert {(c.hyper, c.dtype, c.threads) for c in own} == {
+            (h, d, t) for h in cases.HYPERS for d in cases.DTYPES for t in (1, 2)
+        }
+        assert {(c.grads, c.clear) for c in own} == {
+            (g, c) for g in ("warm", "cold") for c in (0, 1)
+        }
+    assert {c.workload for c in found if c.is_training} == set(cases.TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("filters", "titles"),
+    [
+        ({"workload": ["mlp"]}, ["mlp, nesterov, float32, 2 threads"]),
+        # Also what a quick run does not measure otherwise.
+        (
+            {
+                "workload": ["flat64M", "tiny"],
+                "dtype": ["bfloat16"],
+                "grads": ["cold"],
+                "clear": [True],
+            },
+            [f"{w}, nesterov, bfloat16, 2 threads, cold, clearing" for w in ("tiny", "flat64M")],
+        ),
+        ({"workload": ["train-mlp"], "dtype": ["float64"]}, []),
+    ],
+)
+def test_filters_replace_the_values_of_their_condition(
+    filters: dict[str, list[Any]], titles: list[str]
+) -> None:
+    assert [c.title for c in cases.select(cases.quick(2), filters)] == titles
+
+
+def test_contenders_that_do_not_fit_into_memory_are_left_out_last_first() -> None:
+    large = case("flat64M")
+    array = large.elements * 4
+    names = ["NumPy", "sgdcore", "torch fused", "sgdcore.torch"]
+    assert measure.fitting(large, names, 100 * array) == names
+    assert measure.fitting(large, names, (5 + 3 * 2) * array) == names[1:]
+    assert measure.fitting(large, names, 5 * array) == []
+
+
+# --- Checking and timing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grads", ["warm", "cold"])
+@pytest.mark.parametrize("clear", [False, True], ids=["keeping", "clearing"])
+@pytest.mark.parametrize("hyper", list(cases.HYPERS))
+def test_everybody_computes_what_the_oracle_does(hyper: str, clear: bool, grads: str) -> None:
+    names = [name for name in LIBRARIES if name != "torch compiled"]
+    all_threads = len(os.sched_getaffinity(0))  # some cannot be limited
+    each = case("mlp", hyper, clear=clear, grads=grads, threads=all_threads)
+    found = measure.run(each, names, SHORT).results
+    assert list(found) == names
+    for name in names:
+        result = found[name]
+        if contenders.CONTENDERS[name].kind == "ceiling":
+            continue
+        assert result.check in (
+            ("equal",) if name.startswith("sgdcore") else ("equal", "rounding")
+        ), name
+        assert len(result.seconds) == 3
+        assert result.allocated_bytes is not None or result.kind == "jax"
+
+
+@pytest.mark.parametrize("dtype", list(cases.DTYPES))
+def test_ours_equal_the_oracle_in_every_dtype(dtype: str) -> None:
+    ours = ["sgdcore", "sgdcore flat", "sgdcore.torch"]
+    found = measure.run(case("mlp", dtype=dtype, threads=2), ours, SHORT).results
+    assert {name: (r.check, r.roundings) for name, r in found.items()} == dict.fromkeys(
+        ours, ("equal", 0)
+    )
+
+
+class Broken(contenders.NumPyInPlace):
+    """Changes one element of its result."""
+
+    by = 1.0
+
+    def result(self) -> Iterable[Any]:
+        values = [param.copy() for param in self.params]
+        values[-1].reshape(-1)[-1] += self.by
+        return values
+
+
+class Lazy(contenders.NumPyInPlace):
+    """Never updates anything."""
+
+    def update(self, i: int, param: Any, grad: Any) -> None:
+        pass
+
+
+class Raising(contenders.NumPyInPlace):
+    """Raises in its step."""
+
+    def update(self, i: int, param: Any, grad: Any) -> None:
+        raise ArithmeticError("no such operation")
+
+
+def enter(
+    monkeypatch: pytest.MonkeyPatch, cls: type[contenders.Contender], name: str = "other"
+) -> None:
+    monkeypatch.setitem(contenders.CONTENDERS, name, cls)
+
+
+@pytest.mark.parametrize("dtype", list(cases.DTYPES))
+@pytest.mark.parametrize("hyper", list(cases.HYPERS))
+@pytest.mark.parametrize("workload", ["tiny", "mlp"])
+def test_one_that_does_nothing_is_wrong(
+    workload: str, hyper: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(monkeypatch, Lazy)
+    found = measure.run(case(workload, hyper, dtype), ["other"], SHORT).results["other"]
+    assert found.check == "wrong"
+    assert not found.seconds
+
+
+@pytest.mark.parametrize("by", [1.0, np.nan, np.inf])
+def test_a_wrong_last_element_is_found_and_printed(
+    by: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Broken, "by", by)
+    enter(monkeypatch, Broken)
+    target = tmp_path / "r.json"
+    options = ("--workload", "100x1000", "--contender", "other", "--contender", "sgdcore")
+    assert bench(*options, "--json", str(target)) == 0
+    output = capsys.readouterr().out
+    assert "other: WRONG, not timed: differs from the oracle by" in output
+    assert "1 wrong results" in output
+    (found,) = json.loads(target.read_text())["cases"]
+    assert found["contenders"]["other"]["seconds"] == []
+    assert found["contenders"]["sgdcore"]["check"] == "equal"
+
+
+def test_a_wrong_result_of_ours_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(monkeypatch, Broken, "sgdcore flat")
+    assert bench("--workload", "tiny", "--contender", "sgdcore flat") == 1
+
+
+def test_one_that_raises_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(monkeypatch, Raising)
+    assert bench("--workload", "tiny", "--contender", "other", "--contender", "NumPy") == 0
+    assert "other: FAILED, not timed: ArithmeticError: no such operation" in capsys.readouterr().out
+
+
+def test_fused_bfloat16_is_judged_like_everybody() -> None:
+    """Some versions of torch compute something else for whole vectors."""
+    found = measure.run(case("mlp", dtype="bfloat16"), ["torch loop", "torch fused"], SHORT).results
+    assert found["torch loop"].check == "rounding"
+    fused = found["torch fused"]
+    assert (fused.check == "wrong") == (fused.roundings is None or fused.roundings > measure.WRONG)
+    assert bool(fused.seconds) == (fused.check != "wrong")
+
+
+@pytest.mark.parametrize("name", ["train-mlp", "train-cnn"])
+def test_training_steps(name: str) -> None:
+    found = measure.run(case(name), list(training.variants()), SHORT).results
+    assert {n: r.check for n, r in found.items() if n != "torch fused"} == {
+        n: "equal" for n in training.variants() if n != "torch fused"
+    }
+    assert all(len(r.seconds) == 3 and r.allocated_bytes for r in found.values())
+
+
+def test_a_wrong_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = training.variants()
+    wrong = {"wrong": (lambda params, **hyper: torch.optim.SGD(params, lr=0.2), False)}
+    monkeypatch.setattr(training, "variants", lambda: {**variants, **wrong})
+    found = measure.run(case("train-mlp"), ["wrong", "torch loop"], SHORT).results
+    assert (found["wrong"].check, found["torch loop"].check) == ("wrong", "equal")
+    assert not found["wrong"].seconds
+
+
+@pytest.mark.parametrize("clear", [False, True], ids=["keeping", "clearing"])
+@pytest.mark.parametrize("momentum", [False, True], ids=["two arrays", "three arrays"])
+@pytest.mark.parametrize("size", [0, 1, 1000, 100_000])
+def test_memory_streams_move_every_byte(size: int, momentum: bool, clear: bool, isa: str) -> None:
+    p, g, b = (
+        np.random.default_rng(i).integers(1, 1 << 62, size).view(np.float64) for i in range(3)
+    )
+    old_p, old_g, old_b = p.copy(), g.copy(), b.copy()
+    check = _core.stream(p, g, b if momentum else None, clear)
+    as_int = np.int64
+    if momentum:
+        assert (p.view(as_int) == old_b.view(as_int)).all()
+        assert (b.view(as_int) == old_p.view(as_int)).all()
+        assert check == np.bitwise_xor.reduce(old_g.view(np.uint64), initial=0)
+    else:
+        assert (p.view(as_int) == old_p.view(as_int) ^ old_g.view(as_int)).all()
+        assert (b.view(as_int) == old_b.view(as_int)).all()
+    assert (g.view(as_int) == (0 if clear else old_g.view(as_int))).all()
+
+
+# --- The command ------------------------------------------------------------------------------------
+
+
+def result(*seconds: float, kind: str = "torch", check: str = "equal") -> Result:
+    return Result(kind, check, seconds=list(seconds), page_faults=0.0)
+
+
+RESULTS = {
+    "sgdcore": result(1.0, 1.0, 1.0, kind="numpy"),
+    "sgdcore.torch": result(2.0, 2.0, 2.0),
+    "torch fused": result(3.0, 3.0, 3.0),
+    "NumPy": result(0.9, 0.9, 0.9, kind="numpy"),
+    "empty call": result(0.1, 0.1, 0.1, kind="ceiling", check="ceiling"),
+}
+
+
+def test_rivals_are_compared_with_ours_of_their_kind() -> None:
+    found = {r.rival: r.ratio.value for r in report.rivalries(case(), RESULTS)}
+    assert found == {"torch fused": 1.5, "NumPy": 0.9}
+
+
+def test_below_looks_at_the_whole_interval_of_each() -> None:
+    noisy = report.Rivalry(stats.Ratio(0.5, 0.4, 1.2), "a", case())
+    slower = report.Rivalry(stats.Ratio(0.8, 0.7, 0.9), "b", case())
+    assert report.below([noisy, slower], 1) == [slower]
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    path = tmp_path / "before.json"
+    report.write(path, report.document([measure.Measured(case(), RESULTS, 0.0)], [], "test"))
+    return path
+
+
+@pytest.mark.parametrize(("least", "code"), [("0.89", 0), ("0.95", 1), ("2", 1)])
+def test_fail_below(least: str, code: int, document: Path) -> None:
+    assert main(["bench", "--from", str(document), "--fail-below", least]) == code
+
+
+def test_fail_below_needs_a_rival(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--workload", "tiny", "--contender", "sgdcore", "--fail-below", "1") == 2
+    assert "--fail-below: no rival was timed beside ours" in capsys.readouterr().err
+
+
+def test_a_document_is_read_as_it_was_written(document: Path) -> None:
+    found = report.read(document)
+    (only,) = found["cases"]
+    assert Case.of(only) == case()
+    assert report.results_of(only) == RESULTS
+    assert (only["tensors"], only["elements"], only["bytes"]) == (1, 10, 200)
+    assert only["contenders"]["torch fused"]["ratios"] == {
+        "sgdcore": [3, 3, 3],
+        "sgdcore.torch": [1.5, 1.5, 1.5],
+    }
+    assert found["build"] == sgdcore.build_info()
+    assert found["versions"]["torch"] == torch.__version__
+    assert "cores" in found["machine"]["type"]
+
+
+def test_the_schema_is_documented(document: Path) -> None:
+    text = (ROOT / "docs" / "measuring.md").read_text()
+    found = report.read(document)
+    (only,) = found["cases"]
+    keys = [*found, *found["machine"], *only, *only["contenders"]["NumPy"]]
+    assert [key for key in keys if f"`{key}`" not in text and key != "schema"] == []
+
+
+def test_merge_takes_the_newest_of_a_case(document: Path) -> None:
+    old = report.read(document)
+    new = {**old, "date": "9999", "skipped": [{**case("mlp").as_dict(), "reason": "why"}]}
+    new["cases"] = [{**old["cases"][0], "others": 0.5}]
+    found = report.merge([new, old])
+    assert [each["others"] for each in found["cases"]] == [0.5]
+    assert found["date"] == "9999"
+    assert len(found["skipped"]) == 1
+    with pytest.raises(ValueError, match="different machines: a; b"):
+        report.merge([{**old, "machine": {"type": t}} for t in "ab"])
+
+
+def test_compare(document: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faster = {**RESULTS, "sgdcore": result(0.5, 0.5, 0.5, kind="numpy")}
+    after = tmp_path / "after.json"
+    report.write(after, report.document([measure.Measured(case(), faster, 0.0)], [], "test"))
+    assert main(["bench", "--compare", str(document), str(after)]) == 0
+    output = capsys.readouterr().out
+    lines = {name: line for line in output.splitlines() for name in RESULTS if f"{name} " in line}
+    assert "0.500 [0.500, 0.500]" in lines["sgdcore"]
+    assert lines["sgdcore"].rstrip().endswith("faster")
+    assert lines["torch fused"].rstrip().endswith("no difference seen")
+    assert "What did not change, 3 times of others, moved by 1.000" in output
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_plot_is_drawn_and_is_the_same_each_time(
+    suffix: str, document: Path, tmp_path: Path
+) -> None:
+    written = []
+    for name in ("a", "b"):
+        target = (tmp_path / name).with_suffix(suffix)
+        assert main(["bench", "--from", str(document), "--plot", str(target)]) == 0
+        written.append(target.read_bytes())
+    assert len(written[0]) > 10_000
+    assert written[0] == written[1]
+
+
+def test_a_run_writes_its_table_json_and_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, picture = tmp_path / "r.json", tmp_path / "r.svg"
+    options = ["--contender", "sgdcore", "--contender", "NumPy", "--workload", "tiny"]
+    assert bench(*options, "--json", str(data), "--plot", str(picture)) == 0
+    output = capsys.readouterr().out
+    assert "tiny, nesterov, float32" in output
+    assert "smallest ratio of a rival's time to ours" in output
+    assert picture.exists()
+    (only,) = report.read(data)["cases"]
+    assert [len(r["seconds"]) for r in only["contenders"].values()] == [3, 3]
+
+
+def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = measure.run
+
+    def run(each: Case, *args: Any) -> Any:
+        if each.workload == "mlp":
+            raise KeyboardInterrupt
+        return real(each, *args)
+
+    monkeypatch.setattr(measure, "run", run)
+    target = tmp_path / "r.json"
+    options = ["--contender", "NumPy", "--workload", "tiny", "--workload", "mlp"]
+    assert bench(*options, "--json", str(target)) == 130
+    assert [each["workload"] for each in report.read(target)["cases"]] == ["tiny"]
+
+
+def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders.Numba, "version", classmethod(lambda _: None))
+    assert bench("--list", "--full") == 0
+    output = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in output
+    assert "numba not installed" in output
+    assert "gpt2, plain, float16, 1 thread" in output
+    assert bench("--list") == 0
+    assert "gpt2" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--contender", "sgdcor"], "--contender: expected one of sgdcore, "),
+        (["--json", "nowhere/r.json"], "--json: there is no folder nowhere"),
+        (["--plot", "r.gif"], "--plot: expected a name ending in .png or .svg, got 'r.gif'"),
+        (["--workload", "train-mlp", "--dtype", "float64"], "the filters leave no case"),
+        (["--from", "nowhere.json"], "nowhere.json"),
+        (["--compare", __file__, __file__], "not JSON"),
+    ],
+)
+def test_mistakes_are_named(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_json_is_no_document(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="schema 1"):
+        report.read(path)
+
+
+@pytest.mark.parametrize("module", ["rich", "matplotlib"])
+def test_missing_packages_are_named(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert bench("--workload", "tiny", "--plot", "r.png") == 2
+    assert "pip install 'sgdcore[bench]'" in capsys.readouterr().err
