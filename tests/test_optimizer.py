@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import sgdcore
+from sgdcore import _core
 from sgdcore.reference import ReferenceSGD
 from support import (
     BFLOAT16,
@@ -1545,3 +1546,19 @@ def test_snapshot_sees_changes() -> None:
         assert snapshot(optimizer) == before
         change()
         assert snapshot(optimizer) != before, what
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_momentum_keeps_the_layout_and_is_mapped_by_itself(order: Any) -> None:
+    """Right behind its parameter it may be several times slower; see optimizer.py."""
+    rows = 2 * _core.huge_page // 4 // 64
+    w = sgdcore.Parameter(np.ones((rows, 64), np.float32, order=order))
+    w.grad = np.ones_like(w.data)
+    optimizer = sgdcore.SGD([w], lr=0.5, momentum=0.5)
+    optimizer.step()
+    momentum = optimizer.state[w]["momentum_buffer"]
+    assert momentum.strides == w.data.strides
+    assert (momentum == 1).all()
+    assert (w.data == 0.5).all()
+    if order == "C":
+        assert momentum.ctypes.data % _core.huge_page == 0

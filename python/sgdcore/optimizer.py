@@ -525,13 +525,24 @@ def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Arr
     momenta: list[Array] = []
     for parameter, dtype in parameters:
         if parameter.buffer is None:
-            momenta.append(np.empty_like(parameter.data, dtype=dtype, subok=False))
+            momenta.append(_separate_momentum(parameter.data, dtype))
             continue
         key = id(parameter.buffer), dtype
         start = starts[key]
         starts[key] = start + parameter.size
         momenta.append(flats[key][start : starts[key]].reshape(parameter.shape))
     return momenta
+
+
+def _separate_momentum(data: Array, dtype: np.dtype[Any]) -> Array:
+    """Return storage laid out like `data`.
+
+    Large storage is mapped by itself. malloc would often place it right behind the parameter, and caches may not tell
+    addresses a power of two apart: on a Zen 4 machine arrays 2**28 bytes long took 104 ms a step there, 25 elsewhere.
+    """
+    if data.size * dtype.itemsize < 2 * _core.huge_page or not data.flags.c_contiguous:
+        return np.empty_like(data, dtype=dtype, subok=False)
+    return _core.allocate(data.size, dtype).reshape(data.shape)
 
 
 def _momentum_array(key: Any, value: Any, parameter: Parameter) -> Array:

@@ -211,7 +211,7 @@ def _extent(args: argparse.Namespace) -> Extent:
     from sgdcore.bench.measure import Extent
 
     if args.full:
-        return Extent(args.rounds or 15, turn=2e-3, budget=3.0)
+        return Extent(args.rounds or 15, turn=2e-3, budget=5.0)
     return Extent(args.rounds or 31, turn=4e-3, budget=6.0)
 
 

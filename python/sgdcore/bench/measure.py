@@ -32,7 +32,7 @@ WRONG = 4.0  # roundings after three steps, beyond which a result is wrong
 _STEPS = 3  # that are compared with the oracle
 _SAMPLE = 4096  # elements of each end of a large tensor, and of its middle, that are compared
 _SLOW = 2.5  # times the fastest
-_SLOW_ROUNDS = 5
+_SLOW_ROUNDS = 3
 
 
 class _Steps(Protocol):
@@ -51,7 +51,7 @@ class Extent:
     """How long to measure a case.
 
     Attributes:
-        rounds: samples of each contender, at most; slow ones over large arrays get five.
+        rounds: samples of each contender, at most; slow ones over large arrays get three.
         turn: seconds that the repeats of a short step take in a round.
         budget: seconds for all rounds of a case; three are taken all the same.
     """
@@ -146,14 +146,15 @@ def run(case: Case, names: Sequence[str], extent: Extent, asked: Sequence[str] =
     _set_threads(case.threads)
     results: dict[str, Result] = {}
     present: dict[str, _Steps] = {}
+    once: dict[str, float] = {}
     if case.is_training:
-        _start_training(case, names, results, present)
+        _start_training(case, names, results, present, once)
     else:
-        _start(case, names, asked, results, present)
+        _start(case, names, asked, results, present, once)
     others = None
     if present:
         with _Others() as watch:
-            _time(case, present, results, extent)
+            _time(case, present, results, once, extent)
         others = watch.share
         for name, each in present.items():
             results[name].allocated_bytes = _allocated(each)
@@ -190,7 +191,9 @@ def _start(
     asked: Sequence[str],
     results: dict[str, Result],
     present: dict[str, _Steps],
+    once: dict[str, float],
 ) -> None:
+    """Set up and check each contender; note how long its last step took."""
     problem = Problem(case)
     picks = [_pick(values) for values in problem.params]
     expected = _expected(problem, picks)
@@ -207,7 +210,7 @@ def _start(
             else:
                 for step in range(_STEPS):
                     each.load(step % len(problem.gradients))
-                    each.step()
+                    once[name] = _sample(each.step, 1)[0]
                 found = _picked(each.result(), picks)
                 results[name] = _checked(cls.kind, _difference(found, expected, case.dtype))
         except Unsuitable as reason:
@@ -221,7 +224,11 @@ def _start(
 
 
 def _start_training(
-    case: Case, names: Sequence[str], results: dict[str, Result], present: dict[str, _Steps]
+    case: Case,
+    names: Sequence[str],
+    results: dict[str, Result],
+    present: dict[str, _Steps],
+    once: dict[str, float],
 ) -> None:
     variants = training.variants()
     chosen = [name for name in variants if name in names]
@@ -231,7 +238,7 @@ def _start_training(
     for name in chosen:
         each = training.Training(case, *variants[name])
         for _ in range(_STEPS):
-            each.step()
+            once[name] = _sample(each.step, 1)[0]
         found = np.concatenate([values.ravel() for values in each.result()])
         results[name] = _checked("torch", _difference(found, expected, case.dtype))
         if results[name].check != "wrong":
@@ -300,14 +307,18 @@ def _checked(kind: str, wrong_by: float) -> Result:
 
 
 def _time(
-    case: Case, present: dict[str, _Steps], results: dict[str, Result], extent: Extent
+    case: Case,
+    present: dict[str, _Steps],
+    results: dict[str, Result],
+    once: dict[str, float],
+    extent: Extent,
 ) -> None:
     cold = case.grads == "cold"
     flush = _Flush() if cold else None
-    once = {name: _seconds_of_one(each) for name, each in present.items()}
-    fastest = min((t for n, t in once.items() if results[n].check != "ceiling"), default=0.0)
+    steps = {name: _seconds(each, once.get(name)) for name, each in present.items()}
+    fastest = min((t for n, t in steps.items() if results[n].check != "ceiling"), default=0.0)
     last = {}  # the number of rounds of each
-    for name, seconds in once.items():
+    for name, seconds in steps.items():
         count = 1 if cold else max(1, int(extent.turn / max(seconds, 1e-8)))
         # Momentum that no gradient feeds must stay far from subnormal numbers.
         results[name].repeats = min(count, 50) if case.clear else count
@@ -341,10 +352,11 @@ def _time(
         results[name].page_faults = round(statistics.median(counts), 2)
 
 
-def _seconds_of_one(each: _Steps) -> float:
-    """Return about how long one step takes."""
-    seconds, _ = _sample(each.step, 1)
-    return seconds if seconds > 1e-3 else _sample(each.step, 10)[0]
+def _seconds(each: _Steps, once: float | None) -> float:
+    """Return about how long a step takes of which one took `once`."""
+    if once is None:
+        once, _ = _sample(each.step, 1)
+    return once if once > 1e-3 else _sample(each.step, 10)[0]
 
 
 def _sample(step: Callable[[], Any], count: int) -> tuple[float, float]:
@@ -415,7 +427,6 @@ def _allocated(each: _Steps) -> int | None:
         return None
     if each.kind == "torch":
         return _allocated_by_torch(each.step)
-    each.step()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
