@@ -8,8 +8,10 @@ explains what the numbers show, is included; nothing else adds words or numbers.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,17 @@ def slug(document: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine_type(document).lower()).strip("-")
 
 
+def pictures(document: dict[str, Any]) -> dict[str, Callable[[dict[str, Any], Path, str], None]]:
+    """Return the pictures' names, and what draws each."""
+    name = slug(document)
+    return {f"{name}-bars.svg": plot.bars, f"{name}-roofline.svg": plot.roofline}
+
+
+def fingerprint(document: dict[str, Any]) -> str:
+    """Return what tells the results that a picture was drawn from."""
+    return hashlib.sha256(json.dumps(document["cases"]).encode()).hexdigest()
+
+
 def page(found: Sequence[dict[str, Any]]) -> str:
     """Return the text of docs/benchmarks.md."""
     parts = [HEAD, *(machine_part(document) for document in found)]
@@ -63,7 +76,7 @@ def machine_part(document: dict[str, Any]) -> str:
     machine, build = document["machine"], document["build"]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     found = {Case.of(case): report.results_of(case) for case in document["cases"]}
-    name = slug(document)
+    bars, roofline = pictures(document)
     virtual = "a virtual machine with " if machine["virtual"] else ""
     conditions = (
         f"{document['date'][:10]}; {virtual}{machine['memory_gib']:g} GiB of memory, Linux {machine['kernel']}; "
@@ -74,9 +87,9 @@ def machine_part(document: dict[str, Any]) -> str:
         "",
         conditions,
         "",
-        f"![How many times as long everybody else's step takes](images/{name}-bars.svg)",
+        f"![How many times as long everybody else's step takes](images/{bars})",
         "",
-        f"![Bytes per second against size](images/{name}-roofline.svg)",
+        f"![Bytes per second against size](images/{roofline})",
         "",
         "### What was aimed for",
         "",
@@ -219,9 +232,11 @@ def cell(name: str, results: dict[str, Result]) -> str:
 def main() -> None:
     found = documents()
     IMAGES.mkdir(exist_ok=True)
+    for old in IMAGES.glob("*.svg"):
+        old.unlink()
     for document in found:
-        plot.bars(document, IMAGES / f"{slug(document)}-bars.svg")
-        plot.roofline(document, IMAGES / f"{slug(document)}-roofline.svg")
+        for name, draw in pictures(document).items():
+            draw(document, IMAGES / name, fingerprint(document))
     PAGE.write_text(page(found))
 
 

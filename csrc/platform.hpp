@@ -14,6 +14,7 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define SGDCORE_INLINE inline __attribute__((always_inline))
+#define SGDCORE_INLINE_LAMBDA __attribute__((always_inline))
 #define SGDCORE_RESTRICT __restrict__
 #else
 #error "sgdcore needs GCC or Clang: the kernels rely on __builtin_fma, __builtin_bit_cast and always_inline"

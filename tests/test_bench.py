@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -489,3 +491,43 @@ def test_missing_packages_are_named(
     monkeypatch.setitem(sys.modules, module, None)
     assert bench("--workload", "tiny", "--plot", "r.png") == 2
     assert "pip install 'sgdcore[bench]'" in capsys.readouterr().err
+
+
+# --- The page of results ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pages() -> Any:
+    """benchmarks/docs.py as a module."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_result_files_give(pages: Any) -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert text == pages.page(pages.documents()), "run: python benchmarks/docs.py"
+    pictures = re.findall(r"\(images/([^)]*)\)", text)
+    assert pictures
+    assert all((ROOT / "docs" / "images" / name).exists() for name in pictures)
+
+
+def test_pictures_belong_to_the_result_files(pages: Any) -> None:
+    for document in pages.documents():
+        for name in pages.pictures(document):
+            assert pages.fingerprint(document) in (pages.IMAGES / name).read_text(), (
+                "run: python benchmarks/docs.py"
+            )
+
+
+def test_the_page_says_what_is_missed(pages: Any, document: Path) -> None:
+    found = report.read(document)
+    (only,) = found["cases"]
+    slower = {**RESULTS, "torch fused": result(1.5, 1.5, 1.5)}
+    text = "\n".join(pages.aims({Case.of(only): slower}))
+    assert "0 of 1 comparisons<br>0.750 [0.750, 0.750]: torch fused, tiny" in text
+    assert "**missed**" in text
+    assert "**missed**" not in "\n".join(list(pages.aims({Case.of(only): RESULTS}))[:3])

@@ -35,14 +35,23 @@ SGDCORE_INLINE std::int64_t update_bfloat16_pairs(const SgdRule<float, variant>&
     auto* const params = reinterpret_cast<Words*>(param);
     const auto* const grads = reinterpret_cast<const Words*>(grad);
     auto* const momenta = reinterpret_cast<Words*>(momentum);
-    for (std::int64_t i = 0; i < size / 2; ++i) {
-        const std::uint32_t p = params[i].value, g = grads[i].value;
-        const std::uint32_t b = variant.momentum == Momentum::running ? momenta[i].value : 0;
-        float p_low = low(p), p_high = high(p), b_low = low(b), b_high = high(b);
-        rule(p_low, low(g), b_low);
-        rule(p_high, high(g), b_high);
-        if constexpr (variant.momentum != Momentum::none) momenta[i].value = join(b_low, b_high);
-        params[i].value = join(p_low, p_high);
+    const auto loop = [&](const SgdRule<float, variant> known) SGDCORE_INLINE_LAMBDA {
+        for (std::int64_t i = 0; i < size / 2; ++i) {
+            const std::uint32_t p = params[i].value, g = grads[i].value;
+            const std::uint32_t b = variant.momentum == Momentum::running ? momenta[i].value : 0;
+            float p_low = low(p), p_high = high(p), b_low = low(b), b_high = high(b);
+            known(p_low, low(g), b_low);
+            known(p_high, high(g), b_high);
+            if constexpr (variant.momentum != Momentum::none) momenta[i].value = join(b_low, b_high);
+            params[i].value = join(p_low, p_high);
+        }
+    };
+    if (rule.flip == 0) {
+        SgdRule<float, variant> descent = rule;
+        descent.flip = 0;  // known to the compiler: every instruction counts here
+        loop(descent);
+    } else {
+        loop(rule);
     }
     return size / 2 * 2;
 }

@@ -48,14 +48,14 @@ def plot(document: dict[str, Any], path: Path) -> None:
     _draw(document, path, [_draw_bars, _draw_roofline], [1.25, 1])
 
 
-def bars(document: dict[str, Any], path: Path) -> None:
-    """Draw, for each workload, everybody's time over ours. Raises as `plot` does."""
-    _draw(document, path, [_draw_bars], [1])
+def bars(document: dict[str, Any], path: Path, source: str | None = None) -> None:
+    """Draw, for each workload, everybody's time over ours; `source` is noted in an SVG. Raises as `plot` does."""
+    _draw(document, path, [_draw_bars], [1.2], source)
 
 
-def roofline(document: dict[str, Any], path: Path) -> None:
-    """Draw the bytes per second of each step against the bytes it has to move. Raises as `plot` does."""
-    _draw(document, path, [_draw_roofline], [1])
+def roofline(document: dict[str, Any], path: Path, source: str | None = None) -> None:
+    """Draw each step's bytes per second against the bytes it has to move; the rest as for `bars`."""
+    _draw(document, path, [_draw_roofline], [1], source)
 
 
 Cases = list[tuple[Case, dict[str, Result]]]
@@ -66,6 +66,7 @@ def _draw(
     path: Path,
     parts: Sequence[Callable[[Any, Cases], None]],
     heights: Sequence[float],
+    source: str | None = None,
 ) -> None:
     import matplotlib
 
@@ -82,8 +83,8 @@ def _draw(
         ):
             part(each, cases)
         try:
-            dates = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 130}
-            figure.savefig(path, **dates)
+            svg = {"metadata": {"Date": None, "Source": source}}
+            figure.savefig(path, **(svg if path.suffix == ".svg" else {"dpi": 130}))
         finally:
             plt.close(figure)
 
