@@ -165,23 +165,31 @@ def quick(threads: int) -> list[Grid]:
 
 
 def full(threads: int) -> list[Grid]:
-    """Return everything: all hyperparameters x dtypes x threads; cold and cleared gradients for one of them."""
+    """Return everything: all hyperparameters x dtypes x threads; cold and cleared gradients for one of them.
+
+    For workloads of more than 2**25 elements hyperparameters and dtypes are not crossed, which would take most of the
+    time and show what smaller ones show.
+    """
+    large = [name for name in WORKLOADS if Case(name, "plain", "float32", 1).elements > 1 << 25]
     everything: Grid = {
-        "workload": [*WORKLOADS, *TRAINING],
+        "workload": [name for name in WORKLOADS if name not in large] + list(TRAINING),
         "hyper": list(HYPERS),
         "dtype": list(DTYPES),
         "threads": sorted({1, threads}),
         "grads": ["warm"],
         "clear": [False],
     }
+    dtypes: Grid = {**everything, "workload": large, "hyper": ["nesterov"]}
+    hypers: Grid = {**everything, "workload": large, "dtype": ["float32"]}
     gradients: Grid = {
         **everything,
+        "workload": list(WORKLOADS),
         "hyper": ["nesterov"],
         "dtype": ["float32"],
         "grads": ["warm", "cold"],
         "clear": [False, True],
     }
-    return [everything, gradients]
+    return [everything, dtypes, hypers, gradients]
 
 
 def select(grids: Sequence[Grid], filters: Mapping[str, list[Any] | None]) -> list[Case]:

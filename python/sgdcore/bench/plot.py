@@ -45,12 +45,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: if the document holds no times of the usual kind (nesterov, float32, warm gradients), or none of ours.
     """
-    _draw(document, path, [_draw_bars, _draw_roofline], [1.25, 1])
+    _draw(document, path, [_draw_bars, _draw_roofline], [1.35, 1])
 
 
 def bars(document: dict[str, Any], path: Path, source: str | None = None) -> None:
     """Draw, for each workload, everybody's time over ours; `source` is noted in an SVG. Raises as `plot` does."""
-    _draw(document, path, [_draw_bars], [1.2], source)
+    _draw(document, path, [_draw_bars], [1.35], source)
 
 
 def roofline(document: dict[str, Any], path: Path, source: str | None = None) -> None:
@@ -119,16 +119,18 @@ def _draw_bars(figure: Any, cases: Cases) -> None:
     panels = [panel for panel in panels if panel[1] in timed]
     if not panels:
         raise ValueError("nothing of ours was timed: there are no ratios to draw")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    shown = [each for each in cases if any(base in each[1] for _, base, _ in panels)]
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for each, (title, base, kinds) in zip(axes, panels, strict=True):
-        _draw_panel(each, cases, title, base, kinds)
+        _draw_panel(each, shown, title, base, kinds)
+    axes[0].set_ylim(len(shown) - 0.5, -0.5)
+    axes[0].set_yticks(range(len(shown)), [_row_name(case) for case, _ in shown])
     figure.suptitle(
         f"How many times as long everybody else's step takes ({_subtitle(cases)})", fontsize=11
     )
 
 
-def _draw_panel(axes: Any, cases: Cases, title: str, base: str, kinds: Sequence[str]) -> None:
-    shown = [(case, found) for case, found in cases if base in found and found[base].seconds]
+def _draw_panel(axes: Any, shown: Cases, title: str, base: str, kinds: Sequence[str]) -> None:
     rivals = [
         name
         for name in _COLOURS
@@ -138,10 +140,10 @@ def _draw_panel(axes: Any, cases: Cases, title: str, base: str, kinds: Sequence[
     height = 0.84 / max(1, len(rivals))
     for i, name in enumerate(rivals):
         for row, (_, found) in enumerate(shown):
-            result = found.get(name)
-            if result is None or not result.seconds:
+            result, ours = found.get(name), found.get(base)
+            if result is None or ours is None or not result.seconds or not ours.seconds:
                 continue
-            value, low, high = ratio(result.seconds, found[base].seconds)
+            value, low, high = ratio(result.seconds, ours.seconds)
             y = row + (i - (len(rivals) - 1) / 2) * height
             axes.barh(y, value, height * 0.9, color=_COLOURS[name])
             axes.plot([low, high], [y, y], color="#222222", linewidth=0.8)
@@ -156,8 +158,6 @@ def _draw_panel(axes: Any, cases: Cases, title: str, base: str, kinds: Sequence[
         axes.barh([-9], [1], color=_COLOURS[name], label=name)  # for the legend
     axes.axvline(1, color=_COLOURS[base], linewidth=1.5, label=base)
     axes.set_xscale("log")
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_yticks(range(len(shown)), [_row_name(case) for case, _ in shown])
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda *_: "")
