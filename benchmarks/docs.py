@@ -133,7 +133,7 @@ def aims(found: Found) -> Iterator[str]:
     for dtype, least in (("float32", 0.95), ("bfloat16", 0.9)):
         for case, results in cases(found, "flat64M", dtype):
             yield aim(
-                f"{case.elements:,} elements, flat, {dtype}, {threads(case)}: {least:.0%} of the memory streams' speed",
+                f"{case.elements:,} elements, flat, {dtype}, {threads(case)}: {100 * least:.0f} % of the memory streams' speed",
                 share(results, "memory streams", "sgdcore flat"),
                 least,
             )

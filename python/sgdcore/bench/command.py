@@ -121,14 +121,18 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     except KeyboardInterrupt:
         interrupted = True  # what was measured by then is not lost
     _summary(console, measured, skipped)
-    found = report.document(
-        measured, skipped, shlex.join(["python", "-m", "sgdcore", *sys.argv[1:]])
-    )
+    found = report.document(measured, skipped, _command())
     if args.json:
         report.write(args.json, found)
     if args.plot and not interrupted:
         _plot(found, args.plot)
     return 130 if interrupted else _verdict(console, measured, args.fail_below)
+
+
+def _command() -> str:
+    """Return what was typed, without the folders of files, which are nobody else's business."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", "sgdcore", *words])
 
 
 def _check_targets(args: argparse.Namespace) -> None:
@@ -242,6 +246,7 @@ def _measure(
 ) -> None:
     """Measure all cases; append to `measured` and `skipped`."""
     from sgdcore.bench import measure, report
+    from sgdcore.bench.contenders import CONTENDERS
 
     extent = _extent(args)
     console.print(_versions() + "\n", markup=False)
@@ -257,7 +262,7 @@ def _measure(
                 kept = measure.fitting(case, names, _available_memory())
                 found = measure.run(case, kept, extent, args.contender or ())
                 for name in names:
-                    if name not in kept:
+                    if name not in kept and name in CONTENDERS:
                         found.results[name] = measure.Result("numpy", "unsuitable", _NO_MEMORY)
                 measured.append(found)
                 report.print_case(console, found)

@@ -111,6 +111,7 @@ def fitting(case: Case, names: Sequence[str], available: int) -> list[str]:
     """Return the contenders that fit into `available` bytes of memory, taken in order of precedence; maybe none."""
     if case.is_training:
         return list(names)
+    names = [name for name in names if name in CONTENDERS]  # others take part in training only
     array = case.elements * DTYPES[case.dtype]
     gradients = 2 if case.grads == "cold" else 1
     # Starting values, gradients, and what a step allocates at the most; then parameters, momentum and own gradients.

@@ -221,7 +221,7 @@ def _draw_roofline(figure: Any, cases: Cases) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=axes.get_ylim()[0] / 4)  # room for the names
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 12)  # room for the names
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bytes that a step has to read and write")
     axes.set_ylabel("these bytes over the time of a step, GB/s")

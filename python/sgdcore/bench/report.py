@@ -60,7 +60,7 @@ def machine() -> dict[str, Any]:
         "type": f"{processor}, {len(os.sched_getaffinity(0))} cores",
         "memory_gib": round(pages / 2**30, 1),
         "virtual": "hypervisor" in found.get("flags", "").split(),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
     }
 
 
