@@ -255,6 +255,14 @@ def test_a_wrong_last_element_is_found_and_printed(
     assert found["contenders"]["sgdcore"]["check"] == "equal"
 
 
+def test_the_ends_of_large_tensors_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element among very many, where a loop's remainder is."""
+    monkeypatch.setitem(cases.WORKLOADS, "large", [(2**21,)])
+    enter(monkeypatch, Broken)
+    found = measure.run(case("large"), ["other", "sgdcore"], SHORT).results
+    assert (found["other"].check, found["sgdcore"].check) == ("wrong", "equal")
+
+
 def test_a_wrong_result_of_ours_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     enter(monkeypatch, Broken, "sgdcore flat")
     assert bench("--workload", "tiny", "--contender", "sgdcore flat") == 1
