@@ -23,9 +23,9 @@ from sgdcore.sgd import SGD
 
 
 def __getattr__(name: str) -> Any:
-    """Import sgdcore.torch when it is first used, so that NumPy users need no torch."""
-    if name == "torch":
-        return importlib.import_module("sgdcore.torch")
+    """Import what needs more than NumPy, or is needed by few, when it is first used."""
+    if name in ("torch", "distributed"):
+        return importlib.import_module(f"sgdcore.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,0 +1,367 @@
+"""Process groups: one small protocol over the engines that move the bytes, torch.distributed and MPI.
+
+Nothing here opens a connection: torch.distributed is initialised by its user, MPI by mpiexec. Every operation works in place,
+on memory that the caller keeps; a NumPy array reaches torch.distributed, and a CPU tensor reaches MPI, as a view.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from sgdcore._arrays import Array
+
+__all__ = ["MpiGroup", "ProcessGroup", "TorchGroup", "Work", "as_process_group"]
+
+_OPERATIONS = ("sum", "max")
+
+
+class Work(Protocol):
+    """An operation under way; the arrays it was given belong to it until it is done."""
+
+    def wait(self) -> None:
+        """Return when the operation is done on this rank; raise if it failed."""
+
+    def test(self) -> bool:
+        """Return whether it is done, without waiting. MPI makes progress only in here and in `wait`."""
+
+
+@runtime_checkable
+class ProcessGroup(Protocol):
+    """The ranks that train together, and what they can do with arrays.
+
+    An array is a contiguous NumPy array or torch tensor. All ranks call the same operations in the same order, with arrays
+    of the same size and dtype; each returns at once, with a handle to wait on.
+
+    Attributes:
+        rank: this process's number, from 0.
+        size: how many there are.
+        dtypes: names of the dtypes that `all_reduce` adds up correctly.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtypes(self) -> frozenset[str]: ...
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Work:
+        """Replace the array on each rank by the sum (or ``"max"``) over all ranks, equal in every bit on all."""
+
+    def broadcast(self, array: Any, source: int = 0) -> Work:
+        """Replace the array on each rank by that of the rank `source`."""
+
+    def reduce_scatter(self, output: Any, array: Any) -> Work:
+        """Give each rank its part of the sum: `array` is cut into `size` parts along its first axis."""
+
+    def all_gather(self, output: Any, array: Any) -> Work:
+        """Give each rank the arrays of all, one after the other in `output`."""
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+
+
+class TorchGroup:
+    """A process group of torch.distributed: gloo for memory of the CPU, NCCL for that of CUDA devices.
+
+    Args:
+        group: what ``torch.distributed.new_group`` returned; None for all ranks.
+
+    Raises:
+        RuntimeError: if torch.distributed is not initialised, or this process is not in the group.
+    """
+
+    # What gloo and NCCL both add up; gloo's sums of 16-bit types round after each addition.
+    dtypes = frozenset({"float64", "float32", "float16", "bfloat16", "int64", "int32"})
+
+    def __init__(self, group: Any = None) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "torch.distributed is not initialised: call torch.distributed.init_process_group first"
+            )
+        self._torch, self._dist, self._group = torch, dist, group
+        self._rank = dist.get_rank(group)
+        if self._rank < 0:
+            raise RuntimeError("group: this process is not one of its ranks")
+        self._size = dist.get_world_size(group)
+        self._sum, self._max = dist.ReduceOp.SUM, dist.ReduceOp.MAX
+        # Under their older names in torch 2.4 too, but these exist since 1.13.
+        self._all_gather = dist.all_gather_into_tensor
+        self._reduce_scatter = dist.reduce_scatter_tensor
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self._size
+
+    @property
+    def backend(self) -> str:
+        """The engine's name, such as ``"gloo"``."""
+        return str(self._dist.get_backend(self._group))
+
+    def _tensor(self, array: Any, argument: str = "array") -> Any:
+        """Return a tensor over the same memory."""
+        torch = self._torch
+        if isinstance(array, torch.Tensor):
+            if not array.is_contiguous():
+                raise ValueError(
+                    f"{argument}: expected a contiguous tensor, got strides {array.stride()}"
+                )
+            return array.detach()
+        array = _contiguous(array, argument)
+        if array.dtype.name == "bfloat16":  # which NumPy does not know by itself
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Work:
+        """See `ProcessGroup.all_reduce`."""
+        torch_op = self._sum if _operation(op) == "sum" else self._max
+        tensor = self._tensor(array)
+        return _TorchWork(
+            self._dist.all_reduce(tensor, torch_op, self._group, async_op=True), tensor
+        )
+
+    def broadcast(self, array: Any, source: int = 0) -> Work:
+        """See `ProcessGroup.broadcast`."""
+        tensor = self._tensor(array)
+        source = _rank("source", source, self.size)
+        if self._group is not None:
+            source = self._dist.get_global_rank(self._group, source)
+        return _TorchWork(self._dist.broadcast(tensor, source, self._group, async_op=True), tensor)
+
+    def reduce_scatter(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.reduce_scatter`."""
+        target, tensor = self._tensor(output, "output"), self._tensor(array)
+        _check_sizes("array", tensor, "output", target, self.size)
+        work = self._reduce_scatter(target, tensor, self._sum, self._group, async_op=True)
+        return _TorchWork(work, target, tensor)
+
+    def all_gather(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.all_gather`."""
+        target, tensor = self._tensor(output, "output"), self._tensor(array)
+        _check_sizes("output", target, "array", tensor, self.size)
+        return _TorchWork(
+            self._all_gather(target, tensor, self._group, async_op=True), target, tensor
+        )
+
+    def barrier(self) -> None:
+        """See `ProcessGroup.barrier`."""
+        self._dist.barrier(self._group)
+
+    def __repr__(self) -> str:
+        return f"TorchGroup({self.backend}, rank {self.rank} of {self.size})"
+
+
+class _TorchWork:
+    """torch's handle, with the tensors that the operation reads and writes."""
+
+    def __init__(self, work: Any, *tensors: Any) -> None:
+        self._work, self._tensors = work, tensors
+
+    def wait(self) -> None:
+        self._work.wait()
+
+    def test(self) -> bool:
+        return bool(self._work.is_completed())
+
+
+class MpiGroup:
+    """An mpi4py communicator.
+
+    16-bit types are refused: MPI has none, and some implementations return garbage for them without an error.
+
+    Args:
+        comm: an mpi4py intracommunicator; None for ``MPI.COMM_WORLD``.
+
+    Raises:
+        RuntimeError: if MPI is not initialised.
+    """
+
+    dtypes = frozenset({"float64", "float32", "int64", "int32"})
+
+    def __init__(self, comm: Any = None) -> None:
+        from mpi4py import MPI
+
+        if not MPI.Is_initialized() or MPI.Is_finalized():
+            raise RuntimeError("MPI is not initialised")
+        self._comm = MPI.COMM_WORLD if comm is None else comm
+        if self._comm == MPI.COMM_NULL:
+            raise RuntimeError("comm: this process is not one of its ranks")
+        self._in_place = MPI.IN_PLACE
+        self._operations = {"sum": MPI.SUM, "max": MPI.MAX}
+        self._rank, self._size = self._comm.Get_rank(), self._comm.Get_size()
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the communicator."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self._size
+
+    def _array(self, array: Any, argument: str = "array") -> Array:
+        """Return a NumPy array over the same memory, of a dtype that MPI knows."""
+        if type(array).__module__.partition(".")[0] == "torch":
+            if array.device.type != "cpu":
+                raise ValueError(
+                    f"{argument}: expected a CPU tensor for MPI, got one on {array.device}"
+                )
+            dtype = str(array.dtype).rpartition(".")[2]
+        else:
+            dtype = np.dtype(array.dtype).name
+        if dtype not in self.dtypes:
+            expected = ", ".join(sorted(self.dtypes))
+            raise TypeError(f"{argument}: expected one of {expected} for MPI, got {dtype}")
+        return _contiguous(
+            array if isinstance(array, np.ndarray) else array.detach().numpy(), argument
+        )
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Work:
+        """See `ProcessGroup.all_reduce`."""
+        buffer = self._array(array)
+        return _MpiWork(
+            self._comm.Iallreduce(self._in_place, buffer, self._operations[_operation(op)]), buffer
+        )
+
+    def broadcast(self, array: Any, source: int = 0) -> Work:
+        """See `ProcessGroup.broadcast`."""
+        buffer = self._array(array)
+        return _MpiWork(self._comm.Ibcast(buffer, _rank("source", source, self.size)), buffer)
+
+    def reduce_scatter(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.reduce_scatter`."""
+        target, buffer = self._array(output, "output"), self._array(array)
+        _check_sizes("array", buffer, "output", target, self.size)
+        return _MpiWork(
+            self._comm.Ireduce_scatter_block(buffer, target, self._operations["sum"]),
+            target,
+            buffer,
+        )
+
+    def all_gather(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.all_gather`."""
+        target, buffer = self._array(output, "output"), self._array(array)
+        _check_sizes("output", target, "array", buffer, self.size)
+        return _MpiWork(self._comm.Iallgather(buffer, target), target, buffer)
+
+    def barrier(self) -> None:
+        """See `ProcessGroup.barrier`."""
+        self._comm.Barrier()
+
+    def __repr__(self) -> str:
+        return f"MpiGroup(rank {self.rank} of {self.size})"
+
+
+class _MpiWork:
+    """MPI's request, with the arrays that the operation reads and writes."""
+
+    def __init__(self, request: Any, *arrays: Array) -> None:
+        self._request, self._arrays = request, arrays
+
+    def wait(self) -> None:
+        self._request.Wait()
+
+    def test(self) -> bool:
+        return bool(self._request.Test())
+
+
+def as_process_group(group: Any = None) -> ProcessGroup:
+    """Return the process group that an object stands for, or the one that is initialised.
+
+    Args:
+        group: a `ProcessGroup`, a process group of torch.distributed, an mpi4py communicator; or None for all ranks of
+            the one engine that is initialised in this process.
+
+    Raises:
+        TypeError: if it is none of these.
+        RuntimeError: if it is None and no engine is initialised, or both are.
+
+    Example:
+        >>> as_process_group("gloo")
+        Traceback (most recent call last):
+        TypeError: group: expected a process group of torch.distributed, an mpi4py communicator or None, got 'gloo'
+    """
+    if group is None:
+        return _initialised_group()
+    if isinstance(group, ProcessGroup) and not isinstance(group, type):
+        return group
+    dist, mpi = sys.modules.get("torch.distributed"), sys.modules.get("mpi4py.MPI")
+    if dist is not None and dist.is_available() and isinstance(group, dist.ProcessGroup):
+        return TorchGroup(group)
+    if mpi is not None and isinstance(group, mpi.Intracomm):
+        return MpiGroup(group)
+    raise TypeError(
+        f"group: expected a process group of torch.distributed, an mpi4py communicator or None, got {group!r}"
+    )
+
+
+def _initialised_group() -> ProcessGroup:
+    dist, mpi = sys.modules.get("torch.distributed"), sys.modules.get("mpi4py.MPI")
+    has_torch = dist is not None and dist.is_available() and dist.is_initialized()
+    has_mpi = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+    if has_torch and has_mpi:
+        raise RuntimeError(
+            "group: both torch.distributed and MPI are initialised; say which with "
+            "group=torch.distributed.group.WORLD or group=MPI.COMM_WORLD"
+        )
+    if has_torch:
+        return TorchGroup()
+    if has_mpi:
+        return MpiGroup()
+    raise RuntimeError(
+        "group: no process group is initialised. With torch, start with torchrun and call "
+        "torch.distributed.init_process_group('gloo'); with MPI, start with mpiexec and import mpi4py.MPI"
+    )
+
+
+def _contiguous(array: Any, argument: str) -> Array:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(
+            f"{argument}: expected a NumPy array or a torch tensor, got {type(array).__name__}"
+        )
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise ValueError(
+            f"{argument}: expected a contiguous and writable array, got flags {array.flags}"
+        )
+    return array
+
+
+def _operation(op: str) -> str:
+    if op not in _OPERATIONS:
+        raise ValueError(f"op: expected one of {', '.join(_OPERATIONS)}, got {op!r}")
+    return op
+
+
+def _rank(argument: str, rank: int, size: int) -> int:
+    if not 0 <= rank < size:
+        raise ValueError(f"{argument}: expected a rank from 0 to {size - 1}, got {rank}")
+    return rank
+
+
+def _elements(array: Any) -> int:
+    return int(array.size if isinstance(array, np.ndarray) else array.numel())
+
+
+def _check_sizes(whole_name: str, whole: Any, part_name: str, part: Any, size: int) -> None:
+    if _elements(whole) != size * _elements(part):
+        raise ValueError(
+            f"{whole_name}: expected {size} times the elements of {part_name}, {size * _elements(part)}, "
+            f"got {_elements(whole)}"
+        )
+    if whole.dtype != part.dtype:
+        raise TypeError(
+            f"{part_name}: expected dtype {whole.dtype}, that of {whole_name}, got {part.dtype}"
+        )
