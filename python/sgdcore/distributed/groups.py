@@ -42,11 +42,19 @@ class ProcessGroup(Protocol):
     """
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The number of this process."""
+        raise NotImplementedError
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The number of ranks."""
+        raise NotImplementedError
+
     @property
-    def dtypes(self) -> frozenset[str]: ...
+    def dtypes(self) -> frozenset[str]:
+        """What `all_reduce` adds up correctly."""
+        raise NotImplementedError
 
     def all_reduce(self, array: Any, op: str = "sum") -> Work:
         """Replace the array on each rank by the sum (or ``"max"``) over all ranks, equal in every bit on all."""
@@ -91,13 +99,15 @@ class TorchGroup:
             raise RuntimeError("group: this process is not one of its ranks")
         self._size = dist.get_world_size(group)
         self._sum, self._max = dist.ReduceOp.SUM, dist.ReduceOp.MAX
-        # Under their older names in torch 2.4 too, but these exist since 1.13.
-        self._all_gather = dist.all_gather_into_tensor
-        self._reduce_scatter = dist.reduce_scatter_tensor
+        # torch 2.13 renamed them.
+        names = ("all_gather_single", "reduce_scatter_single")
+        if not hasattr(dist, names[0]):
+            names = ("all_gather_into_tensor", "reduce_scatter_tensor")
+        self._all_gather, self._reduce_scatter = (getattr(dist, name) for name in names)
 
     @property
     def rank(self) -> int:
-        """This process's number in the group."""
+        """The number of this process in the group."""
         return self._rank
 
     @property
@@ -200,11 +210,12 @@ class MpiGroup:
             raise RuntimeError("comm: this process is not one of its ranks")
         self._in_place = MPI.IN_PLACE
         self._operations = {"sum": MPI.SUM, "max": MPI.MAX}
-        self._rank, self._size = self._comm.Get_rank(), self._comm.Get_size()
+        self._rank: int = self._comm.Get_rank()
+        self._size: int = self._comm.Get_size()
 
     @property
     def rank(self) -> int:
-        """This process's number in the communicator."""
+        """The number of this process in the communicator."""
         return self._rank
 
     @property
