@@ -6,6 +6,27 @@ running already: ``torchrun`` and ``torch.distributed.init_process_group``, or `
 
 from __future__ import annotations
 
+from sgdcore.distributed.data_parallel import DataParallel
+from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import MpiGroup, ProcessGroup, TorchGroup, Work, as_process_group
+from sgdcore.distributed.local_sgd import LocalSGD
+from sgdcore.distributed.outer import OuterSGD, SlowMo
+from sgdcore.distributed.schedules import AdaComm, PostLocal, Progress, Schedule, Stagewise
 
-__all__ = ["MpiGroup", "ProcessGroup", "TorchGroup", "Work", "as_process_group"]
+__all__ = [
+    "AdaComm",
+    "DataParallel",
+    "LocalSGD",
+    "MpiGroup",
+    "OuterSGD",
+    "PostLocal",
+    "ProcessGroup",
+    "Progress",
+    "RoundError",
+    "Schedule",
+    "SlowMo",
+    "Stagewise",
+    "TorchGroup",
+    "Work",
+    "as_process_group",
+]

@@ -1,0 +1,38 @@
+"""Checks of arguments that several classes have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgdcore.distributed._flat import dtype_name
+from sgdcore.distributed.groups import ProcessGroup
+
+__all__ = ["check_count", "check_wire"]
+
+_WIRE_TYPES = ("float32", "float16", "bfloat16")
+
+
+def check_count(argument: str, value: Any, least: int) -> int:
+    """Return an integer that is at least `least`; raise a TypeError or ValueError naming the argument otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{argument}: expected at least {least}, got {value}")
+    return value
+
+
+def check_wire(wire_dtype: Any, group: ProcessGroup) -> str | None:
+    """Return the name of a dtype that the group can add up; None for None."""
+    if wire_dtype is None:
+        return None
+    try:
+        name = dtype_name(wire_dtype)
+    except TypeError:
+        name = ""
+    if name not in _WIRE_TYPES:
+        expected = ", ".join(_WIRE_TYPES)
+        raise TypeError(f"wire_dtype: expected one of {expected} or None, got {wire_dtype!r}")
+    if name not in group.dtypes:
+        able = ", ".join(sorted(group.dtypes))
+        raise ValueError(f"wire_dtype: {group!r} cannot add up {name}, only {able}")
+    return name

@@ -1,0 +1,223 @@
+"""Arrays of either kind, NumPy's and torch's, as flat pieces of memory.
+
+Indexing, slicing, ``a[...] = b`` and the in-place operators mean the same for both, so that the rest of the package is written
+once; what differs is here. Every piece is a view: nothing is moved, nothing is rebound.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from sgdcore._arrays import storage_dtype
+
+__all__ = [
+    "address",
+    "alike",
+    "copied",
+    "divide_into",
+    "dtype_name",
+    "element_strides",
+    "empty",
+    "finite",
+    "flat",
+    "is_torch",
+    "item_bytes",
+    "join",
+    "numbers",
+    "runs",
+    "zeros_like",
+]
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+
+
+def is_torch(array: Any) -> bool:
+    """Return whether something is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype of NumPy or torch, or a name as it is."""
+    if isinstance(dtype, str):
+        return dtype
+    name = str(dtype)
+    return name.removeprefix("torch.") if name.startswith("torch.") else np.dtype(dtype).name
+
+
+def item_bytes(dtype: str) -> int:
+    """Return the size of an element."""
+    return ITEM_BYTES[dtype]
+
+
+def address(array: Any) -> int:
+    """Return where the array begins."""
+    return int(array.data_ptr() if is_torch(array) else array.__array_interface__["data"][0])
+
+
+def flat(array: Any, label: str) -> Any:
+    """Return a 1-d view of all elements, in the order of memory.
+
+    Raises:
+        TypeError: if it is no dense array.
+        ValueError: if there are gaps between its elements.
+    """
+    if is_torch(array):
+        return _flat_tensor(array.detach(), label)
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    view = array.transpose(order).reshape(-1)
+    if array.size and not np.shares_memory(view, array):
+        raise ValueError(f"{label}: expected an array without gaps, got strides {array.strides}")
+    return view
+
+
+def _flat_tensor(tensor: Any, label: str) -> Any:
+    torch = sys.modules["torch"]
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{label}: expected a dense tensor of torch's own type, got {type(tensor).__name__} ({tensor.layout})"
+        )
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if dtype_name(tensor.dtype) not in ITEM_BYTES:
+        raise TypeError(f"{label}: expected a floating-point tensor, got {tensor.dtype}")
+    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    try:
+        return tensor.permute(order).view(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"{label}: expected a tensor without gaps, got strides {tensor.stride()}"
+        ) from None
+
+
+def empty(like: Any, size: int, dtype: str) -> Any:
+    """Return new memory of the same kind, on the same device."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(size, dtype=getattr(torch, dtype), device=like.device)
+    return np.empty(size, np.dtype(dtype) if dtype == "int64" else storage_dtype(dtype))
+
+
+def zeros_like(array: Any, dtype: Any = None) -> Any:
+    """Return zeros in the array's shape and order in memory, of its dtype or another one."""
+    if is_torch(array):
+        return sys.modules["torch"].zeros_like(array, dtype=dtype)
+    return np.zeros_like(array, dtype=None if dtype is None else storage_dtype(dtype))
+
+
+def element_strides(array: Any) -> list[int]:
+    """Return the strides in elements, of the axes that have more than one."""
+    strides = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
+    return [stride for stride, n in zip(strides, array.shape, strict=True) if n != 1]
+
+
+def copied(array: Any) -> Any:
+    """Return a copy of an array; of None, None."""
+    if array is None:
+        return None
+    return array.clone() if is_torch(array) else array.copy("K")
+
+
+def finite(array: Any) -> None:
+    """Set what is not finite to 0, in place."""
+    if is_torch(array):
+        array.nan_to_num_(0.0, 0.0, 0.0)
+    else:
+        np.nan_to_num(array, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def numbers(like: Any, values: Sequence[float], dtype: str = "float64") -> Any:
+    """Return a new array of the same kind with these values."""
+    array = empty(like, len(values), dtype)
+    if is_torch(like):
+        array.copy_(sys.modules["torch"].tensor(values, dtype=array.dtype))
+    else:
+        array[...] = values
+    return array
+
+
+def divide_into(target: Any, source: Any, divisor: float) -> None:
+    """``target[...] = source / divisor``, where the source may be overwritten; rounds once to the target's dtype."""
+    if target is not source and target.dtype == source.dtype:
+        if is_torch(source):
+            sys.modules["torch"].div(source, divisor, out=target)
+        else:
+            np.divide(source, source.dtype.type(divisor), out=target)
+        return
+    source /= divisor
+    if target is not source:
+        target[...] = source
+
+
+def runs(views: Sequence[Any]) -> list[list[int]]:
+    """Return the positions of flat views, those together that lie side by side in one allocation."""
+    result: list[list[int]] = []
+    for i, view in enumerate(views):
+        if result and _adjacent(views[result[-1][-1]], view):
+            result[-1].append(i)
+        else:
+            result.append([i])
+    return result
+
+
+def join(views: Sequence[Any]) -> Any:
+    """Return one flat view over views side by side, or None if they are not."""
+    if len(views) == 1:
+        return views[0]
+    if not all(_adjacent(a, b) for a, b in pairwise(views)):
+        return None
+    first, size = views[0], sum(len(view) for view in views)
+    if is_torch(first):
+        return first.as_strided((size,), (1,), first.storage_offset())
+    whole = first.base.reshape(-1)
+    start = (address(first) - address(whole)) // first.itemsize
+    return whole[start : start + size]
+
+
+def _adjacent(a: Any, b: Any) -> bool:
+    """Return whether `b` begins where `a` ends, as parts of what a single view can span."""
+    if a.dtype != b.dtype or len(a) == 0 or len(b) == 0:
+        return False
+    if is_torch(a):
+        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+            return False
+        return bool(a.storage_offset() + len(a) == b.storage_offset())
+    base = a.base
+    return (
+        isinstance(base, np.ndarray)
+        and base is b.base
+        and base.dtype == a.dtype
+        and base.flags.c_contiguous
+        and address(a) + a.nbytes == address(b)
+    )
+
+
+def alike(views: Sequence[Any], dtype: str | None = None) -> list[Any]:
+    """Return new flat views of the same sizes, those of one dtype and device side by side.
+
+    Args:
+        views: flat views.
+        dtype: for all of them; their own if None.
+    """
+    names = [dtype or dtype_name(view.dtype) for view in views]
+    keys = [
+        (name, view.device if is_torch(view) else None)
+        for name, view in zip(names, views, strict=True)
+    ]
+    totals: dict[Any, int] = {}
+    for key, view in zip(keys, views, strict=True):
+        totals[key] = totals.get(key, 0) + len(view)
+    first = dict(zip(reversed(keys), reversed(views), strict=True))
+    memory = {key: empty(first[key], total, key[0]) for key, total in totals.items()}
+    starts = dict.fromkeys(totals, 0)
+    result = []
+    for key, view in zip(keys, views, strict=True):
+        start = starts[key]
+        starts[key] = start + len(view)
+        result.append(memory[key][start : starts[key]])
+    return result

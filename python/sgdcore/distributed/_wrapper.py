@@ -1,0 +1,324 @@
+"""What the wrappers of an optimizer have in common: they stand in for it, and know its parameters as flat memory."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Self
+
+from sgdcore.distributed._flat import (
+    address,
+    dtype_name,
+    element_strides,
+    flat,
+    is_torch,
+    numbers,
+    runs,
+    zeros_like,
+)
+from sgdcore.distributed._traffic import Averager, wire_name
+from sgdcore.distributed.groups import ProcessGroup, as_process_group
+from sgdcore.optimizer import Optimizer
+from sgdcore.parameter import Parameter
+
+__all__ = [
+    "Momenta",
+    "Views",
+    "Wrapper",
+    "call_closure",
+    "compare",
+    "momentum_of",
+    "set_zero_momentum",
+]
+
+
+class _Inner:
+    """An attribute that is the inner optimizer's."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Wrapper | None, owner: type) -> Any:
+        return self if wrapper is None else getattr(wrapper._optimizer, self._name)
+
+    def __set__(self, wrapper: Wrapper, value: Any) -> None:
+        setattr(wrapper._optimizer, self._name, value)
+
+
+class Wrapper:
+    """Stands in for an optimizer: groups, state, hooks and `zero_grad` are the inner one's.
+
+    Around a torch optimizer it is a torch.optim.Optimizer itself, so that schedulers and GradScaler take it.
+    """
+
+    _optimizer: Any
+    _group: ProcessGroup
+
+    param_groups = _Inner()
+    state = _Inner()
+    defaults = _Inner()
+    zero_grad = _Inner()
+    register_step_pre_hook = _Inner()
+    register_step_post_hook = _Inner()
+    register_state_dict_pre_hook = _Inner()
+    register_state_dict_post_hook = _Inner()
+    register_load_state_dict_pre_hook = _Inner()
+    register_load_state_dict_post_hook = _Inner()
+
+    def __new__(cls, optimizer: Any = None, *_: Any, **__: Any) -> Self:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(optimizer, torch.optim.Optimizer):
+            flavour: type[Self] = _torch_flavour(cls, torch.optim.Optimizer)
+            return object.__new__(flavour)
+        return object.__new__(cls)
+
+    def _wrap(self, optimizer: Any, group: Any) -> None:
+        """Take the optimizer over, after checking what it is."""
+        if isinstance(optimizer, Wrapper):
+            raise TypeError(f"optimizer: it is distributed already, got {type(optimizer).__name__}")
+        torch = sys.modules.get("torch")
+        kinds = (Optimizer,) if torch is None else (Optimizer, torch.optim.Optimizer)
+        if not isinstance(optimizer, kinds):
+            raise TypeError(
+                f"optimizer: expected one of sgdcore or torch.optim, got {type(optimizer).__name__}"
+            )
+        self._group = as_process_group(group)
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer that does the steps."""
+        return self._optimizer
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The process group."""
+        return self._group
+
+    def _inner_step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
+        """Let the inner optimizer step, as GradScaler wants it."""
+        attributes = self.__dict__
+        found_inf, scale = attributes.get("found_inf"), attributes.get("grad_scale")
+        if found_inf is None and scale is None:
+            step = self._optimizer.step
+            return step(**kwargs) if closure is None else step(closure, **kwargs)
+        inner = self._optimizer
+        if getattr(inner, "_step_supports_amp_scaling", False):
+            inner.found_inf, inner.grad_scale = found_inf, scale
+            try:
+                return inner.step(**kwargs)
+            finally:
+                inner.__dict__.pop("found_inf", None)
+                inner.__dict__.pop("grad_scale", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return None
+        if scale is not None:
+            factor = scale.double().reciprocal().float()  # as GradScaler.unscale_ computes it
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor.to(parameter.grad.device))
+        return inner.step(**kwargs)
+
+    def _forget_scaling(self) -> None:
+        """Drop what GradScaler set for one step; it removes it itself only where that step succeeds."""
+        self.__dict__.pop("found_inf", None)
+        self.__dict__.pop("grad_scale", None)
+
+    def __repr__(self) -> str:
+        inner = "\n".join("  " + line for line in repr(self._optimizer).splitlines())
+        return f"{type(self).__name__} over {self._group!r} of\n{inner}"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} belongs to its process group and cannot be copied or pickled; save its state_dict()"
+        )
+
+
+_flavours: dict[type, type] = {}
+
+
+def _torch_flavour(cls: type, base: type) -> Any:
+    """Return the class's subclass that is a torch.optim.Optimizer, too."""
+    if issubclass(cls, base):
+        return cls
+    if cls not in _flavours:
+        # GradScaler would leave out `step` for an overflow on this rank alone, and the ranks would no longer agree on when
+        # a round ends; told that `step` knows about scaling, it always calls it.
+        attributes = {"__module__": cls.__module__, "_step_supports_amp_scaling": True}
+        _flavours[cls] = type(cls.__name__, (cls, base), attributes)
+    return _flavours[cls]
+
+
+class Views:
+    """An optimizer's parameters as flat memory, in the order of the groups.
+
+    Attributes:
+        parameters: the parameters themselves.
+        group_of: for each, the position of its group.
+        flats: for each, its values as a flat view.
+        runs: the positions of those that lie side by side, together; never across groups.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.parameters: list[Any] = []
+        self.group_of: list[int] = []
+        self.labels: list[str] = []
+        for i, group in enumerate(optimizer.param_groups):
+            names = group.get("param_names")
+            for j, parameter in enumerate(group["params"]):
+                self.parameters.append(parameter)
+                self.group_of.append(i)
+                named = names is not None and j < len(names)
+                label = f"parameter '{names[j]}'" if named else f"param_groups[{i}]['params'][{j}]"
+                self.labels.append(label)
+        self.read()
+
+    def read(self) -> None:
+        """Look where the parameters are."""
+        self.data = [data_of(parameter) for parameter in self.parameters]
+        self.flats = [flat(d, label) for d, label in zip(self.data, self.labels, strict=True)]
+        self.runs = [part for run in runs(self.flats) for part in _split(run, self.group_of)]
+        self._addresses = self._where()
+
+    def _where(self) -> list[int]:
+        return [address(data_of(parameter)) for parameter in self.parameters]
+
+    def moved(self) -> bool:
+        """Return whether a parameter was given other memory since."""
+        return self._where() != self._addresses
+
+    def layout(self) -> str:
+        """Return what has to be equal on all ranks, as text."""
+        lines = []
+        for data in self.data:
+            lines.append(f"{tuple(data.shape)} {element_strides(data)} {dtype_name(data.dtype)}")
+        return "\n".join(lines) + f"\n{self.runs}\n{self.group_of}"
+
+
+def _split(run: list[int], key: Sequence[int]) -> list[list[int]]:
+    """Split a run where the key changes."""
+    parts: list[list[int]] = []
+    for i in run:
+        if parts and key[parts[-1][-1]] == key[i]:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def data_of(parameter: Any) -> Any:
+    """Return a parameter's values, as an array or a tensor outside of autograd."""
+    return parameter.data if isinstance(parameter, Parameter) else parameter.detach()
+
+
+def momentum_of(optimizer: Any, parameter: Any) -> Any:
+    """Return a parameter's momentum buffer, or None."""
+    if parameter not in optimizer.state:
+        return None
+    return optimizer.state[parameter].get("momentum_buffer")
+
+
+def set_zero_momentum(optimizer: Any, parameter: Any, group: dict[str, Any]) -> Any:
+    """Give a parameter a momentum buffer of zeros."""
+    data, dtype = data_of(parameter), group.get("momentum_dtype")
+    optimizer.state[parameter]["momentum_buffer"] = zeros_like(data, dtype)
+    return optimizer.state[parameter]["momentum_buffer"]
+
+
+def call_closure(closure: Callable[[], Any], parameter: Any) -> Any:
+    """Call a closure that computes gradients, with autograd enabled where there is one."""
+    if is_torch(parameter):
+        with sys.modules["torch"].enable_grad():
+            return closure()
+    return closure()
+
+
+def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
+    """Raise on all ranks if they differ in something.
+
+    Args:
+        group: the ranks.
+        like: an array of the kind that the group takes.
+        facts: what has to be equal, by name.
+
+    Raises:
+        ValueError: naming it.
+    """
+    hashes = []
+    for text in facts.values():
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        hashes += [number, -number]
+    extremes = numbers(like, hashes, "int64")
+    group.all_reduce(extremes, "max").wait()
+    highest = [int(value) for value in extremes.tolist()]
+    for i, (name, text) in enumerate(facts.items()):
+        if highest[2 * i] != -highest[2 * i + 1]:
+            raise ValueError(
+                f"{name}: expected the same on all ranks, got on rank {group.rank}: {text}"
+            )
+
+
+class Momenta:
+    """The momentum buffers of an optimizer's parameters, as far as they exist on some rank.
+
+    Args:
+        optimizer: the optimizer.
+        views: its parameters.
+    """
+
+    def __init__(self, optimizer: Any, views: Views) -> None:
+        self._optimizer, self._views = optimizer, views
+        self._averager: tuple[list[int], Averager] | None = None
+
+    def all(self) -> list[Any]:
+        """Return each parameter's momentum buffer, or None."""
+        return [momentum_of(self._optimizer, parameter) for parameter in self._views.parameters]
+
+    def averager(self, wanted: Sequence[bool]) -> Averager | None:
+        """Return what averages those that are wanted; zeros take the place of those missing here.
+
+        Args:
+            wanted: for each parameter, equal on all ranks.
+        """
+        if not any(wanted):
+            return None
+        views: list[Any] = []
+        wires: list[str] = []
+        position: dict[int, int] = {}
+        for i, each in enumerate(wanted):
+            if each:
+                position[i] = len(views)
+                views.append(flat(self._get(i), f"momentum of {self._views.labels[i]}"))
+                wires.append(self._wire(i))
+        where = [address(view) for view in views]
+        if self._averager is None or self._averager[0] != where:
+            # The parameters' runs, which all ranks have in common.
+            runs = [[position[i] for i in run if wanted[i]] for run in self._views.runs]
+            self._averager = where, Averager(views, [run for run in runs if run], wires=wires)
+        return self._averager[1]
+
+    def broadcast(self, group: ProcessGroup, source: int) -> None:
+        """Give all ranks the momentum of one of them."""
+        present = numbers(self._views.flats[0], [momentum is not None for momentum in self.all()])
+        group.broadcast(present, source).wait()
+        averager = self.averager([each > 0 for each in present.tolist()])
+        if averager is not None:
+            averager.broadcast(group, source)
+
+    def _group(self, i: int) -> dict[str, Any]:
+        group: dict[str, Any] = self._optimizer.param_groups[self._views.group_of[i]]
+        return group
+
+    def _get(self, i: int) -> Any:
+        parameter = self._views.parameters[i]
+        momentum = momentum_of(self._optimizer, parameter)
+        if momentum is None:
+            momentum = set_zero_momentum(self._optimizer, parameter, self._group(i))
+        return momentum
+
+    def _wire(self, i: int) -> str:
+        """Return the dtype on the wire: what the options say, since a loaded buffer's may be its own."""
+        dtype = self._group(i).get("momentum_dtype") or self._views.flats[i].dtype
+        return wire_name(dtype_name(dtype))

@@ -1,0 +1,517 @@
+"""Synchronous SGD: each step with the mean of all ranks' gradients."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from sgdcore.distributed._checks import check_count, check_wire
+from sgdcore.distributed._flat import (
+    alike,
+    divide_into,
+    dtype_name,
+    element_strides,
+    empty,
+    finite,
+    flat,
+    is_torch,
+    join,
+    numbers,
+    zeros_like,
+)
+from sgdcore.distributed._traffic import (
+    SLICE_BYTES,
+    Averager,
+    drain,
+    places,
+    plan_slices,
+    wire_name,
+)
+from sgdcore.distributed._wrapper import (
+    Momenta,
+    Views,
+    Wrapper,
+    call_closure,
+    compare,
+)
+from sgdcore.distributed.errors import RoundError
+from sgdcore.distributed.groups import Work, as_process_group
+
+__all__ = ["DataParallel"]
+
+_KEY = "data_parallel"  # in state dicts
+
+
+class DataParallel(Wrapper):
+    r"""Steps of an optimizer with the gradients' mean over all ranks, which keeps the ranks' parameters equal.
+
+    With the gradient g_i and the weight w_i of rank i, each step takes::
+
+        g = (w_1 g_1 + ... + w_N g_N) / (w_1 + ... + w_N)
+
+    For torch parameters this happens within the backward pass: slices of the gradients are on their way as soon as they are
+    complete, and ``p.grad`` holds the mean when ``backward()`` returns, ready for clipping and GradScaler. For
+    arrays it happens in `step`, in place, or before it in `average_gradients`.
+
+    A parameter without a gradient on some ranks counts as zero there, and gets the mean; one that has none on any rank is
+    left alone, as an optimizer does: its momentum does not decay. On one rank nothing is changed.
+
+    Args:
+        optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim.
+        group: see `as_process_group`; by default all ranks.
+        slice_bytes: the most bytes that travel in one operation.
+        wire_dtype: ``"bfloat16"`` or ``"float16"`` (or ``"float32"`` for float64): gradients travel rounded to this type; what
+            rounding leaves over is added to the next gradient (+1 word of memory per parameter).
+        overlap: average within the backward pass; False: in `step`.
+
+    Attributes:
+        weight: this rank's weight in the next mean, such as the number of examples in its batch; 1 unless set. Set it
+            before the backward pass.
+
+    Raises:
+        TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' layout; before
+            anything is changed.
+        RoundError: if gradients cannot be averaged; the parameters are then those of the last step; see `rebind`.
+
+    Example (with one process; start several by torchrun or mpiexec)::
+
+        optimizer = sgdcore.distributed.DataParallel(sgdcore.SGD(buffer, lr=0.1, momentum=0.9))
+        for x, y in shard:
+            optimizer.zero_grad()
+            optimizer.weight = len(x)
+            backward(x, y)
+            optimizer.step()
+        optimizer.finish()  # for shards of unequal length
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        group: Any = None,
+        *,
+        slice_bytes: int = SLICE_BYTES,
+        wire_dtype: Any = None,
+        overlap: bool = True,
+    ) -> None:
+        self._slice_bytes = check_count("slice_bytes", slice_bytes, 8)
+        self._wrap(optimizer, group)
+        self._wire = check_wire(wire_dtype, self._group)
+        self._overlap = bool(overlap)
+        self.weight = 1.0
+        self._steps = 0
+        self._hooks: list[Any] = []
+        self._errors: list[Any] = []
+        self._syncing = True
+        self._averaged = False
+        self._set_up()
+        self._join()
+
+    def _set_up(self) -> None:
+        """Cut the gradients into slices, in the order of the backward pass."""
+        self._views = views = Views(self._optimizer)
+        self._momentum = Momenta(self._optimizer, views)
+        self._wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
+        sizes = [len(view) for view in views.flats]
+        self._slices = plan_slices(views.runs[::-1], sizes, self._wires, self._slice_bytes)
+        self._staging: dict[int, Any] = {}
+        if self._wire is not None:
+            for view in views.flats[len(self._errors) :]:
+                wide = "float64" if dtype_name(view.dtype) == "float64" else "float32"
+                error = alike([view], wide)[0]
+                error[...] = 0
+                self._errors.append(error)
+        self._begin()
+        self._hook()
+
+    def _hook(self) -> None:
+        _remove(self._hooks)
+        self._index = {id(p): i for i, p in enumerate(self._views.parameters)}
+        self._waiting_for: list[set[int]] = [
+            {part.index for part in piece.parts} for piece in self._slices
+        ]
+        self._slices_of: list[list[int]] = [[] for _ in self._views.parameters]
+        for number, indexes in enumerate(self._waiting_for):
+            for i in indexes:
+                self._slices_of[i].append(number)
+        if self._overlap and is_torch(self._views.flats[0]) and self._group.size > 1:
+            method = weakref.WeakMethod(self._gradient_is_there)
+            for parameter in self._views.parameters:
+                if parameter.requires_grad:
+                    hook = partial(_call, method)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            # The parameters must neither keep this object alive nor be averaged once it is gone.
+            weakref.finalize(self, _remove, self._hooks)
+
+    def _join(self, status: int = 0) -> None:
+        """Meet the other ranks: see that all agree; take the parameters of the one with the most steps."""
+        like = self._views.flats[0]
+        facts = {
+            "parameters": self._views.layout(),
+            "slice_bytes": str(self._slice_bytes),
+            "wire_dtype": str(self._wire),
+        }
+        compare(self._group, like, facts)
+        self._follow_first(status)
+
+    def _follow_first(self, status: int) -> None:
+        """Take parameters, momentum and count of steps of the rank with the highest status."""
+        statuses = numbers(self._views.flats[0], [0.0] * self._group.size)
+        own = numbers(self._views.flats[0], [status])
+        self._group.all_gather(statuses, own).wait()
+        everyone = statuses.tolist()
+        if min(everyone) == max(everyone) > 0:
+            return  # all took the same steps
+        source = everyone.index(max(everyone))
+        Averager(self._views.flats, self._views.runs).broadcast(self._group, source)
+        if max(everyone) > 0:
+            self._momentum.broadcast(self._group, source)
+            self._steps = int(max(everyone)) - 1
+
+    # Averaging
+
+    def _begin(self) -> None:
+        """Start anew: nothing is on its way."""
+        self._next = 0
+        self._pending: list[tuple[int, Any, Work]] = []
+        self._ready: list[int] = [0] * len(self._slices)
+        self._in_backward = False
+
+    def _gradient_is_there(self, parameter: Any) -> None:
+        """Called by torch in the backward pass."""
+        if not self._syncing:
+            return
+        if not self._in_backward:
+            self._in_backward = True
+            torch = sys.modules["torch"]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+        for number in self._slices_of[self._index[id(parameter)]]:
+            self._ready[number] += 1
+        try:
+            while self._next < len(self._slices) and self._ready[self._next] >= len(
+                self._waiting_for[self._next]
+            ):
+                self._send(self._next, self._gradients(), self.weight)
+            if self._pending:
+                self._pending[0][2].test()  # MPI makes progress only when asked
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _finish_backward(self) -> None:
+        self._average(self._gradients())
+        self._averaged = True
+
+    def _gradients(self) -> list[Any]:
+        """Return the parameters' gradients, laid out as the parameters are."""
+        gradients = []
+        for i, parameter in enumerate(self._views.parameters):
+            gradient = self._laid_out(i, parameter.grad)
+            if gradient is not parameter.grad:
+                parameter.grad = gradient
+            gradients.append(gradient)
+        return gradients
+
+    def _laid_out(self, i: int, gradient: Any) -> Any:
+        """Return the gradient, or a copy that has the parameter's order in memory and can be written to."""
+        data = self._views.data[i]
+        if gradient is None:
+            return None
+        if tuple(gradient.shape) != tuple(data.shape):
+            raise ValueError(
+                f"{self._label(i)}: expected shape {tuple(data.shape)}, the parameter's, got {tuple(gradient.shape)}"
+            )
+        if is_torch(gradient) and gradient.is_sparse:
+            raise TypeError(f"{self._label(i)}: expected a dense tensor, got a sparse one")
+        writable = is_torch(gradient) or gradient.flags.writeable
+        if writable and element_strides(gradient) == element_strides(data):
+            return gradient
+        copy = zeros_like(data, gradient.dtype)
+        copy[...] = gradient
+        return copy
+
+    def _send(self, number: int, gradients: Sequence[Any], weight: float) -> None:
+        """Put a slice on its way; gradients that are None count as zeros."""
+        array = self._memory(number, gradients)
+        if array is None:
+            array = self._pack(number, gradients, weight)
+        elif weight != 1:
+            array *= weight
+        self._pending.append((number, array, self._group.all_reduce(array)))
+        self._next = number + 1
+
+    def _memory(self, number: int, gradients: Sequence[Any]) -> Any:
+        """Return the gradients' own memory, if a slice of it can travel as it is."""
+        if self._wire is not None:
+            return None
+        piece = self._slices[number]
+        views = []
+        for part in piece.parts:
+            gradient = gradients[part.index]
+            if gradient is None or dtype_name(gradient.dtype) != piece.dtype:
+                return None
+            views.append(flat(gradient, self._label(part.index))[part.start : part.stop])
+        return join(views)
+
+    def _label(self, i: int) -> str:
+        return f"the gradient of {self._views.labels[i]}"
+
+    def _pack(self, number: int, gradients: Sequence[Any], weight: float) -> Any:
+        piece = self._slices[number]
+        array = self._staging.get(number)
+        if array is None:
+            like = self._views.flats[piece.parts[0].index]
+            array = self._staging[number] = empty(like, piece.size, piece.dtype)
+        for part, place in places(piece, array):
+            gradient, where = gradients[part.index], slice(part.start, part.stop)
+            if self._wire is not None:
+                self._compress(part.index, where, gradient, weight, place)
+            elif gradient is None:
+                place[...] = 0
+            else:
+                place[...] = flat(gradient, self._label(part.index))[where]
+                if weight != 1:
+                    place *= weight
+        return array
+
+    def _compress(self, i: int, where: slice, gradient: Any, weight: float, place: Any) -> None:
+        error = self._errors[i][where]
+        # Divided before the sum, which could leave float16's range.
+        if gradient is not None and weight != 0:
+            share = empty(error, len(error), dtype_name(error.dtype))
+            share[...] = flat(gradient, self._label(i))[where]
+            share *= weight / self._group.size
+            error += share
+        place[...] = error
+        error -= place
+        finite(error)  # an overflow is not carried into the steps that follow it
+
+    def _average(self, gradients: list[Any], idle: bool = False, given: bool = False) -> float:
+        """Send what is not on its way yet, and take the means; returns the sum of all weights.
+
+        Args:
+            gradients: the parameters' gradients, changed in place, replaced where there are none.
+            idle: take part with the weight 0, and leave the gradients alone.
+            given: new gradients are not the parameters' own.
+        """
+        weight = 0.0 if idle else float(self.weight)
+        sent: Sequence[Any] = [None] * len(gradients) if idle else gradients
+        try:
+            while self._next < len(self._slices):
+                self._send(self._next, sent, weight)
+            header = [weight, *(gradient is not None for gradient in sent)]
+            total = numbers(self._views.flats[0], header)
+            self._group.all_reduce(total).wait()
+            weights, *present = total.tolist()
+            for number, array, work in self._pending:
+                work.wait()
+                if not idle and weights > 0:
+                    self._take(number, array, weights, gradients, present, given)
+        except Exception as error:
+            raise self._failure(error) from error
+        self._begin()
+        return float(weights)
+
+    def _take(
+        self,
+        number: int,
+        array: Any,
+        weights: float,
+        gradients: list[Any],
+        present: Sequence[float],
+        given: bool,
+    ) -> None:
+        """Turn a slice's sum into the mean, where the gradients are."""
+        piece = self._slices[number]
+        if array is not self._staging.get(number):
+            divide_into(array, array, weights)
+            return
+        if self._wire is not None:
+            weights /= self._group.size
+        for part, place in places(piece, array):
+            i = part.index
+            if present[i] == 0:
+                continue
+            if gradients[i] is None:
+                gradients[i] = zeros_like(self._views.data[i])
+                if not given:
+                    self._views.parameters[i].grad = gradients[i]
+                    gradients[i] = self._views.parameters[i].grad  # a buffer's own memory
+            target = flat(gradients[i], self._label(i))[part.start : part.stop]
+            if self._wire is not None and place.dtype != target.dtype:
+                wide = empty(place, len(place), dtype_name(self._errors[i].dtype))
+                wide[...] = place
+                place = wide
+            divide_into(target, place, weights)
+
+    # Training
+
+    def average_gradients(self) -> None:
+        """Average the gradients now, on all ranks; the next step does not do it again.
+
+        For whoever looks at them before the step, to clip them for instance. Does nothing where the backward pass has done
+        it already.
+
+        Raises:
+            RoundError: if that failed.
+        """
+        if not self._averaged and self._group.size > 1:
+            self._average(self._gradients())
+        self._averaged = True
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Average the gradients, unless that was done, and let the inner optimizer step.
+
+        Args:
+            closure: called first, to compute loss and gradients; its value is returned.
+            **kwargs: further arguments of the inner optimizer's step. The arrays of ``grads`` are overwritten by the means.
+
+        Raises:
+            RoundError: if the gradients cannot be averaged; before the step.
+        """
+        loss = None if closure is None else call_closure(closure, self._views.data[0])
+        try:
+            if not self._averaged and self._group.size > 1:
+                if "found_inf" in self.__dict__:
+                    raise RuntimeError(
+                        "GradScaler looks at gradients before the step: call average_gradients() before it does, "
+                        "or leave that to the backward pass, with overlap=True"
+                    )
+                if kwargs.get("grads") is not None:
+                    kwargs["grads"] = self._average_given(kwargs["grads"])
+                else:
+                    self._average(self._gradients())
+            self._inner_step(None, kwargs)
+        except BaseException:
+            self._forget_scaling()
+            raise
+        self._averaged = False
+        self._steps += 1
+        return loss
+
+    def _average_given(self, grads: Sequence[Any]) -> list[Any]:
+        if len(grads) != len(self._views.parameters):
+            raise ValueError(
+                f"grads: expected {len(self._views.parameters)} gradients, one for each parameter, got {len(grads)}"
+            )
+        gradients = [self._laid_out(i, gradient) for i, gradient in enumerate(grads)]
+        self._average(gradients, given=True)
+        return gradients
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let backward passes in this context accumulate gradients without averaging them."""
+        before, self._syncing = self._syncing, False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+    def finish(self) -> None:
+        """End training: take part in the others' averages until all ranks are here, whatever their numbers of steps.
+
+        A rank that has no more data weighs nothing in the means. In the end all take the parameters and the momentum of
+        the rank with the most steps.
+
+        Raises:
+            RoundError: if an average failed.
+        """
+        if self._group.size == 1:
+            return
+        gradients = [None] * len(self._views.parameters)
+        while self._average(gradients, idle=True) > 0:
+            pass
+        self._follow_first(self._steps + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            self.finish()
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, on all ranks; they get rank 0's values.
+
+        Raises:
+            TypeError, ValueError: as the inner optimizer does.
+        """
+        self._optimizer.add_param_group(param_group)
+        self._set_up()
+        self._join(self._steps + 1)
+        Averager(self._views.flats, self._views.runs).broadcast(self._group)
+
+    def rebind(self, group: Any = None) -> None:
+        """Go on with other ranks: those that are left after a failure, and new ones that construct their DataParallel now.
+
+        All take the parameters and the momentum of the rank with the most steps.
+
+        Args:
+            group: a process group of the ranks that go on, as in the constructor.
+        """
+        self._group = as_process_group(group)
+        self._averaged = False
+        self._set_up()
+        self._join(self._steps + 1)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state dict with one more key: the count of steps, and this rank's rounding errors."""
+        state: dict[str, Any] = dict(self._optimizer.state_dict())
+        state[_KEY] = {"steps": self._steps, "errors": list(self._errors)}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, or an inner optimizer's state dict.
+
+        Raises:
+            ValueError: if it does not match the parameters; the optimizer is then as it was.
+        """
+        state_dict = dict(state_dict)
+        own = state_dict.pop(_KEY, None)
+        errors = [] if own is None else own["errors"]
+        if errors and self._errors and list(map(len, errors)) != list(map(len, self._errors)):
+            raise ValueError(
+                f"state_dict['{_KEY}']['errors']: expected sizes {list(map(len, self._errors))}, got {list(map(len, errors))}"
+            )
+        self._optimizer.load_state_dict(state_dict)
+        for i, error in enumerate(self._errors):
+            error[...] = errors[i] if errors else 0
+        if own is not None:
+            self._steps = own["steps"]
+
+    def _failure(self, error: Exception) -> RoundError:
+        """Return what to raise, once nothing is on its way any more."""
+        drain(work for _, _, work in self._pending)
+        self._begin()
+        self._averaged = False
+        group = self._group
+        return RoundError(
+            f"the gradients of step {self._steps + 1} could not be averaged on rank {group.rank} of {group.size}; "
+            f"parameters are those of step {self._steps}, gradients are of no use: {error}",
+            self._steps + 1,
+            True,
+        )
+
+
+def _call(method: weakref.WeakMethod[Callable[[Any], None]], parameter: Any) -> None:
+    target = method()
+    if target is not None:
+        target(parameter)
+
+
+def _remove(hooks: list[Any]) -> None:
+    for handle in hooks:
+        handle.remove()
+    hooks.clear()

@@ -1,0 +1,619 @@
+"""Local SGD: each rank steps by itself, and now and then all average their parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from sgdcore.distributed._checks import check_count, check_wire
+from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
+from sgdcore.distributed._traffic import Averager, Differences, wire_name
+from sgdcore.distributed._wrapper import Momenta, Views, Wrapper, compare
+from sgdcore.distributed.errors import RoundError
+from sgdcore.distributed.groups import ProcessGroup, as_process_group
+from sgdcore.distributed.outer import Outer, OuterSGD, SlowMo
+from sgdcore.distributed.schedules import Progress, Schedule
+
+__all__ = ["LocalSGD"]
+
+_KEY = "local_sgd"  # in state dicts
+
+# What a rank has to offer when ranks meet; from 2 on, the number of rounds behind it, plus 2.
+_BROKEN, _NEW, _INTACT = 0, 1, 2
+
+
+class LocalSGD(Wrapper):
+    r"""Steps of an optimizer on each rank's own gradients, with the ranks' parameters averaged every few steps.
+
+    A round of H steps on N ranks, from equal parameters x::
+
+        x_i = H steps of the optimizer on rank i, from x
+        x   = mean of x_1 ... x_N, or what `outer` makes of it
+
+    In between nothing is sent. Parameters are averaged where they are, all of them, with or without a gradient on this
+    rank; afterwards they are equal on all ranks in every bit. On one rank nothing is changed. Only parameters (and
+    momentum, if asked for) are averaged: batch norm's running statistics stay each rank's own.
+
+    Stands in for the optimizer: ``param_groups``, ``state``, ``zero_grad`` and hooks are the inner one's, and around a torch
+    optimizer it is a ``torch.optim.Optimizer``. Give it to schedulers and to GradScaler, of which each rank has its own; a
+    step that GradScaler skips still counts as one of the round.
+
+    Args:
+        optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim.
+        group: see `as_process_group`; by default all ranks.
+        sync_every: the steps H of a round, or a schedule: `PostLocal`, `Stagewise`, `AdaComm`, or any object with a method
+            ``period(progress)``.
+        warmup_steps: the first steps, after each of which parameters are averaged (plainly, without `outer`).
+        momentum_sync: what becomes of ``"momentum_buffer"`` at the end of a round: ``"keep"`` each rank's own,
+            ``"average"`` them (twice the traffic), or ``"reset"`` them to zero.
+        outer: `OuterSGD` or `SlowMo`; None for plain averaging.
+        levels: (group, every) pairs, from the narrowest on: every so many steps within a round the ranks of that group
+            average among themselves, plainly, as those of one machine can do often.
+        wire_dtype: ``"bfloat16"`` or ``"float16"`` (or ``"float32"`` for float64): parameters then travel as differences to
+            their values at the start of the round, rounded to this type; what rounding leaves over is added to the next
+            difference.
+        transactional: keep what is needed to return to the end of the last round if one fails.
+
+    Memory, in words per parameter, beside p, g and momentum: +1 for `transactional`, `outer` and `wire_dtype` together (the
+    values at the start of the round), +1 for the momentum of `transactional`, +1 for that of `outer`, +1 for the
+    rounding's leftovers of `wire_dtype`.
+
+    Raises:
+        TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' layout; before
+            anything is changed.
+        RoundError: from `step`, `sync` and `finish`, if a round fails; see `rebind`.
+
+    Example (with one process; start several by torchrun or mpiexec)::
+
+        optimizer = sgdcore.distributed.LocalSGD(sgdcore.SGD(buffer, lr=0.1, momentum=0.9), sync_every=16)
+        with optimizer:
+            for x, y in shard:
+                optimizer.zero_grad()
+                backward(x, y)
+                optimizer.step()
+
+    Source: Stich, "Local SGD converges fast and communicates little", ICLR 2019 (arXiv 1805.09767).
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        group: Any = None,
+        sync_every: int | Schedule = 16,
+        warmup_steps: int = 0,
+        momentum_sync: str = "keep",
+        outer: OuterSGD | SlowMo | None = None,
+        levels: Sequence[tuple[Any, int]] | None = None,
+        wire_dtype: Any = None,
+        transactional: bool = False,
+    ) -> None:
+        self._schedule = _schedule(sync_every)
+        self._warmup_steps = check_count("warmup_steps", warmup_steps, 0)
+        if momentum_sync not in ("keep", "average", "reset"):
+            raise ValueError(
+                f"momentum_sync: expected 'keep', 'average' or 'reset', got {momentum_sync!r}"
+            )
+        self._momentum_sync = momentum_sync
+        if outer is not None and not isinstance(outer, OuterSGD | SlowMo):
+            raise TypeError(f"outer: expected an OuterSGD, a SlowMo or None, got {outer!r}")
+        self._outer_spec = outer
+        self._transactional = bool(transactional)
+        self._wrap(optimizer, group)
+        self._wire = check_wire(wire_dtype, self._group)
+        self._levels = _levels(levels)
+
+        self._step = self._round = 0
+        self._last_period = 0
+        self._last_loss: float | None = None
+        self._first_loss: float | None = None
+        self._start_round()
+        self._broken = False
+        self._views = Views(optimizer)
+        self._anchors: list[Any] = []
+        self._errors: list[Any] = []
+        self._momentum = Momenta(optimizer, self._views)
+        self._kept_momenta: list[Any] = []  # as they were at the end of the last round
+        self._outer: Outer | None = None
+        self._anchored = False
+        self._allocate()
+        self._join(_NEW)
+
+    # Setting up
+
+    def _start_round(self) -> None:
+        self._step_in_round = 0
+        self._steps_taken = 0  # those that were not the idle ones of `finish`
+        self._period = 0  # found out when the round's first step is there
+        self._losses: Any = 0.0
+        self._losses_count = 0
+
+    @property
+    def _needs_anchor(self) -> bool:
+        return self._transactional or self._outer_spec is not None or self._wire is not None
+
+    def _allocate(self) -> None:
+        """Make what the options need beside the parameters, for those parameters that have none yet."""
+        flats = self._views.flats
+        if self._needs_anchor:
+            self._anchors += alike(flats[len(self._anchors) :])
+        if self._wire is not None:
+            for view in flats[len(self._errors) :]:
+                wide = "float64" if dtype_name(view.dtype) == "float64" else "float32"
+                self._errors += alike([view], wide)
+            self._forget_errors()
+        if self._outer_spec is not None:
+            groups: list[list[Any]] = [[] for _ in self._optimizer.param_groups]
+            for anchor, i in zip(self._anchors, self._views.group_of, strict=True):
+                groups[i].append(anchor)
+            if self._outer is None:
+                self._outer = Outer(self._outer_spec, groups)
+            else:
+                self._outer.add(groups[-1])
+        self._bind()
+
+    def _bind(self) -> None:
+        """Find the memory that is sent and copied."""
+        views = self._views
+        self._plain = Averager(views.flats, views.runs)
+        self._averager = self._plain
+        self._regions: list[tuple[Any, Any]] = []
+        if self._needs_anchor:
+            self._regions = [
+                (join([views.flats[i] for i in run]), join([self._anchors[i] for i in run]))
+                for run in views.runs
+            ]
+        if self._wire is not None:
+            codec = Differences(views.flats, self._anchors, self._errors, self._group.size)
+            wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
+            self._averager = Averager(views.flats, views.runs, codec, wires)
+
+    def _forget_errors(self) -> None:
+        for error in self._errors:
+            error[...] = 0
+
+    def _facts(self) -> dict[str, str]:
+        options = {
+            "sync_every": _text(self._schedule),
+            "warmup_steps": self._warmup_steps,
+            "momentum_sync": self._momentum_sync,
+            "outer": self._outer_spec,
+            "levels": [every for _, every in self._levels],
+            "wire_dtype": self._wire,
+            "transactional": self._transactional,
+        }
+        return {"parameters": self._views.layout(), **{k: str(v) for k, v in options.items()}}
+
+    def _join(self, status: int) -> None:
+        """Meet the other ranks: see that all agree, and bring those behind to where the first one is."""
+        like = self._views.flats[0]
+        compare(self._group, like, self._facts())
+        statuses = numbers(like, [0.0] * self._group.size)
+        self._group.all_gather(statuses, numbers(like, [status])).wait()
+        everyone = [int(value) for value in statuses.tolist()]
+        best = max(everyone)
+        if best == _BROKEN:
+            raise RuntimeError(
+                "rebind: every rank's parameters are left in the middle of a round; load a checkpoint on all ranks, then rebind"
+            )
+        if best >= _INTACT and min(everyone) == best:  # nobody is behind
+            if not self._transactional:
+                self._average_all()
+        else:
+            self._plain.broadcast(self._group, everyone.index(best))
+        if best >= _INTACT:
+            self._receive(everyone.index(best))
+        self._forget_errors()
+        self._start_round()
+        self._anchored = False
+        self._broken = False
+
+    def _receive(self, source: int) -> None:
+        """Bring what is not a parameter to all ranks."""
+        like = self._views.flats[0]
+        absent = math.nan
+        lrs = self._outer._lrs if self._outer is not None else []
+        state = numbers(
+            like,
+            [
+                self._step,
+                self._round,
+                self._last_period,
+                absent if self._last_loss is None else self._last_loss,
+                absent if self._first_loss is None else self._first_loss,
+                *lrs,
+            ],
+        )
+        self._group.broadcast(state, source).wait()
+        step, rounds, period, last, first, *lrs = state.tolist()
+        self._step, self._round, self._last_period = int(step), int(rounds), int(period)
+        self._last_loss = None if math.isnan(last) else last
+        self._first_loss = None if math.isnan(first) else first
+        if self._outer is not None:
+            self._outer._lrs = lrs
+            momenta = self._outer.momenta()
+            Averager(momenta, [[i] for i in range(len(momenta))]).broadcast(self._group, source)
+        if self._momentum_sync == "average":
+            self._momentum.broadcast(self._group, source)
+
+    # Training
+
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, loss: Any = None, **kwargs: Any
+    ) -> Any:
+        """Let the inner optimizer step; at the end of a round, average.
+
+        Args:
+            closure: as the inner optimizer takes it.
+            loss: the loss of this step, for schedules that need it; default: what the closure returned.
+            **kwargs: further arguments of the inner optimizer's step, such as ``grads``.
+
+        Raises:
+            RoundError: if the round ended here and could not be averaged.
+        """
+        self._refuse_broken()
+        if not self._anchored and self._needs_anchor:
+            self._take_anchor()
+        try:
+            result = self._inner_step(closure, kwargs)
+        except BaseException:
+            self._forget_scaling()
+            raise
+        loss = result if loss is None else loss
+        if loss is not None and not isinstance(self._schedule, int):
+            self._losses = self._losses + (loss.detach() if hasattr(loss, "detach") else loss)
+            self._losses_count += 1
+        self._steps_taken += 1
+        self._advance()
+        return result
+
+    def sync(self) -> None:
+        """End the round here, on all ranks: average, or take the outer step. Does nothing after no step.
+
+        Raises:
+            RoundError: if that failed.
+        """
+        self._refuse_broken()
+        self._average_all()
+
+    def finish(self) -> None:
+        """End training: take part in the others' rounds until all ranks are here, whatever their numbers of steps.
+
+        Afterwards all ranks' parameters are equal. A ``with`` block calls it at its end, unless an exception is on its way.
+
+        Raises:
+            RoundError: if a round failed.
+        """
+        self._refuse_broken()
+        if not self._anchored and self._needs_anchor:
+            self._take_anchor()
+        training: int | None = None
+        while training != 0:
+            training = self._advance()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            self.finish()
+
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            raise RuntimeError(
+                "a round failed and left the parameters in the middle of it; load a checkpoint and rebind to the ranks that "
+                "are left (transactional=True would have kept the last round's)"
+            )
+
+    def _advance(self) -> int | None:
+        """Count a step; average what is due. Returns, at the end of a round, how many ranks stepped in it."""
+        if self._period == 0:
+            self._period = self._next_period()
+        self._step += 1
+        self._step_in_round += 1
+        if self._step_in_round >= self._period:
+            return self._average_all()
+        for group, every in reversed(self._levels):
+            if self._step_in_round % every == 0:
+                self._average_level(group)
+                break
+        return None
+
+    def _next_period(self) -> int:
+        if self._step < self._warmup_steps:
+            return 1
+        if isinstance(self._schedule, int):
+            return self._schedule
+        lr = float(self._optimizer.param_groups[0].get("lr", 0.0))
+        progress = Progress(
+            self._step, self._round, self._last_period, lr, self._last_loss, self._first_loss
+        )
+        return check_count("the schedule's period", self._schedule.period(progress), 1)
+
+    # Averaging
+
+    def _average_level(self, group: ProcessGroup) -> None:
+        writing = False
+        try:
+            self._follow_moves()
+            taken = numbers(self._views.flats[0], [self._steps_taken])
+            group.all_reduce(taken).wait()
+            if taken.tolist()[0] > 0:
+                writing = True
+                self._plain.average(group)
+        except Exception as error:
+            raise self._failure(error, writing) from error
+        except BaseException:
+            # An interrupt: operations may be under way still, and what they leave cannot be known.
+            self._broken = writing
+            raise
+
+    def _average_all(self) -> int:
+        """End the round; returns how many ranks stepped in it."""
+        warmup = self._step <= self._warmup_steps
+        writing = False
+        try:
+            self._follow_moves()
+            present = [momentum is not None for momentum in self._momentum.all()]
+            header = [
+                float(self._steps_taken > 0),
+                float(self._losses),
+                float(self._losses_count),
+                *(present if self._momentum_sync == "average" else ()),
+            ]
+            total = numbers(self._views.flats[0], header)
+            self._group.all_reduce(total).wait()
+            training, losses, count, *has_momentum = total.tolist()
+            if training > 0:
+                writing = True
+                self._averager.average(self._group)
+                averager = self._momentum.averager([each > 0 for each in has_momentum])
+                if averager is not None:
+                    averager.average(self._group)
+        except Exception as error:
+            raise self._failure(error, writing) from error
+        except BaseException:
+            # An interrupt: operations may be under way still, and what they leave cannot be known.
+            self._broken = writing
+            raise
+        if training > 0:
+            self._commit(warmup)
+            if count > 0:
+                self._last_loss = losses / count
+                if self._first_loss is None:
+                    self._first_loss = self._last_loss
+        else:
+            self._step -= self._step_in_round  # idle steps only
+        self._start_round()
+        return int(training)
+
+    def _commit(self, warmup: bool) -> None:
+        """What follows the averaging on each rank by itself."""
+        if self._outer is not None and not warmup and self._group.size > 1:
+            self._take_outer_step()
+        if self._momentum_sync == "reset" and self._group.size > 1:
+            for momentum in self._momentum.all():
+                if momentum is not None:
+                    momentum[...] = 0
+        self._round += 1
+        self._last_period = self._step_in_round
+        if self._needs_anchor:
+            self._take_anchor()
+
+    def _take_outer_step(self) -> None:
+        assert self._outer is not None
+        for values, anchor in self._regions:
+            values *= -1
+            values += anchor
+        lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._outer.step(self._views.flats, lrs)
+        for values, anchor in self._regions:
+            values[...] = anchor
+
+    def _take_anchor(self) -> None:
+        for values, anchor in self._regions:
+            anchor[...] = values
+        if self._transactional:
+            self._kept_momenta = [copied(momentum) for momentum in self._momentum.all()]
+        self._anchored = True
+
+    def _restore(self) -> None:
+        for values, anchor in self._regions:
+            values[...] = anchor
+        parameters = self._views.parameters
+        for parameter, momentum, kept in zip(
+            parameters, self._momentum.all(), self._kept_momenta, strict=True
+        ):
+            if momentum is not None and kept is not None:
+                momentum[...] = kept
+            elif momentum is not None:
+                del self._optimizer.state[parameter]["momentum_buffer"]
+        self._forget_errors()
+        self._step -= self._step_in_round
+        self._start_round()
+
+    def _failure(self, error: Exception, writing: bool) -> RoundError:
+        """Leave a failed round behind in a state that is known; returns what to raise."""
+        number = self._round + 1
+        if self._transactional:
+            self._restore()
+            outcome = f"parameters and momentum are those of the end of round {self._round}"
+        elif writing:
+            self._broken = True
+            outcome = (
+                "parameters are left in the middle of it (transactional=True would restore them)"
+            )
+        else:
+            outcome = "parameters are as this rank's last step left them"
+        group = self._group
+        return RoundError(
+            f"round {number} of Local SGD failed on rank {group.rank} of {group.size}; {outcome}: {error}",
+            number,
+            self._transactional,
+        )
+
+    def _follow_moves(self) -> None:
+        if self._views.moved():
+            self._views.read()
+            self._bind()
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, on all ranks at the start of a round; they get rank 0's values.
+
+        Raises:
+            RuntimeError: in the middle of a round.
+            TypeError, ValueError: as the inner optimizer does.
+        """
+        if self._step_in_round > 0:
+            raise RuntimeError(
+                f"add_param_group: expected the start of a round, got step {self._step_in_round} of it; call sync() first"
+            )
+        self._optimizer.add_param_group(param_group)
+        self._views = Views(self._optimizer)
+        self._momentum = Momenta(self._optimizer, self._views)
+        compare(self._group, self._views.flats[0], self._facts())
+        self._allocate()
+        self._plain.broadcast(self._group)
+        self._anchored = False
+
+    def rebind(self, group: Any = None, levels: Sequence[tuple[Any, int]] | None = None) -> None:
+        """Go on with other ranks: those that are left after a failure, and new ones that construct their LocalSGD now.
+
+        With `transactional`, all ranks return to the end of the last round that any of them completed. Otherwise ranks whose
+        round failed get the parameters of one that is intact; if all are, they average. All parameters are then equal in every bit,
+        and a new round begins.
+
+        Args:
+            group: a process group of the ranks that go on, as in the constructor.
+            levels: as in the constructor.
+
+        Raises:
+            RuntimeError: if no rank's parameters are intact.
+            ValueError: if ranks differ in options or layout.
+        """
+        self._group = as_process_group(group)
+        self._levels = _levels(levels)
+        self._follow_moves()
+        if self._transactional and self._anchored:
+            self._restore()
+        self._bind()
+        self._join(_BROKEN if self._broken else _INTACT + self._round)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state dict with one more key: all that makes resuming exact, of this rank.
+
+        In the middle of a round ranks differ: save one for each, beside its parameters. After `sync` or `finish` any
+        rank's will do for all, if momentum is averaged or reset.
+        """
+        state: dict[str, Any] = dict(self._optimizer.state_dict())
+        state[_KEY] = {
+            "step": self._step,
+            "round": self._round,
+            "step_in_round": self._step_in_round,
+            "steps_taken": self._steps_taken,
+            "period": self._period,
+            "last_period": self._last_period,
+            "losses": float(self._losses),
+            "losses_count": self._losses_count,
+            "last_loss": self._last_loss,
+            "first_loss": self._first_loss,
+            "anchors": list(self._anchors) if self._anchored else None,
+            "momenta": list(self._kept_momenta) if self._anchored and self._transactional else None,
+            "errors": list(self._errors),
+            "outer": None if self._outer is None else self._outer.state_dict(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, or an inner optimizer's state dict, which begins a new round.
+
+        Load the model's parameters after constructing the LocalSGD, which gives all ranks those of rank 0.
+
+        Raises:
+            ValueError: if it does not match the parameters or the options; the optimizer is then as it was.
+        """
+        state_dict = dict(state_dict)
+        own = state_dict.pop(_KEY, None)
+        if own is not None:
+            self._check_state(own)
+        self._optimizer.load_state_dict(state_dict)
+        self._broken = False
+        self._start_round()
+        self._anchored = False
+        self._forget_errors()
+        if own is None:
+            return
+        self._step, self._round = own["step"], own["round"]
+        self._step_in_round, self._steps_taken = own["step_in_round"], own["steps_taken"]
+        self._period, self._last_period = own["period"], own["last_period"]
+        self._losses, self._losses_count = own["losses"], own["losses_count"]
+        self._last_loss, self._first_loss = own["last_loss"], own["first_loss"]
+        if own["anchors"] is not None:
+            _copy(self._anchors, own["anchors"])
+            self._anchored = self._needs_anchor
+        if own["momenta"] is not None:
+            self._kept_momenta = [copied(momentum) for momentum in own["momenta"]]
+        _copy(self._errors, own["errors"])
+        if self._outer is not None:
+            self._outer.load_state_dict(own["outer"])
+
+    def _check_state(self, own: dict[str, Any]) -> None:
+        sizes = [len(view) for view in self._views.flats]
+        for name, needed in (("anchors", self._needs_anchor), ("errors", self._wire is not None)):
+            kept = own[name]
+            if kept and needed and [len(each) for each in kept] != sizes:
+                raise ValueError(
+                    f"state_dict['{_KEY}']['{name}']: expected sizes {sizes}, got {[len(each) for each in kept]}"
+                )
+        in_round = own["step_in_round"] > 0
+        lacks_anchor = in_round and self._needs_anchor and not own["anchors"]
+        if lacks_anchor or (self._outer is not None and own["outer"] is None):
+            raise ValueError(
+                f"state_dict['{_KEY}']: it was saved with other options and lacks what outer, wire_dtype or transactional need"
+            )
+
+
+def _copy(targets: Sequence[Any], sources: Sequence[Any]) -> None:
+    if targets and sources:
+        for target, source in zip(targets, sources, strict=True):
+            target[...] = source
+
+
+def _schedule(sync_every: Any) -> int | Schedule:
+    if isinstance(sync_every, Schedule) and not isinstance(sync_every, type):
+        return sync_every
+    if not isinstance(sync_every, int) or isinstance(sync_every, bool):
+        raise TypeError(
+            f"sync_every: expected an integer or an object with a method period(progress), got {sync_every!r}"
+        )
+    return check_count("sync_every", sync_every, 1)
+
+
+def _text(schedule: int | Schedule) -> str:
+    """Return what can be compared between processes."""
+    plain = isinstance(schedule, int) or dataclasses.is_dataclass(schedule)
+    return str(schedule) if plain else type(schedule).__qualname__
+
+
+def _levels(levels: Sequence[tuple[Any, int]] | None) -> list[tuple[ProcessGroup, int]]:
+    result = []
+    for i, level in enumerate(levels or ()):
+        try:
+            group, every = level
+        except (TypeError, ValueError):
+            raise TypeError(f"levels[{i}]: expected a pair (group, every), got {level!r}") from None
+        if group is None:
+            raise TypeError(f"levels[{i}]: expected a group, got None")
+        result.append((as_process_group(group), check_count(f"levels[{i}]", every, 1)))
+    return result

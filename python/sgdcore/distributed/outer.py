@@ -1,0 +1,158 @@
+"""Outer optimizers: what becomes of the average of the ranks' parameters, seen as one large step.
+
+The parameters x at the start of a round are the anchor; the difference between it and the ranks' average after the round takes the place of a
+gradient. The step is computed by the core's own kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgdcore.distributed._flat import dtype_name, is_torch
+from sgdcore.distributed._wrapper import momentum_of, set_zero_momentum
+from sgdcore.sgd import SGD
+
+__all__ = ["Outer", "OuterSGD", "SlowMo"]
+
+
+@dataclass(frozen=True)
+class OuterSGD:
+    """SGD over rounds.
+
+    With the anchor x, the ranks' average a, and the outer momentum u::
+
+        g = x - a
+        u = g  in the first round,  momentum * u + g  afterwards
+        x = x - lr * (g + momentum * u  if nesterov, else u)
+
+    With ``lr=1`` and ``momentum=0`` this is plain averaging. DiLoCo used ``lr=0.7, momentum=0.9, nesterov=True``, for inner
+    optimizers with adaptive steps; for SGD it lowered the training loss and the validation accuracy.
+
+    Source: Douillard et al., "DiLoCo: distributed low-communication training of language models", 2023 (arXiv 2311.08105).
+    """
+
+    lr: float
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _check_hyper(self.lr, self.momentum)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: expected a momentum to go with it, got momentum=0")
+
+
+@dataclass(frozen=True)
+class SlowMo:
+    """Slow momentum.
+
+    With the anchor x, the ranks' average a, and the inner learning rate r of the round::
+
+        u = momentum * u + (x - a) / r
+        x = x - lr * r * u
+
+    The momentum is kept as ``r * u``, which needs no division of the parameters; where r is 0, it starts anew.
+
+    Source: Wang et al., "SlowMo: improving communication-efficient distributed SGD with slow momentum", ICLR 2020
+    (arXiv 1910.00643).
+    """
+
+    momentum: float
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_hyper(self.lr, self.momentum)
+
+
+def _check_hyper(lr: float, momentum: float) -> None:
+    for name, value in (("lr", lr), ("momentum", momentum)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not value >= 0:
+            raise ValueError(f"{name}: expected a number >= 0, got {value}")
+
+
+class Outer:
+    """An outer optimizer and its state: a core optimizer whose parameters are the anchors.
+
+    Args:
+        spec: `OuterSGD` or `SlowMo`.
+        anchors: for each of the inner optimizer's groups, the flat anchors of its parameters.
+    """
+
+    def __init__(self, spec: OuterSGD | SlowMo, anchors: Sequence[Sequence[Any]]) -> None:
+        self._spec = spec
+        self._lrs = [0.0] * len(anchors)  # of the last round
+        self._torch = is_torch(anchors[0][0])
+        hyper: dict[str, Any] = {"lr": spec.lr, "momentum": spec.momentum}
+        if isinstance(spec, OuterSGD):
+            hyper["nesterov"] = spec.nesterov
+        groups = [self._group(each) for each in anchors]
+        if self._torch:
+            from sgdcore.torch import SGD as TorchSGD
+
+            self._optimizer: Any = TorchSGD(groups, **hyper)
+        else:
+            self._optimizer = SGD(groups, **hyper)
+
+    def _group(self, anchors: Sequence[Any]) -> dict[str, Any]:
+        wide = any(dtype_name(anchor.dtype) == "float64" for anchor in anchors)
+        dtype: Any = "float64" if wide else "float32"
+        if self._torch:
+            dtype = getattr(sys.modules["torch"], dtype)
+        return {"params": list(anchors), "momentum_dtype": dtype}
+
+    def add(self, anchors: Sequence[Any]) -> None:
+        """Add those of a new group."""
+        self._optimizer.add_param_group(self._group(anchors))
+        self._lrs.append(0.0)
+
+    def step(self, differences: Sequence[Any], lrs: Sequence[float]) -> None:
+        """Update the anchors.
+
+        Args:
+            differences: for each anchor, in order, the anchor less the average.
+            lrs: the learning rate of each of the inner optimizer's groups.
+        """
+        if isinstance(self._spec, SlowMo):
+            self._follow(lrs)
+        if not self._torch:
+            self._optimizer.step(grads=differences)
+            return
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for parameter, difference in zip(parameters, differences, strict=True):
+            parameter.grad = difference
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _follow(self, lrs: Sequence[float]) -> None:
+        """Rescale the slow momentum to the new learning rates, as part of the step."""
+        for i, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):
+            group["momentum"] = self._spec.momentum
+            if lr > 0 and self._lrs[i] > 0:
+                group["momentum"] *= lr / self._lrs[i]
+            else:
+                for parameter in group["params"]:
+                    self._optimizer.state[parameter].pop("momentum_buffer", None)
+            self._lrs[i] = lr
+
+    def momenta(self) -> list[Any]:
+        """Return the outer momentum of each anchor, zeros where there is none yet."""
+        return [
+            momentum_of(self._optimizer, p)
+            if momentum_of(self._optimizer, p) is not None
+            else set_zero_momentum(self._optimizer, p, group)
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the outer momentum and the last learning rates."""
+        return {"optimizer": self._optimizer.state_dict(), "lrs": list(self._lrs)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._lrs = list(state["lrs"])

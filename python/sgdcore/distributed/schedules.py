@@ -1,0 +1,135 @@
+"""When to average: schedules of the number of steps between two rounds.
+
+A schedule is any object with a method ``period(progress)``. All ranks ask it at the start of each round, with equal arguments,
+and have to get the same answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from sgdcore.distributed._checks import check_count
+
+__all__ = ["AdaComm", "PostLocal", "Progress", "Schedule", "Stagewise"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is, at the start of a round; equal on all ranks.
+
+    Attributes:
+        step: steps taken so far.
+        round: rounds completed so far.
+        period: the steps of the last round; 0 before the first.
+        lr: the learning rate of the first param group on rank 0's schedule of it.
+        loss: the mean over ranks and steps of the losses of the last round; None if none were passed.
+        first_loss: the same of the first round that had any.
+    """
+
+    step: int
+    round: int
+    period: int
+    lr: float
+    loss: float | None = None
+    first_loss: float | None = None
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Says how many steps the next round has."""
+
+    def period(self, progress: Progress) -> int:
+        """Return the number of steps until the next averaging, at least 1."""
+
+
+@dataclass(frozen=True)
+class PostLocal:
+    """Average after each step until `after` steps are taken, then every `sync_every` steps.
+
+    Source: Lin et al., "Don't use large mini-batches, use Local SGD", ICLR 2020 (arXiv 1808.07217).
+    """
+
+    sync_every: int
+    after: int
+
+    def __post_init__(self) -> None:
+        check_count("sync_every", self.sync_every, 1)
+        check_count("after", self.after, 0)
+
+    def period(self, progress: Progress) -> int:
+        """Return 1, or `sync_every`."""
+        return 1 if progress.step < self.after else self.sync_every
+
+
+@dataclass(frozen=True)
+class Stagewise:
+    """A period for each stage of training, as the learning rate falls.
+
+    Args:
+        stages: maps the first step of each stage to its period; one begins at step 0.
+
+    Example:
+        >>> schedule = Stagewise({0: 1, 1000: 8, 5000: 32})
+        >>> schedule.period(Progress(step=1200, round=1000, period=8, lr=0.1))
+        8
+
+    Source: Shen et al., "STL-SGD: speeding up Local SGD with stagewise communication period", AAAI 2021 (arXiv 2006.06377).
+    """
+
+    stages: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        if 0 not in self.stages:
+            raise ValueError(f"stages: expected one that begins at step 0, got {dict(self.stages)}")
+        for step, period in self.stages.items():
+            check_count("stages", step, 0)
+            check_count(f"stages[{step}]", period, 1)
+
+    def period(self, progress: Progress) -> int:
+        """Return the period of the stage that the step is in."""
+        return self.stages[max(step for step in self.stages if step <= progress.step)]
+
+
+@dataclass(frozen=True)
+class AdaComm:
+    r"""Average more often as the loss falls: few rounds at first, for speed, many in the end, for accuracy.
+
+    Every `interval` steps, with the mean loss F of the last round and that of the first::
+
+        period = ceil(sqrt(F / F_first) * initial)      if that is less than the period before
+        period = ceil(period / 2)                       otherwise
+
+    Needs the loss: ``step(loss=loss)``, or a closure that returns it.
+
+    Args:
+        initial: the period at first.
+        interval: steps between two changes.
+
+    Source: Wang and Joshi, "Adaptive communication strategies to achieve the best error-runtime trade-off in local-update
+    SGD", MLSys 2019 (arXiv 1810.08313).
+    """
+
+    initial: int
+    interval: int
+
+    def __post_init__(self) -> None:
+        check_count("initial", self.initial, 1)
+        check_count("interval", self.interval, 1)
+
+    def period(self, progress: Progress) -> int:
+        """Return the period for this loss."""
+        if progress.period == 0:
+            return self.initial
+        before = progress.step - progress.period
+        if progress.step // self.interval == before // self.interval:
+            return progress.period
+        if progress.loss is None or progress.first_loss is None:
+            raise ValueError(
+                "loss: AdaComm needs it; pass step(loss=...), or a closure that returns it"
+            )
+        ratio = max(0.0, progress.loss / progress.first_loss) if progress.first_loss > 0 else 0.0
+        period = max(1, math.ceil(math.sqrt(ratio) * self.initial))
+        return period if period < progress.period else math.ceil(progress.period / 2)
