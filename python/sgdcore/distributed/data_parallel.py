@@ -505,7 +505,7 @@ class DataParallel(Wrapper):
         )
 
 
-def _call(method: weakref.WeakMethod[Callable[[Any], None]], parameter: Any) -> None:
+def _call(method: weakref.WeakMethod[Any], parameter: Any) -> None:
     target = method()
     if target is not None:
         target(parameter)

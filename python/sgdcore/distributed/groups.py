@@ -12,10 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sgdcore._arrays import Array
+from sgdcore.distributed._flat import dtype_name, is_torch
 
 __all__ = ["MpiGroup", "ProcessGroup", "TorchGroup", "Work", "as_process_group"]
 
 _OPERATIONS = ("sum", "max")
+_KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
 class Work(Protocol):
@@ -225,20 +227,19 @@ class MpiGroup:
 
     def _array(self, array: Any, argument: str = "array") -> Array:
         """Return a NumPy array over the same memory, of a dtype that MPI knows."""
-        if type(array).__module__.partition(".")[0] == "torch":
+        if is_torch(array):
             if array.device.type != "cpu":
                 raise ValueError(
                     f"{argument}: expected a CPU tensor for MPI, got one on {array.device}"
                 )
-            dtype = str(array.dtype).rpartition(".")[2]
-        else:
-            dtype = np.dtype(array.dtype).name
-        if dtype not in self.dtypes:
+        elif not isinstance(array, np.ndarray):
+            raise TypeError(_KINDS.format(argument, type(array).__name__))
+        if dtype_name(array.dtype) not in self.dtypes:
             expected = ", ".join(sorted(self.dtypes))
-            raise TypeError(f"{argument}: expected one of {expected} for MPI, got {dtype}")
-        return _contiguous(
-            array if isinstance(array, np.ndarray) else array.detach().numpy(), argument
-        )
+            raise TypeError(
+                f"{argument}: expected one of {expected} for MPI, got {dtype_name(array.dtype)}"
+            )
+        return _contiguous(array.detach().numpy() if is_torch(array) else array, argument)
 
     def all_reduce(self, array: Any, op: str = "sum") -> Work:
         """See `ProcessGroup.all_reduce`."""
@@ -340,9 +341,7 @@ def _initialised_group() -> ProcessGroup:
 
 def _contiguous(array: Any, argument: str) -> Array:
     if not isinstance(array, np.ndarray):
-        raise TypeError(
-            f"{argument}: expected a NumPy array or a torch tensor, got {type(array).__name__}"
-        )
+        raise TypeError(_KINDS.format(argument, type(array).__name__))
     if not array.flags.c_contiguous or not array.flags.writeable:
         raise ValueError(
             f"{argument}: expected a contiguous and writable array, got flags {array.flags}"

@@ -1,0 +1,944 @@
+"""What the distributed tests check, on every rank of a process group; see distributed_worker.py.
+
+NumPy's part; it imports no torch. distributed_torch_checks.py adds torch's to the same table.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sgdcore
+from sgdcore.distributed import (
+    AdaComm,
+    DataParallel,
+    LocalSGD,
+    OuterSGD,
+    PostLocal,
+    ProcessGroup,
+    Progress,
+    SlowMo,
+    Stagewise,
+    as_process_group,
+)
+
+HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+
+
+class Context:
+    """Where a check runs."""
+
+    def __init__(self, engine: str, ranks: int, folder: Path) -> None:
+        self.engine, self.folder = engine, folder
+        self.group = as_process_group()
+        self.rank, self.size = self.group.rank, self.group.size
+        assert self.size == ranks
+
+    def split(self, members: Sequence[int]) -> ProcessGroup | None:
+        """A group of some of the ranks; None for those that are not in it. All ranks call it."""
+        if self.engine == "mpi":
+            from mpi4py import MPI
+
+            color = 0 if self.rank in members else MPI.UNDEFINED
+            comm = MPI.COMM_WORLD.Split(color, self.rank)
+            return None if comm == MPI.COMM_NULL else as_process_group(comm)
+        import torch.distributed as dist
+
+        group = dist.new_group(list(members))
+        return as_process_group(group) if self.rank in members else None
+
+
+Check = Callable[[Context], None]
+CHECKS: dict[str, Check] = {}
+_LAUNCHES: dict[str, tuple[str, ...]] = {}
+
+EVERYWHERE = ("gloo-2", "gloo-4", "mpi-2", "mpi-4")
+GLOO, MPI = EVERYWHERE[:2], EVERYWHERE[2:]
+
+
+def check(
+    launches: Sequence[str] = EVERYWHERE, cases: dict[str, Any] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function to the table, once for each of its cases.
+
+    Args:
+        launches: engine and number of ranks of the launches that run it.
+        cases: keyword arguments by the case's name.
+    """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        for case, arguments in (cases or {"": None}).items():
+            name = function.__name__ + (f"[{case}]" if case else "")
+            CHECKS[name] = function if arguments is None else partial(function, **arguments)
+            _LAUNCHES[name] = tuple(launches)
+        return function
+
+    return add
+
+
+def names(launch: str) -> list[str]:
+    """The checks of a launch, in order."""
+    return [name for name, launches in _LAUNCHES.items() if launch in launches]
+
+
+# Helpers
+
+
+def on_all(context: Context, value: float) -> list[float]:
+    """The value of each rank."""
+    everyone = np.zeros(context.size)
+    context.group.all_gather(everyone, np.array([float(value)])).wait()
+    return everyone.tolist()
+
+
+def as_array(values: Any) -> Any:
+    """The values as an array, whatever holds them."""
+    if isinstance(values, sgdcore.Parameter):
+        return values.data
+    if hasattr(values, "detach"):
+        tensor = values.detach().cpu().contiguous()
+        return tensor.numpy() if str(tensor.dtype) != "torch.bfloat16" else tensor.float().numpy()
+    return np.asarray(values)
+
+
+def digest(arrays: Sequence[Any]) -> int:
+    contents = b"".join(np.ascontiguousarray(as_array(a)).tobytes() for a in arrays)
+    return int.from_bytes(hashlib.sha256(contents).digest()[:6], "big")
+
+
+def assert_equal_on_all(context: Context, arrays: Sequence[Any]) -> None:
+    """Compare arrays in every bit between all ranks."""
+    assert len(set(on_all(context, digest(arrays)))) == 1, "ranks differ"
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    a, b = as_array(a), as_array(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def close(actual: Any, expected: Any, rounding: float = 64) -> None:
+    """Equal to a number of roundings of the largest value."""
+    actual, expected = as_array(actual), as_array(expected)
+    tolerance = (
+        rounding * float(np.finfo(actual.dtype).eps) * max(1.0, float(np.abs(expected).max()))
+    )
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+def params_of(optimizer: Any) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def values_of(optimizer: Any) -> list[Any]:
+    return [as_array(p).copy() for p in params_of(optimizer)]
+
+
+def momenta_of(optimizer: Any) -> list[Any]:
+    return [
+        optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
+        for p in params_of(optimizer)
+    ]
+
+
+def addresses_of(arrays: Sequence[Any]) -> list[int]:
+    return [a.data_ptr() if hasattr(a, "data_ptr") else as_array(a).ctypes.data for a in arrays]
+
+
+SHAPES: list[tuple[int, ...]] = [(7, 5), (5,), (1,), (3, 4, 2), (33,)]
+
+
+def numpy_params(flat: bool, dtype: str = "float32", seed: int = 0) -> Any:
+    """Parameters in one buffer, or separate ones, the same on all ranks."""
+    rng = np.random.default_rng(seed)
+    arrays = {f"p{i}": rng.standard_normal(shape).astype(dtype) for i, shape in enumerate(SHAPES)}
+    if flat:
+        return sgdcore.ParameterBuffer(arrays)
+    arrays["p0"] = np.asfortranarray(arrays["p0"])
+    return [sgdcore.Parameter(array) for array in arrays.values()]
+
+
+def torch_params(dtype: str = "float32", seed: int = 0) -> list[Any]:
+    import torch
+
+    rng = np.random.default_rng(seed)
+    tensors = [
+        torch.from_numpy(rng.standard_normal(shape)).to(getattr(torch, dtype)) for shape in SHAPES
+    ]
+    tensors[0] = tensors[0].t().contiguous().t()
+    return [torch.nn.Parameter(tensor) for tensor in tensors]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "numpy flat": {"kind": "numpy flat"},
+    "numpy separate": {"kind": "numpy separate"},
+}
+
+
+def make(kind: str, dtype: str = "float32", seed: int = 0, **hyper: Any) -> Any:
+    """An optimizer of a kind, with parameters equal on all ranks."""
+    hyper = hyper or HYPER
+    if kind.startswith("numpy"):
+        return sgdcore.SGD(numpy_params(kind == "numpy flat", dtype, seed), **hyper)
+    import torch
+
+    cls = sgdcore.torch.SGD if kind == "sgdcore.torch" else torch.optim.SGD
+    return cls(torch_params(dtype, seed), **hyper)
+
+
+def put_gradient(p: Any, gradient: Any) -> None:
+    if isinstance(p, sgdcore.Parameter):
+        p.grad = np.array(gradient, order="K")
+    else:
+        import torch
+
+        p.grad = torch.empty_like(p).copy_(torch.from_numpy(gradient))
+
+
+def put_gradients(optimizer: Any, rng: np.random.Generator, scale: float = 1.0) -> None:
+    """A gradient that depends on the parameters, and on who computes it."""
+    for p in params_of(optimizer):
+        value = as_array(p)
+        wanted = rng.standard_normal(value.shape)
+        put_gradient(p, (scale * (0.5 * value - wanted)).astype(value.dtype))
+
+
+def train(
+    context: Context, optimizer: Any, steps: int, rank: int | None = None, first: int = 0
+) -> None:
+    rank = context.rank if rank is None else rank
+    for step in range(first, first + steps):
+        put_gradients(optimizer, np.random.default_rng([rank, step]))
+        optimizer.step()
+
+
+class Counting:
+    """A group that counts what is asked of it."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.size, self.dtypes = group.rank, group.size, group.dtypes
+        self.reductions = self.elements = 0
+        self.arrays: list[tuple[int, int]] = []
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Any:
+        self.reductions += 1
+        self.elements += array.shape[0]
+        self.arrays.append((addresses_of([array])[0], array.shape[0]))
+        return self._group.all_reduce(array, op)
+
+    def broadcast(self, array: Any, source: int = 0) -> Any:
+        return self._group.broadcast(array, source)
+
+    def reduce_scatter(self, output: Any, array: Any) -> Any:
+        return self._group.reduce_scatter(output, array)
+
+    def all_gather(self, output: Any, array: Any) -> Any:
+        return self._group.all_gather(output, array)
+
+    def barrier(self) -> None:
+        self._group.barrier()
+
+
+@contextmanager
+def refused(context: Context, error: type[Exception], match: str, *arrays: Any) -> Iterator[None]:
+    """Expect an error on this rank, and the arrays as they were."""
+    before = [as_array(a).copy() for a in arrays]
+    with pytest.raises(error, match=match):
+        yield
+    assert all(same_bits(a, b) for a, b in zip(arrays, before, strict=True))
+
+
+# Process groups
+
+
+@check(cases={d: {"dtype": d} for d in ("float64", "float32", "int64")})
+def group_operations(context: Context, dtype: str) -> None:
+    group, n, rank = context.group, context.size, context.rank
+    ranks = np.arange(n)
+    array = np.arange(6, dtype=dtype) + rank
+    address = array.ctypes.data
+    group.all_reduce(array).wait()
+    assert array.tolist() == [n * i + ranks.sum() for i in range(6)]
+    assert array.ctypes.data == address
+    array = np.array([rank, -rank], dtype)
+    work = group.all_reduce(array, "max")
+    while not work.test():
+        pass
+    assert array.tolist() == [n - 1, 0]
+    array = np.full(3, rank, dtype)
+    group.broadcast(array, n - 1).wait()
+    assert array.tolist() == [n - 1] * 3
+    part = np.zeros(2, dtype)
+    group.reduce_scatter(part, np.arange(2 * n, dtype=dtype)).wait()
+    assert part.tolist() == [n * 2 * rank, n * (2 * rank + 1)]
+    whole = np.zeros(2 * n, dtype)
+    group.all_gather(whole, np.array([rank, 10 + rank], dtype)).wait()
+    assert whole.tolist() == [x for r in ranks.tolist() for x in (r, 10 + r)]
+
+
+@check()
+def group_refusals(context: Context) -> None:
+    group = context.group
+    array = np.zeros((4, 4))
+    for argument, call in {
+        "array: expected a contiguous": lambda: group.all_reduce(array.T[:2]),
+        "array: expected a NumPy array or a torch tensor, got list": lambda: group.all_reduce(
+            [1.0]
+        ),  # type: ignore[list-item]
+        "op: expected one of sum, max, got 'mean'": lambda: group.all_reduce(array, "mean"),
+        r"source: expected a rank from 0 to \d, got 9": lambda: group.broadcast(array, 9),
+        "output: expected .* times the elements of array": lambda: group.all_gather(array, array),
+        "array: expected .* times the elements of output": lambda: group.reduce_scatter(
+            array, array
+        ),
+    }.items():
+        with refused(context, (TypeError, ValueError), argument, array):
+            call()
+
+
+@check(MPI)
+def sixteen_bits_are_refused(context: Context) -> None:
+    # OpenMPI would return garbage for them.
+    for dtype in (np.float16, sgdcore._arrays.storage_dtype("bfloat16")):
+        array = np.ones(4, dtype)
+        with refused(context, TypeError, "array: expected one of float32, .* for MPI, got", array):
+            context.group.all_reduce(array)
+    for wire in ("bfloat16", np.float16):
+        for cls in (LocalSGD, DataParallel):
+            optimizer = make("numpy flat")
+            with refused(
+                context, ValueError, "wire_dtype: MpiGroup.* cannot add up", *values_of(optimizer)
+            ):
+                cls(optimizer, wire_dtype=wire)
+
+
+# Local SGD
+
+
+@check(cases=KINDS)
+def averaging(context: Context, kind: str) -> None:
+    """After a round: the mean of the ranks' parameters, equal on all, where they were, gradient or not."""
+    optimizer = make(kind)
+    reference = [make(kind) for _ in range(context.size)]
+    local = LocalSGD(optimizer, sync_every=3)
+    params = params_of(optimizer)
+    where = addresses_of(params)
+    for step in range(6):
+        for rank, other in enumerate([*reference, optimizer]):
+            if other is optimizer:
+                rank = context.rank
+            put_gradients(other, np.random.default_rng([rank, step]))
+            params_of(other)[1].grad = None  # on no rank
+            if rank == 0:
+                params_of(other)[3].grad = None  # on one
+            (local if other is optimizer else other).step()
+        if step == 2:  # between rounds nothing but the reference's average
+            for values in zip(*(params_of(other) for other in reference), strict=True):
+                total = values[0].data * 1
+                for value in values[1:]:
+                    total = total + value.data
+                for value in values:
+                    value.data[...] = total / context.size
+    for values, ours in zip(zip(*map(params_of, reference), strict=True), params, strict=True):
+        mean = np.mean([as_array(v).astype(np.float64) for v in values], axis=0)
+        close(ours, mean.astype(np.float32), 8)
+    assert_equal_on_all(context, params)
+    assert addresses_of(params) == where
+    assert local._round == 2
+
+
+@check(cases=KINDS)
+def h1_equals_synchronous(context: Context, kind: str) -> None:
+    """SGD with momentum, Nesterov and weight decay is linear in p, g and b."""
+    local = LocalSGD(make(kind, "float64"), sync_every=1)
+    sync = DataParallel(make(kind, "float64"))
+    for step in range(20):
+        gradients = np.random.default_rng([context.rank, step])
+        state = gradients.bit_generator.state
+        for optimizer in (local, sync):
+            gradients.bit_generator.state = state
+            put_gradients(optimizer, gradients)
+            optimizer.step()
+    for ours, theirs in zip(params_of(local), params_of(sync), strict=True):
+        close(ours, as_array(theirs))
+    assert_equal_on_all(context, params_of(local))
+    assert_equal_on_all(context, params_of(sync))
+    assert_equal_on_all(context, momenta_of(sync))
+
+
+@check(cases=KINDS)
+def outer_step_of_one_is_averaging(context: Context, kind: str) -> None:
+    plain = LocalSGD(make(kind), sync_every=4)
+    outer = LocalSGD(make(kind), sync_every=4, outer=OuterSGD(lr=1.0))
+    for optimizer in (plain, outer):
+        train(context, optimizer, 12)
+    for ours, theirs in zip(params_of(outer), params_of(plain), strict=True):
+        close(ours, as_array(theirs), 16)
+    assert_equal_on_all(context, params_of(outer))
+
+
+def _outer_reference(
+    outer: OuterSGD | SlowMo, anchor: Any, mean: Any, momentum: Any, lr: float
+) -> tuple[Any, Any]:
+    """The formulas, in float64."""
+    g = anchor - mean
+    if isinstance(outer, SlowMo):
+        u = outer.momentum * momentum + g / lr
+        return anchor - outer.lr * lr * u, u
+    u = g if momentum is None else outer.momentum * momentum + g
+    step = g + outer.momentum * u if outer.nesterov else u
+    return anchor - outer.lr * step, u
+
+
+OUTERS = {
+    "sgd": {"outer": OuterSGD(0.5)},
+    "momentum": {"outer": OuterSGD(0.5, 0.8)},
+    "nesterov": {"outer": OuterSGD(0.7, 0.9, nesterov=True)},
+    "slowmo": {"outer": SlowMo(0.6)},
+    "slowmo, lr": {"outer": SlowMo(0.6, lr=0.7)},
+}
+
+
+@check(cases=OUTERS)
+def outer_step(context: Context, outer: OuterSGD | SlowMo) -> None:
+    """As the formulas say, also where the inner learning rate changes between rounds."""
+    optimizer = make("numpy flat", "float64")
+    local = LocalSGD(optimizer, sync_every=2, outer=outer, momentum_sync="reset", warmup_steps=2)
+    inner = make("numpy flat", "float64")  # as this rank without the averaging
+    momentum: Any = 0.0 if isinstance(outer, SlowMo) else None
+    buffer, other = (params_of(o)[0].buffer for o in (optimizer, inner))
+    for number, lr in enumerate((0.1, 0.1, 0.05, 0.2)):
+        anchor = other.data.copy()
+        for group in (optimizer.param_groups[0], inner.param_groups[0]):
+            group["lr"] = lr
+        train(context, inner, 2, first=2 * number)
+        if number == 0:  # warm-up: two plain averages, of steps from the average
+            train(context, local, 2)
+            other.data[:] = buffer.data
+            for each in momenta_of(inner):
+                each[...] = 0
+            continue
+        train(context, local, 2, first=2 * number)
+        mean = other.data.copy()
+        context.group.all_reduce(mean).wait()
+        expected, momentum = _outer_reference(outer, anchor, mean / context.size, momentum, lr)
+        close(buffer.data, expected)
+        other.data[:] = buffer.data
+        for each in momenta_of(inner):
+            each[...] = 0
+    assert_equal_on_all(context, [buffer.data])
+
+
+@check(cases=KINDS)
+def momentum_kept_averaged_reset(context: Context, kind: str) -> None:
+    for mode in ("keep", "average", "reset"):
+        optimizer = make(kind)
+        local = LocalSGD(optimizer, sync_every=3, momentum_sync=mode)
+        train(context, local, 2)
+        where = addresses_of(momenta_of(optimizer))
+        put_gradients(optimizer, np.random.default_rng([context.rank, 2]))
+        reference = sgdcore.SGD([p.data.copy("K") for p in params_of(optimizer)], **HYPER)
+        reference.load_state_dict(optimizer.state_dict())
+        reference.step(grads=[p.grad for p in params_of(optimizer)])
+        local.step()
+        for ours, own in zip(momenta_of(optimizer), momenta_of(reference), strict=True):
+            if mode == "keep":
+                assert same_bits(ours, own)
+            elif mode == "reset":
+                assert not ours.any()
+            else:
+                mean = np.ascontiguousarray(own)
+                context.group.all_reduce(mean).wait()
+                close(ours, mean / context.size, 4)
+        assert addresses_of(momenta_of(optimizer)) == where
+        if mode != "keep":
+            assert_equal_on_all(context, momenta_of(optimizer))
+
+
+@check(cases=KINDS)
+def momentum_that_some_ranks_lack(context: Context, kind: str) -> None:
+    optimizer = make(kind)
+    local = LocalSGD(optimizer, sync_every=2, momentum_sync="average")
+    for step in range(2):
+        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
+        for i, p in enumerate(params_of(optimizer)):
+            if i == 4 or (i == 2 and context.rank > 0):
+                p.grad = None
+        local.step()
+    present = [m is not None for m in momenta_of(optimizer)]
+    assert present == [True, True, True, True, False]
+    assert_equal_on_all(context, momenta_of(optimizer)[:4])
+    assert_equal_on_all(context, params_of(optimizer))
+
+
+@check()
+def uneven_shards(context: Context) -> None:
+    """Ranks with less data take part until the last one is done; none hangs."""
+    for options in (
+        {"sync_every": 4},
+        {"sync_every": 4, "outer": OuterSGD(0.7, 0.9)},
+        {"sync_every": 4, "warmup_steps": 3, "momentum_sync": "average"},
+        {"sync_every": Stagewise({0: 2, 6: 5})},
+        {"sync_every": 6, "levels": "pairs"},
+    ):
+        if options.get("levels"):
+            pairs = [context.split([i, i + 1]) for i in range(0, context.size, 2)]
+            mine = next(pair for pair in pairs if pair is not None)
+            options = {**options, "levels": [(mine, 2)]}
+        optimizer = make("numpy flat")
+        with LocalSGD(optimizer, **options) as local:
+            train(context, local, 9 + 7 * context.rank)
+        assert_equal_on_all(context, params_of(optimizer))
+        assert len(set(on_all(context, local._round))) == 1
+        assert len(set(on_all(context, local._step))) == 1
+
+
+@check()
+def equal_shards_end_without_extra_rounds(context: Context) -> None:
+    optimizer = make("numpy flat")
+    with LocalSGD(optimizer, sync_every=4) as local:
+        train(context, local, 8)
+        before = values_of(optimizer)
+    assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
+    assert (local._step, local._round) == (8, 2)
+
+
+@check()
+def sync_ends_a_round(context: Context) -> None:
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, sync_every=100)
+    train(context, local, 3)
+    local.sync()
+    assert_equal_on_all(context, params_of(optimizer))
+    before = values_of(optimizer)
+    local.sync()
+    assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
+    assert local._round == 1
+
+
+class Recording:
+    """A schedule of one method."""
+
+    def __init__(self) -> None:
+        self.seen: list[Progress] = []
+
+    def period(self, progress: Progress) -> int:
+        self.seen.append(progress)
+        return progress.round + 1
+
+
+@check()
+def schedules(context: Context) -> None:
+    """The number of rounds, and what a schedule is told: the same on all ranks."""
+    for schedule, warmup, steps, rounds in (
+        (3, 0, 12, 4),
+        (3, 6, 12, 8),
+        (PostLocal(4, after=4), 0, 12, 6),
+        (Stagewise({0: 1, 2: 5}), 0, 12, 4),
+    ):
+        local = LocalSGD(make("numpy flat"), sync_every=schedule, warmup_steps=warmup)
+        train(context, local, steps)
+        assert local._round == rounds, schedule
+    recording = Recording()
+    local = LocalSGD(make("numpy flat"), sync_every=recording)
+    for step in range(6):
+        put_gradients(local, np.random.default_rng([context.rank, step]))
+        local.step(loss=float(step + context.rank))
+    more = (context.size - 1) / 2
+    seen = [(p.step, p.round, p.period, p.loss, p.first_loss) for p in recording.seen]
+    assert seen == [
+        (0, 0, 0, None, None),
+        (1, 1, 1, 0 + more, 0 + more),
+        (3, 2, 2, 1.5 + more, 0 + more),
+    ]
+
+
+@check()
+def adacomm(context: Context) -> None:
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, sync_every=AdaComm(initial=8, interval=8))
+    periods = []
+    for step in range(30):
+        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
+        local.step(closure=lambda step=step: 4.0 if step < 8 else 1.0)
+        if local._step_in_round == 0:
+            periods.append(local._last_period)
+    # sqrt(1) * 8 is no less than 8, so halved; then sqrt(1 / 4) * 8 is no less than 4.
+    assert periods == [8, 4, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]
+    local = LocalSGD(make("numpy flat"), sync_every=AdaComm(2, 2))
+    train(context, local, 2)
+    with pytest.raises(ValueError, match=r"loss: AdaComm needs it; pass step\(loss=...\)"):
+        train(context, local, 1)
+
+
+@check()
+def fewer_reductions(context: Context) -> None:
+    counts = []
+    for every in (1, 16):
+        group = Counting(context.group)
+        local = LocalSGD(make("numpy flat"), group, sync_every=every)
+        group.reductions = group.elements = 0
+        train(context, local, 32)
+        counts.append((group.reductions, group.elements))
+    assert counts[0] == (16 * counts[1][0], 16 * counts[1][1])
+
+
+@check(["gloo-4", "mpi-4"])
+def levels(context: Context) -> None:
+    """Often within a pair, rarely across."""
+    pairs = [context.split([0, 1]), context.split([2, 3])]
+    pair = next(each for each in pairs if each is not None)
+    group, inner = Counting(context.group), Counting(pair)
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, group, sync_every=6, levels=[(inner, 2)])
+    group.reductions = inner.reductions = 0
+    for step in range(6):
+        train(context, local, 1, first=step)
+        digests = on_all(context, digest(params_of(optimizer)))
+        within = digests[0] == digests[1] and digests[2] == digests[3]
+        assert within == (step in (1, 3, 5)), step
+        assert (len(set(digests)) == 1) == (step == 5), step
+    assert inner.reductions == 2 * group.reductions > 0
+
+
+@check()
+def different_starts_are_evened_out(context: Context) -> None:
+    for cls in (LocalSGD, DataParallel):
+        optimizer = make("numpy separate", seed=context.rank)
+        cls(optimizer)
+        first = values_of(make("numpy separate", seed=0))
+        assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), first, strict=True))
+
+
+@check()
+def ranks_that_disagree_are_refused(context: Context) -> None:
+    odd = context.rank == 1
+    for cls in (LocalSGD, DataParallel):
+        shape = (3, 2) if odd else (2, 3)
+        optimizer = sgdcore.SGD([np.full(shape, context.rank, np.float32)], lr=0.1)
+        with refused(
+            context, ValueError, "parameters: expected the same on all ranks", *params_of(optimizer)
+        ):
+            cls(optimizer)
+    for name, (one, other) in {
+        "sync_every": (4, 5),
+        "warmup_steps": (0, 1),
+        "momentum_sync": ("keep", "reset"),
+        "outer": (None, SlowMo(0.5)),
+        "transactional": (False, True),
+    }.items():
+        optimizer = make("numpy flat", seed=context.rank)
+        match = f"{name}: expected the same on all ranks, got on rank {context.rank}"
+        with refused(context, ValueError, match, *params_of(optimizer)):
+            LocalSGD(optimizer, **{name: other if odd else one})
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "outer": {"outer": OuterSGD(0.7, 0.9, nesterov=True), "momentum_sync": "average"},
+    "slowmo": {"outer": SlowMo(0.5), "warmup_steps": 5},
+    "transactional": {"transactional": True, "momentum_sync": "reset"},
+    "schedule": {"sync_every": Stagewise({0: 3, 9: 4})},
+    "wire": {"wire_dtype": "bfloat16"},
+}
+
+
+@check(cases=KINDS)
+def resuming(context: Context, kind: str) -> None:
+    """From a checkpoint in the middle of a round: the same bits as without a stop."""
+    for name, options in RESUMED.items():
+        if "wire_dtype" in options and context.engine == "mpi":
+            continue
+        options = {"sync_every": 4, **options}
+        unbroken = LocalSGD(make(kind), **options)
+        train(context, unbroken, 19)
+        first = LocalSGD(make(kind), **options)
+        train(context, first, 10)
+        values, state = values_of(first), copy.deepcopy(first.state_dict())
+        train(context, first, 1)  # what is saved is not touched any more
+        second = LocalSGD(make(kind, seed=5), **options)
+        for p, value in zip(params_of(second), values, strict=True):
+            _assign(p, value)
+        second.load_state_dict(state)
+        train(context, second, 9, first=10)
+        for ours, theirs in zip(params_of(second), params_of(unbroken), strict=True):
+            assert same_bits(ours, theirs), name
+        for ours, theirs in zip(momenta_of(second), momenta_of(unbroken), strict=True):
+            assert same_bits(ours, theirs), name
+        assert (second._step, second._round) == (unbroken._step, unbroken._round)
+
+
+def _assign(p: Any, value: Any) -> None:
+    if isinstance(p, sgdcore.Parameter):
+        p.data[...] = value
+    else:
+        import torch
+
+        p.data.copy_(torch.from_numpy(value))
+
+
+@check()
+def checkpoints_that_do_not_fit(context: Context) -> None:
+    plain, outer = LocalSGD(make("numpy flat")), LocalSGD(make("numpy flat"), outer=SlowMo(0.5))
+    train(context, plain, 3)
+    with refused(context, ValueError, "saved with other options and lacks", *params_of(outer)):
+        outer.load_state_dict(plain.state_dict())
+    train(context, outer, 3)
+    state = outer.state_dict()
+    state["local_sgd"]["anchors"] = state["local_sgd"]["anchors"][1:]
+    with refused(
+        context,
+        ValueError,
+        r"state_dict\['local_sgd'\]\['anchors'\]: expected sizes",
+        *params_of(outer),
+    ):
+        outer.load_state_dict(state)
+    # A plain optimizer's begins a new round.
+    outer.load_state_dict(make("numpy flat").state_dict())
+    assert (outer._step_in_round, outer._anchored) == (0, False)
+
+
+# Data parallel
+
+
+@check(cases=KINDS)
+def data_parallel_mean(context: Context, kind: str) -> None:
+    """One step equals a step with the mean; weights count examples; where there is no gradient, there is zero."""
+    for weighted in (False, True):
+        optimizer, reference = make(kind), make(kind)
+        data = DataParallel(optimizer)
+        weights = [1.0 + r if weighted else 1.0 for r in range(context.size)]
+        data.weight = weights[context.rank]
+        for step in range(4):
+            means: list[Any] = []
+            for rank in range(context.size):
+                put_gradients(reference, np.random.default_rng([rank, step]))
+                for i, p in enumerate(params_of(reference)):
+                    share = as_array(p.grad).astype(np.float64) * weights[rank] / sum(weights)
+                    if i == 3 and rank == 0:
+                        share *= 0
+                    if rank == 0:
+                        means.append(share)
+                    else:
+                        means[i] += share
+            put_gradients(optimizer, np.random.default_rng([context.rank, step]))
+            params = params_of(optimizer)
+            params[1].grad = params_of(reference)[1].grad = None
+            if context.rank == 0:
+                params[3].grad = None
+            data.step()
+            assert params[1].grad is None
+            for i, p in enumerate(params_of(reference)):
+                if i != 1:
+                    put_gradient(p, means[i].astype(np.float32))
+                    close(params[i].grad, as_array(p.grad), 8)
+            reference.step()
+        for ours, theirs in zip(params, params_of(reference), strict=True):
+            close(ours, as_array(theirs), 64)
+        assert momenta_of(optimizer)[1] is None
+        assert_equal_on_all(context, params)
+
+
+@check()
+def data_parallel_grads_argument(context: Context) -> None:
+    arrays = [np.zeros((3, 2), np.float32), np.zeros(4, np.float32)]
+    data = DataParallel(sgdcore.SGD(arrays, lr=1.0))
+    frozen = np.full((3, 2), float(context.rank), np.float32)
+    frozen.flags.writeable = False
+    own = np.full(4, 2.0 * context.rank, np.float32) if context.rank else None
+    data.step(grads=[frozen, own])
+    mean = (context.size - 1) / 2
+    assert np.all(arrays[0] == -mean)
+    assert np.all(arrays[1] == -2 * mean)
+    with refused(
+        context, ValueError, "grads: expected 2 gradients, one for each parameter, got 1", *arrays
+    ):
+        data.step(grads=[own])
+
+
+@check()
+def data_parallel_uneven_shards(context: Context) -> None:
+    optimizer = make("numpy flat")
+    with DataParallel(optimizer) as data:
+        for step in range(5 + 3 * context.rank):
+            optimizer.param_groups[0]["lr"] = 0.1 / (
+                step + 1
+            )  # as a scheduler, which stops with the data
+            train(context, data, 1, first=step)
+    assert_equal_on_all(context, params_of(optimizer))
+    assert_equal_on_all(context, momenta_of(optimizer))
+    assert on_all(context, data._steps) == [float(5 + 3 * (context.size - 1))] * context.size
+
+
+@check()
+def data_parallel_average_before_the_step(context: Context) -> None:
+    optimizer = make("numpy flat")
+    data = DataParallel(optimizer)
+    put_gradients(optimizer, np.random.default_rng(context.rank))
+    data.average_gradients()
+    gradients = [p.grad for p in params_of(optimizer)]
+    assert_equal_on_all(context, gradients)
+    before = [g.copy() for g in gradients]
+    data.step()
+    assert all(same_bits(a, b) for a, b in zip(gradients, before, strict=True))
+
+
+@check()
+def buffers_travel_without_copies(context: Context) -> None:
+    """A flat buffer goes over the wire where it is, in even slices; so do its gradients and its momentum."""
+    buffer = sgdcore.ParameterBuffer({f"p{i}": (700_000,) for i in range(4)})
+    group = Counting(context.group)
+    local = LocalSGD(
+        sgdcore.SGD(buffer, lr=0.1, momentum=0.9), group, sync_every=1, momentum_sync="average"
+    )
+    group.arrays.clear()
+    buffer.grad[:] = context.rank
+    local.step()
+    large = [(a, n) for a, n in group.arrays if n > 100]
+    momentum = momenta_of(local)[0]
+    starts = buffer.data.ctypes.data, momentum.ctypes.data
+    assert sum(n for _, n in large) == 2 * buffer.size
+    assert [a for a, _ in large] == [s for s in starts for _ in (0,)]
+    data = DataParallel(sgdcore.SGD(buffer, lr=0.1), group, slice_bytes=4 << 20)
+    group.arrays.clear()
+    data.step()
+    large = [(a, n) for a, n in group.arrays if n > 100]
+    assert [n for _, n in large] == [933334, 933334, 933332]
+    assert large[0][0] == buffer.grad.ctypes.data
+
+
+@check()
+def nothing_is_left_unreduced(context: Context) -> None:
+    """Whatever the sizes, in whatever slices."""
+    rng = np.random.default_rng(3)
+    sizes = [1, 2, 3, 1000, 0, 7, 4096, 5, 4097, 1, 12345]
+    for slice_bytes in (8, 64, 16384, 1 << 24):
+        arrays = [rng.standard_normal(n).astype(np.float32) for n in sizes]
+        data = (
+            DataParallel(sgdcore.SGD(arrays, lr=1.0), slice_bytes=max(8, slice_bytes))
+            if slice_bytes > 64
+            else None
+        )
+        if data is None:
+            arrays = [a[:9] for a in arrays]
+            data = DataParallel(
+                sgdcore.SGD([np.ascontiguousarray(a) for a in arrays], lr=1.0),
+                slice_bytes=slice_bytes,
+            )
+        params = params_of(data)
+        before = values_of(data)
+        data.step(grads=[np.full(p.shape, context.rank + 1.0, np.float32) for p in params])
+        for p, value in zip(params, before, strict=True):
+            assert same_bits(p, value - np.float32((context.size + 1) / 2))
+
+
+@check()
+def sixteen_bit_parameters(context: Context) -> None:
+    """Averaged in float32, and rounded once."""
+    for dtype in ("float16", "bfloat16"):
+        dtype = sgdcore._arrays.storage_dtype(dtype)
+        start = np.random.default_rng(0).standard_normal(50).astype(dtype)
+        array = start.copy()
+        local = LocalSGD(sgdcore.SGD([array], lr=1.0), sync_every=1)
+        gradients = np.random.default_rng(1).standard_normal((context.size, 50)).astype(dtype)
+        local.step(grads=[gradients[context.rank]])
+        locals_ = (start.astype(np.float32) - gradients.astype(np.float32)).astype(dtype)
+        total = locals_.astype(np.float64).sum(0)
+        assert same_bits(array, (total / context.size).astype(np.float32).astype(dtype))
+
+
+@check()
+def results_to_compare(context: Context) -> None:
+    """Saved, for the test that compares the engines."""
+    results = {}
+    for name, options in {"plain": {}, "outer": {"outer": OuterSGD(0.7, 0.9)}}.items():
+        optimizer = make("numpy flat")
+        train(context, LocalSGD(optimizer, sync_every=4, **options), 20)
+        results[name] = params_of(optimizer)[0].buffer.data
+    optimizer = make("numpy flat")
+    train(context, DataParallel(optimizer), 20)
+    results["data parallel"] = params_of(optimizer)[0].buffer.data
+    if context.rank == 0:
+        np.savez(context.folder / f"{context.engine}-{context.size}.npz", **results)
+
+
+@check()
+def going_on_with_other_ranks(context: Context) -> None:
+    """Some leave, the rest goes on; they come back as new ranks and get what the others have."""
+    stay = list(range(1, context.size))
+    for options in (
+        {},
+        {"transactional": True},
+        {"outer": SlowMo(0.5), "momentum_sync": "average"},
+    ):
+        optimizer = make("numpy flat")
+        local = LocalSGD(optimizer, sync_every=4, **options)
+        train(context, local, 10)
+        local.sync()
+        smaller = context.split(stay)
+        if smaller is None:
+            optimizer = make("numpy flat", seed=77)  # a new process
+            local = LocalSGD(optimizer, sync_every=4, **options)
+        else:
+            local.rebind(smaller)
+            train(context, local, 6, first=10)
+            assert local._round == 4
+            local.rebind(context.group)
+        assert_equal_on_all(context, params_of(optimizer))
+        # With `transactional` back at the end of the round.
+        assert set(on_all(context, local._step)) == {14.0 if options.get("transactional") else 16.0}
+        train(context, local, 4, first=20)
+        assert_equal_on_all(context, params_of(optimizer))
+    data = DataParallel(make("numpy flat"))
+    train(context, data, 3)
+    smaller = context.split(stay)
+    if smaller is None:
+        data = DataParallel(make("numpy flat", seed=77))
+    else:
+        data.rebind(smaller)
+        train(context, data, 3, first=3)
+        data.rebind(context.group)
+    train(context, data, 2, first=6)
+    assert data._steps == 8
+    assert_equal_on_all(context, params_of(data))
+    assert_equal_on_all(context, momenta_of(data))
+
+
+@check()
+def groups_are_added_between_rounds(context: Context) -> None:
+    for options in (
+        {},
+        {"outer": OuterSGD(0.7, 0.9), "momentum_sync": "average", "transactional": True},
+    ):
+        optimizer = make("numpy flat")
+        local = LocalSGD(optimizer, sync_every=2, **options)
+        train(context, local, 1)
+        with pytest.raises(
+            RuntimeError, match="add_param_group: expected the start of a round, got step 1 of it"
+        ):
+            local.add_param_group({"params": [np.zeros(3, np.float32)]})
+        train(context, local, 1, first=1)
+        local.add_param_group(
+            {"params": [sgdcore.Parameter(np.full(3, context.rank, np.float32))], "lr": 0.5}
+        )
+        train(context, local, 4, first=2)
+        assert len(params_of(local)) == len(SHAPES) + 1
+        assert_equal_on_all(context, params_of(local))
+    data = DataParallel(make("numpy flat"))
+    data.add_param_group({"params": [sgdcore.Parameter(np.full(3, context.rank, np.float32))]})
+    train(context, data, 2)
+    assert_equal_on_all(context, params_of(data))
+
+
+@check(MPI)
+def no_torch_was_needed(context: Context) -> None:
+    assert "torch" not in sys.modules

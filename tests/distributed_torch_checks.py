@@ -1,0 +1,494 @@
+"""What the distributed tests check with torch's tensors and optimizers, over gloo and MPI alike; see distributed_checks.py."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sgdcore
+from distributed_checks import (
+    GLOO,
+    Context,
+    Counting,
+    addresses_of,
+    assert_equal_on_all,
+    averaging,
+    check,
+    close,
+    data_parallel_mean,
+    h1_equals_synchronous,
+    make,
+    momenta_of,
+    momentum_that_some_ranks_lack,
+    outer_step_of_one_is_averaging,
+    params_of,
+    resuming,
+    same_bits,
+    train,
+    values_of,
+)
+from sgdcore.distributed import DataParallel, LocalSGD, OuterSGD, SlowMo
+
+# Four MPI processes that all import torch take longer than they tell more than two.
+TORCH = (*GLOO, "mpi-2")
+KINDS: dict[str, dict[str, Any]] = {
+    "sgdcore.torch": {"kind": "sgdcore.torch"},
+    "torch.optim": {"kind": "torch.optim"},
+}
+for each in (
+    averaging,
+    h1_equals_synchronous,
+    outer_step_of_one_is_averaging,
+    momentum_that_some_ranks_lack,
+    resuming,
+    data_parallel_mean,
+):
+    check(TORCH, cases=KINDS)(each)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 4 * 4, 300),
+        nn.ReLU(),
+        nn.Linear(300, 3),
+    )
+
+
+def batch(rank: int, step: int, size: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(size, 2, 6, 6, generator=generator), torch.randint(
+        3, (size,), generator=generator
+    )
+
+
+def backward(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    loss = nn.functional.cross_entropy(module(x), y)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss
+
+
+def sgd(module: nn.Module, kind: str = "sgdcore.torch", **hyper: Any) -> torch.optim.Optimizer:
+    cls = sgdcore.torch.SGD if kind == "sgdcore.torch" else torch.optim.SGD
+    return cls(module.parameters(), **{"lr": 0.05, "momentum": 0.9, **hyper})
+
+
+@check(TORCH)
+def torch_optimizers_are_interchangeable(context: Context) -> None:
+    """The same bits whichever does the steps."""
+    for options in ({}, {"momentum_sync": "average", "outer": SlowMo(0.5)}):
+        results = []
+        for kind in KINDS:
+            optimizer = make(kind)
+            if kind == "torch.optim":
+                optimizer.param_groups[0]["foreach"] = False
+            train(context, LocalSGD(optimizer, sync_every=3, **options), 9)
+            results.append(values_of(optimizer))
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@check(GLOO)
+def gradients_equal_those_of_torch_ddp(context: Context) -> None:
+    ours, theirs = network(), nn.parallel.DistributedDataParallel(network())
+    data = DataParallel(sgd(ours), slice_bytes=64 << 10)
+    other = sgd(theirs)
+    for step in range(5):
+        for module, optimizer in ((ours, data), (theirs, other)):
+            optimizer.zero_grad()
+            backward(module, *batch(context.rank, step))
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            close(p.grad, q.grad)
+            assert q.grad is not None
+        for optimizer in (data, other):
+            nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        close(p, q)
+    assert_equal_on_all(context, list(ours.parameters()))
+
+
+@check(TORCH)
+def reductions_begin_within_the_backward_pass(context: Context) -> None:
+    module, group = network(), Counting(context.group)
+    data = DataParallel(sgd(module), group, slice_bytes=64 << 10)
+    group.reductions = 0
+    seen = []
+    next(iter(module.parameters())).register_hook(lambda _: seen.append(group.reductions))
+    backward(module, *batch(context.rank, 0))
+    assert seen[0] > 0
+    assert group.reductions > seen[0]
+    assert_equal_on_all(context, [p.grad for p in module.parameters()])
+    data.step()
+
+
+@check(TORCH)
+def uneven_batches_are_weighted(context: Context) -> None:
+    """As one process with all the examples."""
+    module, reference = network(), network()
+    data, single = DataParallel(sgd(module)), sgd(reference)
+    for step in range(3):
+        size = 2 + 3 * context.rank
+        data.weight = size
+        data.zero_grad()
+        backward(module, *batch(context.rank, step, size))
+        data.step()
+        batches = [batch(rank, step, 2 + 3 * rank) for rank in range(context.size)]
+        single.zero_grad()
+        backward(reference, *(torch.cat(parts) for parts in zip(*batches, strict=True)))
+        single.step()
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        close(p, q)
+
+
+@check(TORCH)
+def gradients_are_accumulated_without_averaging(context: Context) -> None:
+    module, group = network(), Counting(context.group)
+    data = DataParallel(sgd(module), group)
+    group.reductions = 0
+    with data.no_sync():
+        backward(module, *batch(context.rank, 0))
+    assert group.reductions == 0
+    backward(module, *batch(context.rank, 1))
+    assert_equal_on_all(context, [p.grad for p in module.parameters()])
+    reference = network()
+    for rank in range(context.size):
+        for step in range(2):
+            backward(reference, *batch(rank, step))
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        assert q.grad is not None
+        close(p.grad, q.grad / context.size)
+    data.step()
+
+
+@check(TORCH)
+def parameters_unused_by_some_ranks(context: Context) -> None:
+    """A branch that rank 0 does not take, one that none takes, and one frozen."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+            self.layers[3].requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[3](self.layers[0](x))
+            return x if context.rank == 0 else self.layers[1](x)
+
+    for wrapper in (DataParallel, LocalSGD):
+        module = Branches()
+        where = addresses_of(list(module.parameters()))
+        kwargs = {"sync_every": 2} if wrapper is LocalSGD else {}
+        optimizer = wrapper(sgd(module), **kwargs)
+        for step in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * step + context.rank))
+            module(x).pow(2).mean().backward()
+            optimizer.step()
+        assert_equal_on_all(context, list(module.parameters()))
+        assert addresses_of(list(module.parameters())) == where
+        assert module.layers[2].weight.grad is None
+
+
+@check(TORCH)
+def a_step_without_a_backward_pass(context: Context) -> None:
+    """On rank 0 no parameter gets a gradient; the others go on."""
+    module = network()
+    data = DataParallel(sgd(module))
+    for step in range(3):
+        data.zero_grad()
+        if context.rank != 0:
+            backward(module, *batch(context.rank, step))
+        data.step()
+    assert_equal_on_all(context, list(module.parameters()))
+    assert_equal_on_all(context, momenta_of(data))
+
+
+@check(TORCH)
+def finished_ranks_take_part(context: Context) -> None:
+    module = network()
+    with DataParallel(sgd(module)) as data:
+        for step in range(2 + context.rank):
+            data.zero_grad()
+            backward(module, *batch(context.rank, step))
+            data.step()
+    assert_equal_on_all(context, list(module.parameters()))
+
+
+@check(TORCH)
+def the_last_wrapper_counts(context: Context) -> None:
+    """One that is gone averages nothing any more."""
+    module = network()
+    for _ in range(2):
+        data = DataParallel(sgd(module))
+        backward(module, *batch(context.rank, 0))
+        data.step()
+        del data
+    group = Counting(context.group)
+    data = DataParallel(sgd(module), group)
+    group.reductions = 0
+    module.zero_grad()
+    backward(module, *batch(context.rank, 0))
+    assert_equal_on_all(context, [p.grad for p in module.parameters()])
+    del data
+    module.zero_grad()
+    backward(module, *batch(context.rank, 0))
+
+
+@check(TORCH, cases=KINDS)
+def grad_scaler(context: Context, kind: str) -> None:
+    """A step that GradScaler skips on one rank counts as one of the round, with the bits of torch alone otherwise."""
+    module, reference = network(), network()
+    local = LocalSGD(sgd(module, kind, foreach=False), sync_every=4)
+    alone = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9, foreach=False)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+    for step in range(7):
+        for model, optimizer, scaler in zip(
+            (module, reference), (local, alone), scalers, strict=True
+        ):
+            optimizer.zero_grad()
+            x, y = batch(context.rank, step)
+            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            if step in (1, 3) and context.rank == 1:
+                next(iter(model.parameters())).grad[0] = float("inf")
+            if step == 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        if step < 3:
+            for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+                assert same_bits(p, q), step
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert local._round == 1
+    assert local._step_in_round == 3
+    local.finish()
+    assert_equal_on_all(context, list(module.parameters()))
+
+
+@check(TORCH)
+def grad_scaler_with_data_parallel(context: Context) -> None:
+    """An overflow on one rank is one on all."""
+    module = network()
+    data = DataParallel(sgd(module))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        data.zero_grad()
+        x, y = batch(context.rank, step)
+        if step == 2 and context.rank == 1:
+            x = x * float("inf")
+        scaler.scale(nn.functional.cross_entropy(module(x), y)).backward()
+        scaler.step(data)
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert_equal_on_all(context, list(module.parameters()))
+    assert all(p.isfinite().all() for p in module.parameters())
+    late = DataParallel(sgd(module), overlap=False)
+    scaler.scale(backward(module, *batch(context.rank, 9)))
+    with pytest.raises(
+        RuntimeError,
+        match=r"GradScaler looks at gradients before the step: call average_gradients\(\)",
+    ):
+        scaler.step(late)
+    late.average_gradients()
+    late.step()
+    assert_equal_on_all(context, list(module.parameters()))
+
+
+@check(TORCH, cases=KINDS)
+def schedulers_closures_and_hooks(context: Context, kind: str) -> None:
+    module = network()
+    local = LocalSGD(sgd(module, kind), sync_every=2)
+    assert isinstance(local, torch.optim.Optimizer)
+    calls: list[str] = []
+    local.register_step_pre_hook(lambda *_: calls.append("pre"))
+    local.register_step_post_hook(lambda *_: calls.append("post"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = torch.optim.lr_scheduler.StepLR(local, 1, gamma=0.5)
+        for step in range(4):
+
+            def closure(step: int = step) -> Tensor:
+                local.zero_grad()
+                return backward(module, *batch(context.rank, step))
+
+            loss = local.step(closure)
+            assert loss.item() > 0
+            scheduler.step()
+    assert calls == ["pre", "post"] * 4
+    assert local.param_groups[0]["lr"] == 0.05 / 16
+    assert local.optimizer.param_groups is local.param_groups
+    assert local._round == 2
+    assert_equal_on_all(context, list(module.parameters()))
+    data = DataParallel(sgd(module, kind))
+    before = values_of(data)
+    loss = data.step(lambda: (data.zero_grad(), backward(module, *batch(context.rank, 0)))[1])
+    assert loss.item() > 0
+    assert not same_bits(before[0], params_of(data)[0])
+    assert_equal_on_all(context, list(module.parameters()))
+
+
+@check(TORCH)
+def states_can_be_exchanged(context: Context) -> None:
+    """With torch.save, weights only; and with the optimizer alone."""
+    module = network()
+    local = LocalSGD(
+        sgd(module), sync_every=4, outer=SlowMo(0.5), transactional=True, momentum_sync="average"
+    )
+    for step in range(6):
+        backward(module, *batch(context.rank, step))
+        local.step()
+    path = context.folder / f"state-{context.engine}-{context.size}-{context.rank}.pt"
+    torch.save(local.state_dict(), path)
+    state = torch.load(path, weights_only=True)
+    LocalSGD(sgd(network()), sync_every=4, outer=SlowMo(0.5)).load_state_dict(state)
+    sgd(network(), "torch.optim").load_state_dict(state)
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled; save its state_dict\(\)"):
+        copy.deepcopy(local)
+    with pytest.raises(TypeError, match="optimizer: it is distributed already"):
+        DataParallel(local)
+
+
+@check(TORCH)
+def layouts_in_memory(context: Context) -> None:
+    """Parameters in one storage travel as one; channels_last and views stay where they are; moved ones are found again."""
+    module = network().to(memory_format=torch.channels_last)
+    params = list(module.parameters())
+    where = addresses_of(params)
+    local = LocalSGD(sgd(module), sync_every=2)
+    for step in range(2):
+        backward(module, *batch(context.rank, step))
+        local.step()
+    assert addresses_of(params) == where
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert_equal_on_all(context, params)
+
+    module = network()
+    params = list(module.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(params), params)
+    group = Counting(context.group)
+    local = LocalSGD(sgd(module), group, sync_every=1)
+    assert len(local._views.runs) == 1
+    for p in params:  # taken apart again
+        p.data = p.data.clone()
+    backward(module, *batch(context.rank, 0))
+    local.step()
+    assert_equal_on_all(context, params)
+
+    gaps = nn.Parameter(torch.zeros(4, 4)[:, :2])
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]\['params'\]\[0\]: expected a tensor without gaps"
+    ):
+        LocalSGD(torch.optim.SGD([gaps], lr=0.1))
+
+
+@check(TORCH)
+def gradients_of_other_layouts(context: Context) -> None:
+    """Expanded, transposed, and of another dtype."""
+    params = [nn.Parameter(torch.zeros(3, 4)) for _ in range(3)]
+    data = DataParallel(torch.optim.SGD(params, lr=1.0))
+    params[0].grad = torch.tensor(1.0 + context.rank).expand(3, 4)
+    values = torch.arange(12.0).view(4, 3) * (1 + context.rank)
+    params[1].grad = values.t()
+    params[2].grad = torch.full((3, 4), float(context.rank))
+    data.step()
+    mean = (context.size + 1) / 2
+    assert torch.equal(params[0].detach(), torch.full((3, 4), -mean))
+    assert torch.equal(params[1].detach(), -mean * torch.arange(12.0).view(4, 3).t())
+    assert torch.equal(params[2].detach(), torch.full((3, 4), 1 - mean))
+    params[0].grad = torch.zeros(3, 4).to_sparse()
+    with pytest.raises(TypeError, match="expected a dense tensor, got a sparse one"):
+        data.step()
+
+
+@check(GLOO, cases=KINDS | {"numpy": {"kind": "numpy flat"}})
+def differences_are_what_is_compressed(context: Context, kind: str) -> None:
+    """Small steps from large values survive a 16-bit wire; what it rounds away comes later."""
+    for wire, bound in (("bfloat16", 2.0**-8), ("float16", 2.0**-11)):
+        exact, rounded = make(kind, lr=1e-3), make(kind, lr=1e-3)
+        for optimizer in (exact, rounded):
+            for p in params_of(optimizer):
+                p.data[...] += 100.0
+        local = [LocalSGD(exact, sync_every=1), LocalSGD(rounded, sync_every=1, wire_dtype=wire)]
+        start = values_of(exact)
+        for _ in range(15):
+            for optimizer in (exact, rounded):
+                for p in params_of(optimizer):
+                    gradient = torch.full(tuple(p.shape), 1.0 + context.rank / 7)
+                    p.grad = gradient.numpy() if kind == "numpy flat" else gradient
+            for each in local:
+                each.step()
+        assert_equal_on_all(context, params_of(rounded))
+        for ours, right, first in zip(values_of(rounded), values_of(exact), start, strict=True):
+            # Rounding parameters near 100 to 8 bits would lose steps of 1e-3 altogether.
+            moved = np.abs(right - first).min()
+            assert np.abs(ours - right).max() < moved * bound + 15 * np.spacing(np.float32(100))
+
+
+@check(GLOO, cases=KINDS)
+def errors_of_the_wire_are_fed_back(context: Context, kind: str) -> None:
+    """A gradient far below the largest one's last bit is not lost over many steps."""
+    optimizer = make(kind, lr=1.0)
+    data = DataParallel(optimizer, wire_dtype=torch.bfloat16)
+    start = values_of(optimizer)
+    total = 0.0
+    for _ in range(32):
+        gradient = 1.0 + 2.0**-9  # bfloat16 has 2**-7 above 1
+        total += gradient
+        for p in params_of(optimizer):
+            p.grad = torch.full_like(p, gradient)
+        data.step()
+    for p, first in zip(params_of(optimizer), start, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), first - total, atol=2.0**-7)
+    assert_equal_on_all(context, params_of(optimizer))
+    # An overflow is not carried on.
+    for p in params_of(optimizer):
+        p.grad = torch.full_like(p, float("inf") if context.rank == 0 else 1.0)
+    data.step()
+    assert all(error.isfinite().all() for error in data._errors)
+
+
+@check(GLOO)
+def torch_groups_take_bfloat16_arrays(context: Context) -> None:
+    array = np.full(5, 1.0 + context.rank, sgdcore._arrays.storage_dtype("bfloat16"))
+    address = array.ctypes.data
+    context.group.all_reduce(array).wait()
+    assert array.astype(np.float32).tolist() == [context.size * (context.size + 1) / 2] * 5
+    assert array.ctypes.data == address
+
+
+@check(["mpi-2"])
+def sixteen_bit_tensors_are_refused_by_mpi(context: Context) -> None:
+    tensor = torch.ones(4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"array: expected one of .* for MPI, got bfloat16"):
+        context.group.all_reduce(tensor)
+    assert torch.equal(tensor, torch.ones(4, dtype=torch.bfloat16))
+    # Parameters of such a type are averaged in float32.
+    parameter = nn.Parameter(torch.full((4,), 1.0 + context.rank, dtype=torch.bfloat16))
+    local = LocalSGD(torch.optim.SGD([parameter], lr=1.0), sync_every=1)
+    parameter.grad = torch.full((4,), float(context.rank), dtype=torch.bfloat16)
+    local.step()
+    assert parameter.tolist() == [1 - (context.size - 1) / 2] * 4
+
+
+@check(TORCH)
+def versions_are_counted(context: Context) -> None:
+    """Autograd hears of what an average changes."""
+    p = nn.Parameter(torch.ones(3))
+    local = LocalSGD(sgdcore.torch.SGD([p], lr=0.1), sync_every=1)
+    loss = (p * p).sum()
+    p.grad = torch.ones(3)
+    local.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    outer = LocalSGD(sgdcore.torch.SGD([p], lr=0.1), sync_every=1, outer=OuterSGD(1.0))
+    outer.step()
+    assert_equal_on_all(context, [p])
