@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,8 @@ import distributed_victims
 from distributed_victims import survive, survive_data_parallel
 
 RANKS = 3
-# Each at another moment; SGDCORE_KILLS=50 takes a quarter of a minute.
-KILLS = int(os.environ.get("SGDCORE_KILLS", "10"))
+# Each at another moment.
+KILLS = 50
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,11 @@ def spawn() -> Callable[..., list[dict[str, Any]]]:
     """Run a function in RANKS processes, of which the last is lost; returns the others' reports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([distributed_victims.__name__])
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # Python 3.11's fork server does not take over sys.path
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(
