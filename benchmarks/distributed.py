@@ -1,0 +1,239 @@
+"""Time a round of Local SGD beside other ways to average the same parameters: interleaved, medians, ratios.
+
+    python benchmarks/distributed.py [--ranks 2 4] [--engines gloo mpi] [--rounds N] [--json FILE]
+
+ResNet-50's 161 parameters (25.6 million elements, float32), on ranks of this machine, started anew for each engine and number of
+ranks. Every contender averages once first, and the results are compared; then all take turns, each begun together by a
+barrier, timed by the slowest rank. "flat" contenders have their parameters in one allocation, as a ParameterBuffer; for
+torch, torch.nn.utils.vector_to_parameters makes one. The base is one all-reduce of a flat array and a pass that
+divides it. Needs torch; for MPI, mpi4py and mpiexec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from step import Array, write
+from torch_step import resnet50
+
+import sgdcore
+from sgdcore.distributed import LocalSGD, ProcessGroup, as_process_group
+
+SHAPES = resnet50()
+BASE = "one flat all-reduce, divided"
+
+
+class Contender:
+    """A way to average: `average` is what is timed, `prepare` is not."""
+
+    def __init__(
+        self,
+        params: list[Array],
+        average: Callable[[], object],
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.params, self.average, self.prepare = params, average, prepare
+        self.seconds: list[float] = []
+
+
+def values(rank: int) -> list[Array]:
+    rng = np.random.default_rng(rank)
+    return [rng.standard_normal(shape, np.float32) for shape in SHAPES]
+
+
+def buffer_of(rank: int) -> sgdcore.ParameterBuffer:
+    return sgdcore.ParameterBuffer({str(i): array for i, array in enumerate(values(rank))})
+
+
+def one_flat(group: ProcessGroup) -> Contender:
+    buffer = buffer_of(group.rank)
+
+    def average() -> None:
+        group.all_reduce(buffer.data).wait()
+        buffer.data[:] /= group.size
+
+    return Contender([p.data for p in buffer.values()], average)
+
+
+def one_flat_alone(group: ProcessGroup) -> Contender:
+    flat = buffer_of(group.rank).data * 0
+    return Contender([], lambda: group.all_reduce(flat).wait())
+
+
+def per_tensor(group: ProcessGroup) -> Contender:
+    arrays = values(group.rank)
+
+    def average() -> None:
+        for array in arrays:
+            group.all_reduce(array).wait()
+            array /= group.size
+
+    return Contender(arrays, average)
+
+
+def torch_averager(group: ProcessGroup) -> Contender:
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    params = [torch.nn.Parameter(torch.from_numpy(array)) for array in values(group.rank)]
+    zero = torch.zeros(1)
+    for p in params:  # it leaves out those without a gradient
+        p.grad = zero.expand(p.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that gradients might be averaged instead
+        averager = PeriodicModelAverager(period=1)
+    contender = Contender([], lambda: averager.average_parameters(iter(params)))
+    contender.read = lambda: [p.detach().numpy() for p in params]  # type: ignore[attr-defined]
+    return contender
+
+
+def local_sgd(group: ProcessGroup, optimizer: Any, params: list[Array], take: Any) -> Contender:
+    # LocalSGD gives all ranks the parameters of rank 0.
+    own = [array.copy() for array in params]
+    local = LocalSGD(optimizer, group, sync_every=1 << 40)
+    for array, value in zip(params, own, strict=True):
+        array[...] = value
+    return Contender(params, local.sync, lambda: take(local))
+
+
+def ours_flat(group: ProcessGroup) -> Contender:
+    buffer = buffer_of(group.rank)
+    buffer.grad[:] = 0
+    optimizer = sgdcore.SGD(buffer, lr=0.0)
+    return local_sgd(group, optimizer, [p.data for p in buffer.values()], lambda o: o.step())
+
+
+def ours_torch(group: ProcessGroup, flat: bool) -> Contender:
+    params = [torch.nn.Parameter(torch.from_numpy(array)) for array in values(group.rank)]
+    if flat:
+        torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(params), params)
+    optimizer = sgdcore.torch.SGD(params, lr=0.0)
+    return local_sgd(group, optimizer, [p.detach().numpy() for p in params], lambda o: o.step())
+
+
+def contenders_of(group: ProcessGroup, engine: str) -> dict[str, Contender]:
+    contenders = {
+        BASE: one_flat(group),
+        "one flat all-reduce": one_flat_alone(group),
+        "tensor after tensor": per_tensor(group),
+        "sgdcore flat": ours_flat(group),
+        "sgdcore.torch flat": ours_torch(group, flat=True),
+        "sgdcore.torch 161 tensors": ours_torch(group, flat=False),
+    }
+    if engine == "gloo":
+        contenders["torch PeriodicModelAverager"] = torch_averager(group)
+    return contenders
+
+
+def check(contenders: dict[str, Contender], size: int) -> None:
+    """Average once with each, and compare with the mean."""
+    expected = [sum(each) / size for each in zip(*map(values, range(size)), strict=True)]
+    for name, contender in contenders.items():
+        contender.prepare()
+        contender.average()
+        read = getattr(contender, "read", lambda c=contender: c.params)
+        for array, mean in zip(read(), expected, strict=False):
+            np.testing.assert_allclose(array, mean, rtol=0, atol=1e-6, err_msg=name)
+
+
+def run(engine: str, rounds: int, path: Path) -> None:
+    """What each rank does."""
+    torch.set_num_threads(1)
+    sgdcore.set_num_threads(1)
+    if engine == "gloo":
+        torch.distributed.init_process_group("gloo")
+    else:
+        import mpi4py.MPI  # noqa: F401
+    group = as_process_group()
+    contenders = contenders_of(group, engine)
+    check(contenders, group.size)
+    for _ in range(rounds):
+        for contender in contenders.values():
+            contender.prepare()
+            group.barrier()
+            start = time.perf_counter()
+            contender.average()
+            contender.seconds.append(time.perf_counter() - start)
+    slowest = {}
+    for name, contender in contenders.items():
+        seconds = np.array(contender.seconds)
+        group.all_reduce(seconds, "max").wait()
+        slowest[name] = seconds.tolist()
+    if group.rank == 0:
+        path.write_text(json.dumps(slowest))
+    group.barrier()
+    if engine == "gloo":
+        os._exit(0)
+
+
+def launch(engine: str, ranks: int, rounds: int) -> dict[str, list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "seconds.json"
+        own = [__file__, "--as-rank-of", engine, "--rounds", str(rounds), "--json", str(path)]
+        if engine == "gloo":
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(ranks), *own]
+        else:
+            command = ["mpiexec", "-n", str(ranks), sys.executable, *own]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        result: dict[str, list[float]] = json.loads(path.read_text())
+        return result
+
+
+def report(title: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    print(f"\n{title}")
+    results = {}
+    base, theirs = seconds[BASE], seconds.get("torch PeriodicModelAverager")
+    for name, own in seconds.items():
+        low, median, high = statistics.quantiles(own, n=4)
+        result = {
+            "median_ms": median * 1e3,
+            "iqr": (high - low) / median,
+            "ratio": median / statistics.median(base),
+            "ratio_by_rounds": statistics.median(a / b for a, b in zip(own, base, strict=True)),
+        }
+        text = f"  {name:<30} {median * 1e3:8.1f} ms   IQR {result['iqr']:4.0%}   {result['ratio']:5.2f} x base"
+        text += f" (by rounds {result['ratio_by_rounds']:.2f})"
+        if theirs is not None:
+            result["ratio_to_averager"] = median / statistics.median(theirs)
+            text += f"   {result['ratio_to_averager']:5.2f} x torch's averager"
+        print(text, flush=True)
+        results[name] = result
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--engines", nargs="+", default=["gloo", "mpi"], choices=["gloo", "mpi"])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--as-rank-of", help=argparse.SUPPRESS)  # as one rank
+    args = parser.parse_args()
+    if args.as_rank_of:
+        run(args.as_rank_of, args.rounds, args.json)
+        return 0
+    results = {}
+    for engine in args.engines:
+        for ranks in args.ranks:
+            title = f"{engine}, {ranks} ranks"
+            results[title] = report(title, launch(engine, ranks, args.rounds))
+    if args.json:
+        write(args.json, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
