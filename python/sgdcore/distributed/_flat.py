@@ -71,7 +71,7 @@ def flat(array: Any, label: str) -> Any:
         return _flat_tensor(array.detach(), label)
     order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
     view = array.transpose(order).reshape(-1)
-    if array.size and not np.shares_memory(view, array):
+    if not view.flags.c_contiguous or (array.size and not np.shares_memory(view, array)):
         raise ValueError(f"{label}: expected an array without gaps, got strides {array.strides}")
     return view
 
@@ -87,12 +87,10 @@ def _flat_tensor(tensor: Any, label: str) -> Any:
     if dtype_name(tensor.dtype) not in ITEM_BYTES:
         raise TypeError(f"{label}: expected a floating-point tensor, got {tensor.dtype}")
     order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
-    try:
-        return tensor.permute(order).view(-1)
-    except RuntimeError:
-        raise ValueError(
-            f"{label}: expected a tensor without gaps, got strides {tensor.stride()}"
-        ) from None
+    tensor = tensor.permute(order)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{label}: expected a tensor without gaps, got strides {tensor.stride()}")
+    return tensor.view(-1)
 
 
 def empty(like: Any, size: int, dtype: str) -> Any:

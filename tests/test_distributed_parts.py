@@ -1,0 +1,377 @@
+"""What sgdcore.distributed does on one process: slices, schedules, refusals, and a group of one."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sgdcore
+from sgdcore.distributed import (
+    AdaComm,
+    DataParallel,
+    LocalSGD,
+    OuterSGD,
+    PostLocal,
+    Progress,
+    SlowMo,
+    Stagewise,
+    as_process_group,
+)
+from sgdcore.distributed._flat import flat, join, runs
+from sgdcore.distributed._traffic import plan_slices
+from support import assert_same_bits
+
+
+class Done:
+    def wait(self) -> None: ...
+
+    def test(self) -> bool:
+        return True
+
+
+class Alone:
+    """A process group of one, which is all that the protocol asks for."""
+
+    rank, size = 0, 1
+    dtypes = frozenset({"float64", "float32", "float16", "bfloat16", "int64"})
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Done:
+        return Done()
+
+    def broadcast(self, array: Any, source: int = 0) -> Done:
+        return Done()
+
+    def reduce_scatter(self, output: Any, array: Any) -> Done:
+        output[...] = array
+        return Done()
+
+    def all_gather(self, output: Any, array: Any) -> Done:
+        output[...] = array
+        return Done()
+
+    def barrier(self) -> None: ...
+
+
+# Slices
+
+SIZES = st.lists(st.integers(0, 3000), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.data(), st.sampled_from([8, 64, 1000, 4096, 1 << 20]))
+def test_slices_hold_each_element_once(sizes: list[int], data: st.DataObject, limit: int) -> None:
+    """None is left out when a bucket is not filled; none is sent twice; none is too large."""
+    dtypes = [data.draw(st.sampled_from(["float32", "float64"])) for _ in sizes]
+    groups: list[list[int]] = []
+    for i in range(len(sizes)):  # side by side, if of one dtype and told so
+        together = groups and dtypes[groups[-1][-1]] == dtypes[i] and data.draw(st.booleans())
+        if together:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    slices = plan_slices(groups, sizes, dtypes, limit)
+    covered = [np.zeros(size, int) for size in sizes]
+    for piece in slices:
+        assert 0 < piece.size * (8 if piece.dtype == "float64" else 4) <= limit
+        for part in piece.parts:
+            assert dtypes[part.index] == piece.dtype
+            covered[part.index][part.start : part.stop] += 1
+    assert all((each == 1).all() for each in covered)
+
+
+def test_large_arrays_are_cut_evenly_and_small_ones_gathered() -> None:
+    sizes = [10_000_000, 1000, 2000, 1_000_000, 3000]
+    slices = plan_slices([[0], [1], [2], [3], [4]], sizes, ["float32"] * 5)
+    assert [[part.index for part in piece.parts] for piece in slices] == [
+        [0],
+        [0],
+        [0],
+        [3],
+        [1, 2, 4],
+    ]
+    assert [piece.size for piece in slices] == [3333334, 3333334, 3333332, 1_000_000, 6000]
+
+
+ARRAYS: dict[str, Any] = {
+    "C order": np.zeros((3, 4)),
+    "Fortran order": np.zeros((3, 4), order="F"),
+    "transposed": np.zeros((2, 3, 4)).transpose(1, 2, 0),
+    "axis of one": np.zeros((3, 1, 4))[:, ::-1],
+    "scalar": np.array(1.0),
+    "empty": np.zeros((0, 3)),
+    "tensor": torch.zeros(3, 4),
+    "channels_last": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "complex": torch.zeros(3, dtype=torch.complex64),
+    "tensor of no axes": torch.tensor(1.0),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_flat_views_share_memory(name: str) -> None:
+    array = ARRAYS[name]
+    view = flat(array, "x")
+    size = (
+        array.size
+        if isinstance(array, np.ndarray)
+        else torch.view_as_real(array).numel()
+        if array.is_complex()
+        else array.numel()
+    )
+    assert view.shape == (size,)
+    if size:
+        view[0] = 7
+        assert (np.asarray(array) == 7).any()
+        view[0] = 0
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 4))[:, :2], np.zeros(6)[::2], torch.zeros(4, 4)[:, :2], torch.zeros(1).expand(3)],
+    ids=["columns", "every second", "columns of a tensor", "expanded"],
+)
+def test_gaps_are_refused(array: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"x: expected an? (array|tensor) without gaps, got strides"
+    ):
+        flat(array, "x")
+
+
+def test_neighbours_are_joined() -> None:
+    buffer = sgdcore.ParameterBuffer({"a": (3,), "b": (4, 2), "c": (1,)})
+    views = [flat(p.data, p.name) for p in buffer.values()]
+    assert runs(views) == [[0, 1, 2]]
+    whole = join(views[1:])
+    whole[...] = 5
+    assert buffer.data.tolist() == [0] * 3 + [5] * 9
+    assert runs([views[1], views[0], views[2]]) == [[0], [1], [2]]
+    assert runs([np.zeros(3), np.zeros(3)]) == [[0], [1]]
+    base = torch.zeros(10)
+    parts = [base[:4], base[4:9], base[9:]]
+    assert runs(parts) == [[0, 1, 2]]
+    join(parts[:2])[...] = 1
+    assert base.tolist() == [1] * 9 + [0]
+    assert join([base[:4], base[5:]]) is None
+
+
+# One rank
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "warm-up": {"warmup_steps": 3},
+    "average": {"momentum_sync": "average"},
+    "reset": {"momentum_sync": "reset"},
+    "outer": {"outer": OuterSGD(0.7, 0.9, nesterov=True)},
+    "slowmo": {"outer": SlowMo(0.5)},
+    "wire": {"wire_dtype": "bfloat16"},
+    "transactional": {"transactional": True},
+    "levels": {"levels": [(Alone(), 1)]},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_one_rank_changes_nothing(kind: str, options: dict[str, Any]) -> None:
+    """Bit for bit, and nothing moves."""
+    rng = np.random.default_rng(0)
+    starts = [rng.standard_normal(shape).astype(np.float32) for shape in ((3, 4), (5,))]
+    gradients = [
+        [rng.standard_normal(a.shape).astype(np.float32) for a in starts] for _ in range(7)
+    ]
+    hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+
+    def build() -> Any:
+        if kind == "numpy":
+            return sgdcore.SGD([sgdcore.Parameter(a.copy()) for a in starts], **hyper)
+        return sgdcore.torch.SGD([torch.nn.Parameter(torch.tensor(a)) for a in starts], **hyper)
+
+    trained = []
+    for wrap in (
+        lambda o: o,
+        lambda o: LocalSGD(o, Alone(), sync_every=2, **options),
+        lambda o: DataParallel(o, Alone()),
+    ):
+        optimizer = wrap(build())
+        params = optimizer.param_groups[0]["params"]
+        where = [np.asarray(p.data).ctypes.data for p in params]
+        for each in gradients:
+            for p, g in zip(params, each, strict=True):
+                p.grad = g.copy() if kind == "numpy" else torch.tensor(g)
+            optimizer.step()
+        if hasattr(optimizer, "finish"):
+            optimizer.finish()
+        assert [np.asarray(p.data).ctypes.data for p in params] == where
+        trained.append([np.asarray(p.data).copy() for p in params])
+    for other in trained[1:]:
+        for a, b in zip(other, trained[0], strict=True):
+            assert_same_bits(a, b)
+
+
+# Schedules
+
+
+def test_postlocal_and_stagewise() -> None:
+    def at(step: int) -> Progress:
+        return Progress(step, 0, 1, 0.1)
+
+    assert [PostLocal(8, after=3).period(at(step)) for step in (0, 2, 3, 100)] == [1, 1, 8, 8]
+    stages = Stagewise({0: 1, 10: 4, 20: 16})
+    assert [stages.period(at(step)) for step in (0, 9, 10, 19, 20, 99)] == [1, 1, 4, 4, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("period", "step", "loss", "expected"),
+    [
+        (0, 0, None, 10),
+        (10, 15, None, 10),  # within the interval
+        (10, 105, 1.0, 5),  # sqrt(1) * 10 is not less than 10: halved
+        (10, 105, 0.25, 5),
+        (10, 105, 0.04, 2),
+        (2, 101, 1.0, 1),
+        (1, 100, 0.5, 1),
+        (10, 105, 0.0, 1),
+    ],
+)
+def test_adacomm(period: int, step: int, loss: float | None, expected: int) -> None:
+    progress = Progress(step, 0, period, 0.1, loss, None if loss is None else 1.0)
+    assert AdaComm(initial=10, interval=100).period(progress) == expected
+
+
+# Refusals
+
+
+def sgd() -> sgdcore.SGD:
+    return sgdcore.SGD([np.zeros(3, np.float32)], lr=0.1)
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "no optimizer": (
+        lambda: LocalSGD([]),
+        TypeError,
+        "optimizer: expected one of sgdcore or torch.optim, got list",
+    ),
+    "twice": (
+        lambda: DataParallel(LocalSGD(sgd(), Alone()), Alone()),
+        TypeError,
+        "optimizer: it is distributed already",
+    ),
+    "group": (
+        lambda: LocalSGD(sgd(), "gloo"),
+        TypeError,
+        "group: expected a process group .* got 'gloo'",
+    ),
+    "sync_every=0": (
+        lambda: LocalSGD(sgd(), Alone(), sync_every=0),
+        ValueError,
+        "sync_every: expected at least 1, got 0",
+    ),
+    "sync_every=1.5": (
+        lambda: LocalSGD(sgd(), Alone(), sync_every=1.5),  # type: ignore[arg-type]
+        TypeError,
+        r"sync_every: expected an integer or an object with a method period\(progress\), got 1.5",
+    ),
+    "warmup_steps": (
+        lambda: LocalSGD(sgd(), Alone(), warmup_steps=-1),
+        ValueError,
+        "warmup_steps: expected at least 0, got -1",
+    ),
+    "momentum_sync": (
+        lambda: LocalSGD(sgd(), Alone(), momentum_sync="sum"),
+        ValueError,
+        "momentum_sync: expected 'keep', 'average' or 'reset', got 'sum'",
+    ),
+    "outer": (
+        lambda: LocalSGD(sgd(), Alone(), outer=0.7),
+        TypeError,
+        "outer: expected an OuterSGD, a SlowMo or None, got 0.7",
+    ),  # type: ignore[arg-type]
+    "outer lr": (lambda: OuterSGD(-1.0), ValueError, "lr: expected a number >= 0, got -1.0"),
+    "outer nesterov": (
+        lambda: OuterSGD(1.0, nesterov=True),
+        ValueError,
+        "nesterov: expected a momentum to go with it",
+    ),
+    "slowmo": (lambda: SlowMo("0.5"), TypeError, "momentum: expected a number, got '0.5'"),  # type: ignore[arg-type]
+    "wire_dtype": (
+        lambda: LocalSGD(sgd(), Alone(), wire_dtype="int8"),
+        TypeError,
+        "wire_dtype: expected one of .* got 'int8'",
+    ),
+    "wire_dtype, data parallel": (
+        lambda: DataParallel(sgd(), Alone(), wire_dtype=np.int32),
+        TypeError,
+        "wire_dtype: expected one of",
+    ),
+    "slice_bytes": (
+        lambda: DataParallel(sgd(), Alone(), slice_bytes=4),
+        ValueError,
+        "slice_bytes: expected at least 8, got 4",
+    ),
+    "levels": (
+        lambda: LocalSGD(sgd(), Alone(), levels=[Alone()]),
+        TypeError,
+        r"levels\[0\]: expected a pair \(group, every\)",
+    ),  # type: ignore[list-item]
+    "levels, every": (
+        lambda: LocalSGD(sgd(), Alone(), levels=[(Alone(), 0)]),
+        ValueError,
+        r"levels\[0\]: expected at least 1, got 0",
+    ),
+    "stages": (
+        lambda: Stagewise({5: 2}),
+        ValueError,
+        "stages: expected one that begins at step 0, got {5: 2}",
+    ),
+    "stage": (lambda: Stagewise({0: 0}), ValueError, r"stages\[0\]: expected at least 1, got 0"),
+    "adacomm": (lambda: AdaComm(0, 5), ValueError, "initial: expected at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "match"), REFUSED.values(), ids=REFUSED)
+def test_refusals(call: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_a_schedule_that_answers_nonsense() -> None:
+    class Nonsense:
+        def period(self, progress: Progress) -> Any:
+            return 2.5
+
+    local = LocalSGD(sgd(), Alone(), sync_every=Nonsense())
+    with pytest.raises(TypeError, match=r"the schedule's period: expected an integer, got 2\.5"):
+        local.step(grads=[np.ones(3, np.float32)])
+
+
+def fake(initialised: bool) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: initialised,
+        Is_initialized=lambda: initialised,
+        Is_finalized=lambda: False,
+        ProcessGroup=type("ProcessGroup", (), {}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("both", "match"),
+    [
+        (
+            False,
+            "no process group is initialised. With torch, start with torchrun and call .*; with MPI, start with mpiexec",
+        ),
+        (True, "both torch.distributed and MPI are initialised; say which with group="),
+    ],
+    ids=["none", "both"],
+)
+def test_none_or_two_engines(both: bool, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed", fake(both))
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", fake(both))
+    with pytest.raises(RuntimeError, match=match):
+        as_process_group()
