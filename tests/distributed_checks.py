@@ -353,7 +353,7 @@ def averaging(context: Context, kind: str) -> None:
         close(ours, mean.astype(np.float32), 8)
     assert_equal_on_all(context, params)
     assert addresses_of(params) == where
-    assert local._round == 2
+    assert local.round == 2
 
 
 @check(cases=KINDS)
@@ -498,7 +498,7 @@ def uneven_shards(context: Context) -> None:
         with LocalSGD(optimizer, **options) as local:
             train(context, local, 9 + 7 * context.rank)
         assert_equal_on_all(context, params_of(optimizer))
-        assert len(set(on_all(context, local._round))) == 1
+        assert len(set(on_all(context, local.round))) == 1
         assert len(set(on_all(context, local._step))) == 1
 
 
@@ -509,7 +509,7 @@ def equal_shards_end_without_extra_rounds(context: Context) -> None:
         train(context, local, 8)
         before = values_of(optimizer)
     assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
-    assert (local._step, local._round) == (8, 2)
+    assert (local._step, local.round) == (8, 2)
 
 
 @check()
@@ -522,7 +522,7 @@ def sync_ends_a_round(context: Context) -> None:
     before = values_of(optimizer)
     local.sync()
     assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
-    assert local._round == 1
+    assert local.round == 1
 
 
 class Recording:
@@ -547,7 +547,7 @@ def schedules(context: Context) -> None:
     ):
         local = LocalSGD(make("numpy flat"), sync_every=schedule, warmup_steps=warmup)
         train(context, local, steps)
-        assert local._round == rounds, schedule
+        assert local.round == rounds, schedule
     recording = Recording()
     local = LocalSGD(make("numpy flat"), sync_every=recording)
     for step in range(6):
@@ -570,7 +570,7 @@ def adacomm(context: Context) -> None:
     for step in range(30):
         put_gradients(optimizer, np.random.default_rng([context.rank, step]))
         local.step(closure=lambda step=step: 4.0 if step < 8 else 1.0)
-        if local._step_in_round == 0:
+        if local.step_in_round == 0:
             periods.append(local._last_period)
     # sqrt(1) * 8 is no less than 8, so halved; then sqrt(1 / 4) * 8 is no less than 4.
     assert periods == [8, 4, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]
@@ -704,7 +704,7 @@ def checkpoints_that_do_not_fit(context: Context) -> None:
         outer.load_state_dict(state)
     # A plain optimizer's begins a new round.
     outer.load_state_dict(make("numpy flat").state_dict())
-    assert (outer._step_in_round, outer._anchored) == (0, False)
+    assert (outer.step_in_round, outer._anchored) == (0, False)
 
 
 # Data parallel
@@ -891,7 +891,7 @@ def going_on_with_other_ranks(context: Context) -> None:
         else:
             local.rebind(smaller)
             train(context, local, 6, first=10)
-            assert local._round == 4
+            assert local.round == 4
             local.rebind(context.group)
         assert_equal_on_all(context, params_of(optimizer))
         # With `transactional` back at the end of the round.
@@ -911,6 +911,96 @@ def going_on_with_other_ranks(context: Context) -> None:
     assert data._steps == 8
     assert_equal_on_all(context, params_of(data))
     assert_equal_on_all(context, momenta_of(data))
+
+
+class Failing(Counting):
+    """A group whose rank 1 hears of a failure at the end of its last operation, as a dying peer may leave it."""
+
+    armed = False
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Any:
+        work = super().all_reduce(array, op)
+        if not (self.armed and self.rank == 1 and array.shape[0] > 50):
+            return work
+
+        class Broken:
+            def wait(self) -> None:
+                work.wait()
+                raise ConnectionError("the peer is gone")
+
+        return Broken()
+
+
+@check()
+def ranks_that_completed_a_round_lead(context: Context) -> None:
+    """One rank failed in a round that the others completed: after rebind it is where they are."""
+    for options in (
+        {"transactional": True},
+        {"transactional": True, "outer": SlowMo(0.5), "momentum_sync": "average"},
+        {"transactional": False},
+    ):
+        group = Failing(context.group)
+        optimizer = make("numpy flat")
+        local = LocalSGD(optimizer, group, sync_every=2, **options)
+        train(context, local, 2)
+        end = values_of(optimizer)
+        group.armed = True
+        if context.rank == 1:
+            outcome = (
+                "are those of the end of round 1"
+                if options["transactional"]
+                else "are left in the middle"
+            )
+            with pytest.raises(
+                sgdcore.distributed.RoundError, match=f"round 2 .* rank 1 .* parameters .*{outcome}"
+            ):
+                train(context, local, 2, first=2)
+            if options["transactional"]:
+                assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), end, strict=True))
+            else:
+                with pytest.raises(
+                    RuntimeError, match="a round failed and left the parameters in the middle"
+                ):
+                    local.step()
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                # Rank 1 does not get to the momentum.
+                patch.setattr(local._momentum, "averager", lambda wanted: None)
+                train(context, local, 2, first=2)
+            assert local.round == 2
+        group.armed = False
+        local.rebind(group)
+        assert local.round == 2
+        assert local.step_in_round == 0
+        assert_equal_on_all(context, params_of(optimizer))
+        if options.get("momentum_sync") == "average":
+            assert_equal_on_all(context, momenta_of(optimizer))
+        train(context, local, 2, first=4)
+        assert_equal_on_all(context, params_of(optimizer))
+
+
+@check()
+def long_rounds_end_at_once(context: Context) -> None:
+    optimizer = make("numpy flat")
+    with LocalSGD(optimizer, sync_every=10**12, transactional=True) as local:
+        train(context, local, 3 + context.rank)
+    assert_equal_on_all(context, params_of(optimizer))
+    assert local.round == 1
+
+
+@check()
+def a_failure_before_the_first_step_changes_nothing(context: Context) -> None:
+    class Gone(Counting):
+        def all_reduce(self, array: Any, op: str = "sum") -> Any:
+            raise ConnectionError("all are gone")
+
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, transactional=True)
+    local._group = Gone(context.group)
+    with refused(
+        context, sgdcore.distributed.RoundError, "round 1 .* all are gone", *params_of(optimizer)
+    ):
+        local.sync()
 
 
 @check()

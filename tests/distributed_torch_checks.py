@@ -214,6 +214,24 @@ def a_step_without_a_backward_pass(context: Context) -> None:
 
 
 @check(TORCH)
+def frozen_parameters_stay_at_home(context: Context) -> None:
+    """Until they are unfrozen."""
+    module, group = network(), Counting(context.group)
+    module[3].requires_grad_(False)
+    data = DataParallel(sgd(module), group)
+    frozen = module[3].weight.numel() + module[3].bias.numel()
+    counts = []
+    for step in range(2):
+        group.elements = 0
+        backward(module, *batch(context.rank, step))
+        data.step()
+        counts.append(group.elements)
+        module[3].requires_grad_(True)
+    assert counts[1] - counts[0] == frozen
+    assert_equal_on_all(context, list(module.parameters()))
+
+
+@check(TORCH)
 def finished_ranks_take_part(context: Context) -> None:
     module = network()
     with DataParallel(sgd(module)) as data:
@@ -268,8 +286,8 @@ def grad_scaler(context: Context, kind: str) -> None:
             for p, q in zip(module.parameters(), reference.parameters(), strict=True):
                 assert same_bits(p, q), step
         assert scalers[0].get_scale() == scalers[1].get_scale()
-    assert local._round == 1
-    assert local._step_in_round == 3
+    assert local.round == 1
+    assert local.step_in_round == 3
     local.finish()
     assert_equal_on_all(context, list(module.parameters()))
 
@@ -326,7 +344,7 @@ def schedulers_closures_and_hooks(context: Context, kind: str) -> None:
     assert calls == ["pre", "post"] * 4
     assert local.param_groups[0]["lr"] == 0.05 / 16
     assert local.optimizer.param_groups is local.param_groups
-    assert local._round == 2
+    assert local.round == 2
     assert_equal_on_all(context, list(module.parameters()))
     data = DataParallel(sgd(module, kind))
     before = values_of(data)

@@ -116,7 +116,12 @@ class DataParallel(Wrapper):
         self._views = views = Views(self._optimizer)
         self._momentum = Momenta(self._optimizer, views)
         self._wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
-        sizes = [len(view) for view in views.flats]
+        self._trained = self._requires_grad()
+        # Frozen parameters get no gradients, and are left out.
+        sizes = [
+            len(view) if trained else 0
+            for view, trained in zip(views.flats, self._trained, strict=True)
+        ]
         self._slices = plan_slices(views.runs[::-1], sizes, self._wires, self._slice_bytes)
         self._staging: dict[int, Any] = {}
         if self._wire is not None:
@@ -127,6 +132,14 @@ class DataParallel(Wrapper):
                 self._errors.append(error)
         self._begin()
         self._hook()
+
+    def _requires_grad(self) -> list[bool]:
+        return [getattr(parameter, "requires_grad", True) for parameter in self._views.parameters]
+
+    def _follow_changes(self) -> None:
+        """Start anew if parameters were frozen or unfrozen."""
+        if self._trained != self._requires_grad():
+            self._set_up()
 
     def _hook(self) -> None:
         _remove(self._hooks)
@@ -154,6 +167,7 @@ class DataParallel(Wrapper):
             "parameters": self._views.layout(),
             "slice_bytes": str(self._slice_bytes),
             "wire_dtype": str(self._wire),
+            "requires_grad": str(self._trained),
         }
         compare(self._group, like, facts)
         self._follow_first(status)
@@ -186,6 +200,7 @@ class DataParallel(Wrapper):
         if not self._syncing:
             return
         if not self._in_backward:
+            self._follow_changes()
             self._in_backward = True
             torch = sys.modules["torch"]
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
@@ -297,6 +312,8 @@ class DataParallel(Wrapper):
             idle: take part with the weight 0, and leave the gradients alone.
             given: new gradients are not the parameters' own.
         """
+        if self._next == 0:
+            self._follow_changes()
         weight = 0.0 if idle else float(self.weight)
         sent: Sequence[Any] = [None] * len(gradients) if idle else gradients
         try:

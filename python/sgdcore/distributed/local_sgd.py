@@ -238,6 +238,16 @@ class LocalSGD(Wrapper):
         if self._momentum_sync == "average":
             self._momentum.broadcast(self._group, source)
 
+    @property
+    def round(self) -> int:
+        """The number of rounds completed."""
+        return self._round
+
+    @property
+    def step_in_round(self) -> int:
+        """The number of steps since the last round's end; 0 right after it, when all ranks are equal."""
+        return self._step_in_round
+
     # Training
 
     def step(
@@ -291,7 +301,7 @@ class LocalSGD(Wrapper):
             self._take_anchor()
         training: int | None = None
         while training != 0:
-            training = self._advance()
+            training = self._advance(self._until_next_average())
 
     def __enter__(self) -> Self:
         return self
@@ -312,12 +322,20 @@ class LocalSGD(Wrapper):
                 "are left (transactional=True would have kept the last round's)"
             )
 
-    def _advance(self) -> int | None:
-        """Count a step; average what is due. Returns, at the end of a round, how many ranks stepped in it."""
+    def _until_next_average(self) -> int:
+        """Return the number of steps until something is due."""
         if self._period == 0:
             self._period = self._next_period()
-        self._step += 1
-        self._step_in_round += 1
+        done = self._step_in_round
+        steps = [every - done % every for _, every in self._levels]
+        return min([max(1, self._period - done), *steps])
+
+    def _advance(self, steps: int = 1) -> int | None:
+        """Count steps; average what is due. Returns, at the end of a round, how many ranks stepped in it."""
+        if self._period == 0:
+            self._period = self._next_period()
+        self._step += steps
+        self._step_in_round += steps
         if self._step_in_round >= self._period:
             return self._average_all()
         for group, every in reversed(self._levels):
@@ -443,7 +461,8 @@ class LocalSGD(Wrapper):
         """Leave a failed round behind in a state that is known; returns what to raise."""
         number = self._round + 1
         if self._transactional:
-            self._restore()
+            if self._anchored:  # else this rank has taken no step yet
+                self._restore()
             outcome = f"parameters and momentum are those of the end of round {self._round}"
         elif writing:
             self._broken = True
@@ -505,6 +524,7 @@ class LocalSGD(Wrapper):
         self._follow_moves()
         if self._transactional and self._anchored:
             self._restore()
+            self._broken = False
         self._bind()
         self._join(_BROKEN if self._broken else _INTACT + self._round)
 
