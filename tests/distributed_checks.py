@@ -810,10 +810,13 @@ def buffers_travel_without_copies(context: Context) -> None:
     assert [a for a, _ in large] == [s for s in starts for _ in (0,)]
     data = DataParallel(sgdcore.SGD(buffer, lr=0.1), group, slice_bytes=4 << 20)
     group.arrays.clear()
+    buffer.grad[:], data.weight = context.rank, context.rank + 1
     data.step()
     large = [(a, n) for a, n in group.arrays if n > 100]
     assert [n for _, n in large] == [933334, 933334, 933332]
     assert large[0][0] == buffer.grad.ctypes.data
+    weights = np.arange(context.size) + 1
+    assert (buffer.grad == np.float32(((weights - 1) * weights).sum() / weights.sum())).all()
 
 
 @check()

@@ -37,8 +37,8 @@ __all__ = [
 
 SLICE_BYTES = 16 << 20
 # From this size on, an operation of its own costs less than copying into a bucket and back (benchmarks/distributed.py).
-DIRECT_BYTES = 2 << 20
-IN_FLIGHT = 4  # slices; keeps the engine busy while the next one is prepared
+DIRECT_BYTES = 3 << 20
+IN_FLIGHT = 8  # slices; keeps the engine busy while the next one is prepared
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ class Plain:
 class Differences:
     """What was added to the arrays since they were equal on all ranks, rounded to a shorter dtype.
 
-    What the rounding leaves over is added to the next difference (error feedback).
+    What the rounding leaves over is added to the next difference (error feedback). The engine's sums of such a dtype round,
+    too, which nothing feeds back.
 
     Args:
         views: the arrays.

@@ -54,7 +54,7 @@ class LocalSGD(Wrapper):
             average among themselves, plainly, as those of one machine can do often.
         wire_dtype: ``"bfloat16"`` or ``"float16"`` (or ``"float32"`` for float64): parameters then travel as differences to
             their values at the start of the round, rounded to this type; what rounding leaves over is added to the next
-            difference.
+            difference. Sums of such a type round as well.
         transactional: keep what is needed to return to the end of the last round if one fails.
 
     Memory, in words per parameter, beside p, g and momentum: +1 for `transactional`, `outer` and `wire_dtype` together (the
@@ -439,8 +439,23 @@ class LocalSGD(Wrapper):
         for values, anchor in self._regions:
             anchor[...] = values
         if self._transactional:
-            self._kept_momenta = [copied(momentum) for momentum in self._momentum.all()]
+            self._keep_momenta(self._momentum.all())
         self._anchored = True
+
+    def _keep_momenta(self, momenta: Sequence[Any]) -> None:
+        """Copy the momentum, into the memory of the last copies where there are any."""
+        kept = self._kept_momenta or [None] * len(momenta)
+        for i, momentum in enumerate(momenta):
+            if (
+                momentum is None
+                or i >= len(kept)
+                or kept[i] is None
+                or kept[i].dtype != momentum.dtype
+            ):
+                kept[i : i + 1] = [copied(momentum)]
+            else:
+                kept[i][...] = momentum
+        self._kept_momenta = kept
 
     def _restore(self) -> None:
         for values, anchor in self._regions:
@@ -583,7 +598,7 @@ class LocalSGD(Wrapper):
             _copy(self._anchors, own["anchors"])
             self._anchored = self._needs_anchor
         if own["momenta"] is not None:
-            self._kept_momenta = [copied(momentum) for momentum in own["momenta"]]
+            self._keep_momenta(own["momenta"])
         _copy(self._errors, own["errors"])
         if self._outer is not None:
             self._outer.load_state_dict(own["outer"])
