@@ -7,6 +7,7 @@ on memory that the caller keeps; a NumPy array reaches torch.distributed, and a 
 from __future__ import annotations
 
 import sys
+from time import monotonic, sleep
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +18,7 @@ from sgdcore.distributed._flat import dtype_name, is_torch
 __all__ = ["MpiGroup", "ProcessGroup", "TorchGroup", "Work", "as_process_group"]
 
 _OPERATIONS = ("sum", "max")
+_LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
@@ -182,10 +184,21 @@ class _TorchWork:
         self._work, self._tensors = work, tensors
 
     def wait(self) -> None:
+        if self._work is None:
+            return
         self._work.wait()
+        self._work = None
+        # gloo's thread refers to the tensors for a moment longer. Were it the last to do so, it would need the interpreter
+        # to let go of them, and abort the process if that is on its way out (github.com/pytorch/pytorch/pull/179291).
+        deadline = monotonic() + _LETTING_GO
+        for tensor in self._tensors:
+            while (
+                tensor.device.type == "cpu" and tensor._use_count() > 1 and monotonic() < deadline
+            ):
+                sleep(0)
 
     def test(self) -> bool:
-        return bool(self._work.is_completed())
+        return self._work is None or bool(self._work.is_completed())
 
 
 class MpiGroup:
