@@ -12,12 +12,14 @@ __all__ = ["check_count", "check_wire"]
 _WIRE_TYPES = ("float32", "float16", "bfloat16")
 
 
-def check_count(argument: str, value: Any, least: int) -> int:
-    """Return an integer that is at least `least`; raise a TypeError or ValueError naming the argument otherwise."""
+def check_count(argument: str, value: Any, least: int, below: int | None = None) -> int:
+    """Return an integer from `least` on and below `below`; raise a TypeError or ValueError naming the argument otherwise."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{argument}: expected at least {least}, got {value}")
+    if below is not None and value >= below:
+        raise ValueError(f"{argument}: expected less than {below}, got {value}")
     return value
 
 

@@ -1,0 +1,239 @@
+"""Which samples each worker sees: torch's DistributedSampler without torch, resumable within an epoch.
+
+The order of an epoch depends on (number of samples, seed, epoch) alone and is the same on every rank; the
+ranks take turns in it. What has been seen is therefore the beginning of that order, whatever the number
+of ranks, and one number says how far an epoch has come.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sgdcore.distributed._checks import check_count
+from sgdcore.distributed.groups import as_process_group
+
+__all__ = ["ShardSampler"]
+
+Indices = NDArray[np.int64]
+
+# Up to here torch draws 32 bits for each index, as `_permutation` does; above, 64.
+_MAX_WITHOUT_TORCH = (2**32 - 1) // 20
+
+
+class ShardSampler:
+    """The indices of this rank's samples, epoch after epoch: those of torch's DistributedSampler.
+
+    With N ranks and n samples, rank r takes the entries r, r + N, r + 2 N, ... of an order of all samples
+    that is shuffled by ``seed + epoch``. So that every rank gets as many, the order is continued from its
+    beginning, or with ``drop_last`` cut. Same arguments, same indices as torch.utils.data.DistributedSampler,
+    also where torch is not installed: the generator and the shuffle are written out in NumPy (for fewer
+    than 214,748,364 samples, and some 0.6 us each; if torch has been imported, it does the shuffling).
+
+    A torch DataLoader takes it as ``sampler=``. Without torch, iterate over it, or over `batches`.
+
+    Args:
+        dataset: anything with a length, or the length.
+        num_replicas: number of ranks. Default: that of `group`.
+        rank: which of them this is, from 0. Default: that in `group`.
+        shuffle: shuffle anew each epoch; without it the order is 0, 1, 2, ...
+        seed: start of the random numbers; the same on every rank.
+        drop_last: leave out the last ``n % num_replicas`` samples of the order, instead of repeating the first.
+        group: what `as_process_group` takes, asked only if `num_replicas` or `rank` is not given.
+
+    Raises:
+        TypeError: `dataset` has no length; a number is not an integer.
+        ValueError: `rank` is not one of the ranks; a number is out of range.
+
+    Example:
+        >>> sampler = ShardSampler(10, num_replicas=4, rank=1, shuffle=False)
+        >>> list(sampler)
+        [1, 5, 9]
+        >>> [batch.tolist() for batch in sampler.batches(2)]
+        [[1, 5], [9]]
+
+    Source: torch/utils/data/distributed.py for the rule; Matsumoto & Nishimura 1998 for the generator.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized | int,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        *,
+        group: Any = None,
+    ) -> None:
+        self.dataset = dataset
+        self._length = _length(dataset)
+        if num_replicas is None or rank is None:
+            process_group = as_process_group(group)
+            num_replicas = process_group.size if num_replicas is None else num_replicas
+            rank = process_group.rank if rank is None else rank
+        self.num_replicas = check_count("num_replicas", num_replicas, 1)
+        self.rank = check_count("rank", rank, 0, below=self.num_replicas)
+        self.shuffle = bool(shuffle)
+        self.drop_last = bool(drop_last)
+        self.seed = check_count("seed", seed, 0, below=2**63)
+        self.epoch = 0
+        # Of the epoch's order, all ranks together have been given so many; the next iteration starts
+        # from 0, unless a state was loaded.
+        self._seen = 0
+        self._start = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Indices that each rank gets in a whole epoch."""
+        return self._samples_after(0)
+
+    @property
+    def total_size(self) -> int:
+        """Indices that all ranks together get in a whole epoch."""
+        return self.num_samples * self.num_replicas
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return (int(batch[0]) for batch in self.batches(1))
+
+    def batches(self, batch_size: int) -> Iterator[Indices]:
+        """Yield the indices in arrays of `batch_size`, the last one perhaps shorter, to index arrays with.
+
+        Args:
+            batch_size: samples of a batch on this rank.
+
+        Raises:
+            TypeError, ValueError: `batch_size` is not an integer of at least 1.
+        """
+        batch_size = check_count("batch_size", batch_size, 1)
+        start, self._start = self._start, 0
+        shard = self._shard(start)
+        self._seen = start
+
+        def generate() -> Iterator[Indices]:
+            for first in range(0, len(shard), batch_size):
+                batch = shard[first : first + batch_size]
+                self._seen = start + (first + len(batch)) * self.num_replicas
+                yield batch
+
+        return generate()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the order, of the next iteration.
+
+        After `load_state_dict` the epoch that was loaded goes on where it was; another one starts from its
+        beginning.
+
+        Raises:
+            TypeError, ValueError: `epoch` is not an integer of at least 0.
+        """
+        epoch = check_count("epoch", epoch, 0, below=2**63)
+        if epoch != self.epoch:
+            self._seen = self._start = 0
+        self.epoch = epoch
+
+    def state_dict(self, position: int | None = None) -> dict[str, Any]:
+        """Return where the epoch stands: the same on every rank that is as far.
+
+        Args:
+            position: indices of this rank's shard that have been trained on since the epoch began. Default:
+                those handed out. A DataLoader asks for batches ahead of their use, so count for it.
+
+        Raises:
+            TypeError, ValueError: `position` is not an integer from 0 to ``len(sampler)``.
+        """
+        seen = self._seen
+        if position is not None:
+            below = self.num_samples + 1
+            seen = check_count("position", position, 0, below) * self.num_replicas
+        return {
+            "length": self._length,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "epoch": self.epoch,
+            "seen": seen,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the state was taken; the next iteration yields the rest of that epoch.
+
+        The number of ranks may have changed since: what is left of the order is shared among those there are.
+
+        Raises:
+            TypeError: `state_dict` is no mapping, or a value in it is of the wrong kind.
+            ValueError: a key is missing, or the order would be another one: of other length, seed or shuffle.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+        mine = self.state_dict()
+        missing = mine.keys() - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict: lacks {sorted(missing)}")
+        for key in ("length", "seed", "shuffle"):
+            if state_dict[key] != mine[key]:
+                raise ValueError(
+                    f"state_dict[{key!r}]: the state is of a sampler with {state_dict[key]!r}, this one "
+                    f"has {mine[key]!r}"
+                )
+        epoch = check_count("state_dict['epoch']", state_dict["epoch"], 0, below=2**63)
+        seen = check_count("state_dict['seen']", state_dict["seen"], 0)
+        self.epoch, self._seen, self._start = epoch, seen, seen
+
+    def _samples_after(self, seen: int) -> int:
+        """Indices left for each rank when the first `seen` of the order are done."""
+        left = max(0, self._length - seen)
+        return left // self.num_replicas if self.drop_last else -(-left // self.num_replicas)
+
+    def _shard(self, seen: int) -> Indices:
+        """Return what this rank still has to do when the first `seen` of the order are done."""
+        count = self._samples_after(seen)
+        if not count:
+            return np.empty(0, np.int64)
+        if self.shuffle:
+            order = _permutation(self._length, self.seed + self.epoch)
+        else:
+            order = np.arange(self._length)
+        places = seen + self.rank + self.num_replicas * np.arange(count)
+        return order[places % self._length]
+
+
+def _permutation(count: int, seed: int) -> Indices:
+    """Return what ``torch.randperm(count, generator=torch.Generator().manual_seed(seed))`` does."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        order: Indices = torch.randperm(
+            count, generator=torch.Generator().manual_seed(seed)
+        ).numpy()
+        return order
+    if count >= _MAX_WITHOUT_TORCH:
+        raise ValueError(
+            f"dataset: {count} samples are shuffled by torch only; import torch, or pass shuffle=False"
+        )
+    # torch seeds the same Mersenne Twister as NumPy's RandomState, with the lower 32 bits, and swaps
+    # place i with one of those from i on, chosen by the remainder of one 32-bit draw.
+    random = np.random.RandomState(seed % 2**32)
+    draws = random.randint(2**32, size=count - 1, dtype=np.uint32)
+    others = np.arange(count - 1) + draws % np.arange(count, 1, -1)
+    shuffled = list(range(count))
+    for i, j in enumerate(others.tolist()):
+        shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
+    return np.array(shuffled, np.int64)
+
+
+def _length(dataset: Any) -> int:
+    """Return a data set's length, or the integer that stands for one."""
+    if isinstance(dataset, int) and not isinstance(dataset, bool):
+        return check_count("dataset", dataset, 0)
+    try:
+        return len(dataset)
+    except TypeError:
+        kind = type(dataset).__name__
+        message = f"dataset: expected something with a length, or an integer, got {kind}"
+        raise TypeError(message) from None
