@@ -11,22 +11,30 @@ from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import MpiGroup, ProcessGroup, TorchGroup, Work, as_process_group
 from sgdcore.distributed.local_sgd import LocalSGD
 from sgdcore.distributed.outer import OuterSGD, SlowMo
+from sgdcore.distributed.planning import Link, Plan, Prediction, measure, plan
+from sgdcore.distributed.sampler import ShardSampler
 from sgdcore.distributed.schedules import AdaComm, PostLocal, Progress, Schedule, Stagewise
 
 __all__ = [
     "AdaComm",
     "DataParallel",
+    "Link",
     "LocalSGD",
     "MpiGroup",
     "OuterSGD",
+    "Plan",
     "PostLocal",
+    "Prediction",
     "ProcessGroup",
     "Progress",
     "RoundError",
     "Schedule",
+    "ShardSampler",
     "SlowMo",
     "Stagewise",
     "TorchGroup",
     "Work",
     "as_process_group",
+    "measure",
+    "plan",
 ]

@@ -1,0 +1,319 @@
+"""The model of distributed training's speed: its numbers by hand, and its parameters from a clock of known speed."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgdcore.distributed import Link, Plan, ProcessGroup, measure, plan, planning
+
+GIGABIT = Link(latency=50e-6, bandwidth=1e9 / 8)
+
+
+def test_docstrings() -> None:
+    result = doctest.testmod(planning)
+    assert result.attempted >= 4
+    assert result.failed == 0
+
+
+# The model, by hand
+
+
+def test_all_reduce_by_hand() -> None:
+    # Four ranks: six messages one after the other, each a quarter of 4 MB at 1 MB/s, and 0.5 s of latency.
+    assert Link(0.5, 1e6).all_reduce(4e6, ranks=4) == pytest.approx(6 * (0.5 + 1))
+    assert Link(0.5, 1e6).all_reduce(4e6, ranks=1) == 0
+
+
+@pytest.mark.parametrize(
+    ("wire_dtype", "momentum_sync", "nbytes"),
+    [
+        ("float64", "keep", 8e6),
+        ("float32", "keep", 4e6),
+        ("float32", "reset", 4e6),
+        ("float32", "average", 8e6),
+        ("bfloat16", "average", 4e6),
+        ("float16", "keep", 2e6),
+    ],
+)
+@pytest.mark.parametrize("overlap", [False, True], ids=["blocking", "overlapped"])
+@pytest.mark.parametrize("period", [1, 2, 64])
+def test_predictions(
+    wire_dtype: str, momentum_sync: str, nbytes: float, overlap: bool, period: int
+) -> None:
+    table = plan(
+        1e6,
+        0.02,
+        GIGABIT,
+        ranks=[3],
+        sync_every=[period],
+        wire_dtypes=[wire_dtype],
+        momentum_sync=momentum_sync,
+        overlap=overlap,
+    )
+    (row,) = table.predictions
+    assert (row.ranks, row.wire_dtype, row.sync_every) == (3, wire_dtype, period)
+    assert row.round_seconds == pytest.approx(4 * 50e-6 + 4 / 3 * nbytes / 125e6)
+    spread = row.round_seconds / period
+    assert row.step_seconds == pytest.approx(max(0.02, spread) if overlap else 0.02 + spread)
+    assert row.efficiency == pytest.approx(0.02 / row.step_seconds)
+    assert row.step_bytes == pytest.approx(4 / 3 * nbytes / period)
+    assert table.predict(3, wire_dtype, period) == row
+
+
+def test_every_combination_in_order() -> None:
+    table = plan(1e6, 0.02, GIGABIT, ranks=(2, 4), sync_every=(1, 8), wire_dtypes=("float16",))
+    assert [(p.ranks, p.sync_every) for p in table.predictions] == [(2, 1), (2, 8), (4, 1), (4, 8)]
+
+
+@given(
+    efficiency=st.floats(0.01, 0.99),
+    ranks=st.integers(1, 99),
+    overlap=st.booleans(),
+    t_c=st.floats(1e-3, 1),
+)
+def test_smallest_period_for_an_efficiency(
+    efficiency: float, ranks: int, overlap: bool, t_c: float
+) -> None:
+    table = plan(1e7, t_c, GIGABIT, ranks=ranks, overlap=overlap)
+    period = table.sync_every(efficiency, ranks)
+    assert table.predict(ranks, "float32", period).efficiency >= efficiency * (1 - 1e-9)
+    if period > 1:
+        assert table.predict(ranks, "float32", period - 1).efficiency < efficiency
+
+
+def test_figures_of_the_field() -> None:
+    """ResNet-50 on 8 machines of 0.1 s a step wants a period of some 300, 30 and 3 at 1, 10 and 100 Gbit/s."""
+    periods = [
+        plan(25.6e6, 0.1, Link(20e-6, gigabits * 1e9 / 8), ranks=8).sync_every(0.95, 8)
+        for gigabits in (1, 10, 100)
+    ]
+    assert periods == [273, 28, 3]
+
+
+# What is shown
+
+
+def test_prints_each_combination() -> None:
+    table = plan(25.6e6, 0.1, GIGABIT, ranks=(2, 8), sync_every=(1, 64), overlap=True)
+    text = str(table)
+    head, note, columns, *rows = text.splitlines()
+    assert head == "25.6 M parameters, 100 ms a step without traffic; 50 us a message, 125 MB/s"
+    assert "overlapped" in note
+    assert columns.split() == ["N", "wire", "H=1", "H=64"]
+    assert [row.split()[:2] for row in rows] == [
+        [ranks, wire] for ranks in "28" for wire in ("float32", "bfloat16")
+    ]
+    assert rows[0].split()[2:] == ["819", "ms", "12%", "100", "ms", "100%"]
+    assert max(map(len, text.splitlines()[2:])) < 100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(2.0, "2 s"), (0.9999, "1 s"), (0.05, "50 ms"), (0.00099951, "1 ms"), (25e-6, "25 us")],
+)
+def test_units(seconds: float, shown: str) -> None:
+    assert f", {shown} a step" in str(plan(1, seconds, GIGABIT, ranks=2))
+
+
+def test_draws_a_png(tmp_path: Path) -> None:
+    path = tmp_path / "plan.png"
+    plan(1e6, 0.02, GIGABIT, ranks=(2, 4)).draw(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'sgdcore\[demo\]'"):
+        plan(1e6, 0.02, GIGABIT, ranks=2).draw(tmp_path / "plan.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Measuring
+
+
+class Done:
+    def wait(self) -> None:
+        pass
+
+    def test(self) -> bool:
+        return True
+
+
+class ClockedGroup:
+    """Ranks that hold the same numbers, and whose all-reduces take the time of a model on a clock of their own."""
+
+    rank = 0
+    dtypes = frozenset({"float32"})
+
+    def __init__(self, size: int, link: Link, disturbed: dict[int, float]) -> None:
+        self.size, self.link, self.disturbed = size, link, disturbed
+        self.now = 0.0
+        self.hiccups: tuple[int, ...] = ()  # which all-reduces take a second longer
+        self.calls: list[int] = []
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Done:
+        array *= self.size
+        self.now += self.link.all_reduce(array.nbytes, self.size) * self.disturbed.get(
+            array.nbytes, 1
+        )
+        self.calls.append(array.nbytes)
+        self.now += len(self.calls) in self.hiccups
+        return Done()
+
+    def broadcast(self, array: Any, source: int = 0) -> Done:
+        return Done()
+
+    def reduce_scatter(self, output: Any, array: Any) -> Done:
+        raise NotImplementedError
+
+    def all_gather(self, output: Any, array: Any) -> Done:
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        self.now += 1e-3
+
+
+def clocked(
+    monkeypatch: pytest.MonkeyPatch,
+    link: Link,
+    size: int = 2,
+    disturbed: dict[int, float] | None = None,
+) -> ClockedGroup:
+    group = ClockedGroup(size, link, disturbed or {})
+    assert isinstance(group, ProcessGroup)
+    monkeypatch.setattr(planning, "perf_counter", lambda: group.now)
+    return group
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("link", [GIGABIT, Link(0.0, 5e9), Link(2e-3, 12.5e9)], ids=str)
+def test_measures_what_the_clock_says(
+    link: Link, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure(clocked(monkeypatch, link, size))
+    assert measured.latency == pytest.approx(link.latency, rel=1e-3, abs=1e-9)
+    assert measured.bandwidth == pytest.approx(link.bandwidth, rel=1e-3)
+    assert measured.ranks == size
+    assert measured.error < 1e-4
+    assert plan(1e6, 0.02, measured).predictions[0].ranks == size
+
+
+def test_outliers_do_not_bend_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    disturbed = {1 << 14: 3.0, 1 << 22: 0.5}  # two of nine sizes
+    measured = measure(clocked(monkeypatch, GIGABIT, disturbed=disturbed))
+    assert measured.latency == pytest.approx(GIGABIT.latency, rel=1e-3)
+    assert measured.bandwidth == pytest.approx(GIGABIT.bandwidth, rel=1e-3)
+
+
+def test_hiccups_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = clocked(monkeypatch, GIGABIT)
+    # Of nine sizes in turn: the first time, and once in each size.
+    monkeypatch.setattr(planning, "_TRAIN_CALLS", 1)
+    group.hiccups = (*range(1, 10), *range(10, 71, 10), 17, 27)
+    measured = measure(group, rounds=7)
+    assert measured.latency == pytest.approx(GIGABIT.latency, rel=1e-3)
+    assert measured.bandwidth == pytest.approx(GIGABIT.bandwidth, rel=1e-3)
+
+
+def test_sizes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = clocked(monkeypatch, GIGABIT)
+    monkeypatch.setattr(planning, "_TRAIN_BYTES", 1600)
+    buffer = np.full(300, np.nan, np.float32)
+    measured = measure(group, sizes=[1200, 400], rounds=2, buffer=buffer)
+    # A first time that does not count, two that do, and the averaging of the two medians.
+    assert group.calls == [400, 400, 400, 400, 1200] * 3 + [8]
+    assert [size for size, _ in measured.samples] == [400, 1200]
+
+
+def test_a_line_through_the_best_two() -> None:
+    samples = [(1.0, 3.0), (2.0, 5.0), (3.0, 7.0), (4.0, 40.0)]
+    assert planning._fit_line(samples) == pytest.approx((1.0, 2.0))
+    falling = [(1.0, 3.0), (2.0, 2.0)]  # a message does not take less for being longer
+    assert planning._fit_line(falling) in ((0, 3), (0, 1))
+    steep = [(1.0, 0.5), (2.0, 2.5), (3.0, 4.5)]  # nor less than nothing for being short
+    assert planning._fit_line(steep) == (0, 0.5)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("latency", "bandwidth", "message"),
+    [
+        (-1e-6, 1e9, "latency: must be a finite number of at least 0, got -1e-06"),
+        (float("nan"), 1e9, "latency: must be a finite number of at least 0, got nan"),
+        (0, 0, "bandwidth: must be a finite number above 0, got 0"),
+        (0, float("inf"), "bandwidth: must be a finite number above 0, got inf"),
+    ],
+)
+def test_bad_links(latency: float, bandwidth: float, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Link(latency, bandwidth)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"parameters": 0}, ValueError, "parameters: must be a finite number above 0, got 0"),
+        ({"step_seconds": -1}, ValueError, "step_seconds: must be a finite number above 0, got -1"),
+        ({"link": 1e9}, TypeError, "link: expected a Link, got 1000000000.0"),
+        ({"ranks": None}, ValueError, "ranks: needed, because the link was not measured"),
+        ({"ranks": (2, 0)}, ValueError, "ranks: expected at least 1, got 0"),
+        ({"sync_every": (0,)}, ValueError, "sync_every: expected at least 1, got 0"),
+        ({"wire_dtypes": ("int8",)}, ValueError, "wire_dtype: expected one of .*, got 'int8'"),
+        ({"momentum_sync": "sum"}, ValueError, "momentum_sync: expected one of .*, got 'sum'"),
+    ],
+    ids=str,
+)
+def test_bad_plans(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        plan(**{"parameters": 1e6, "step_seconds": 0.1, "link": GIGABIT, "ranks": 2, **arguments})
+
+
+@pytest.mark.parametrize("efficiency", [0, 1, float("nan")])
+def test_bad_efficiencies(efficiency: float) -> None:
+    table: Plan = plan(1e6, 0.1, GIGABIT, ranks=2)
+    with pytest.raises(ValueError, match=r"^efficiency: must be above 0 and below 1, got "):
+        table.sync_every(efficiency, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"sizes": [4096]},
+            ValueError,
+            r"sizes: expected two multiples of 4 or more, got \[4096\]",
+        ),
+        ({"sizes": [4096, 6]}, ValueError, "sizes: expected two multiples of 4 or more, got"),
+        ({"rounds": 0}, ValueError, "rounds: expected at least 1, got 0"),
+        (
+            {"buffer": np.zeros(1000, np.float32)},
+            ValueError,
+            "buffer: must hold 16777216 bytes, got 4",
+        ),
+        ({"buffer": np.zeros(1 << 22)}, TypeError, "buffer: expected dtype float32, got float64"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_measurements(
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        measure(clocked(monkeypatch, GIGABIT), **arguments)
+
+
+def test_one_rank_has_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^group: has one rank"):
+        measure(clocked(monkeypatch, GIGABIT, size=1))
