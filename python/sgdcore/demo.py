@@ -9,6 +9,7 @@ Written to be read by someone who has a backward pass and wants sgdcore to do th
 3. `compare_steps` sets sgdcore's update beside the same update in plain NumPy (`NumpySGD`), after
    checking that both give the same numbers.
 
+``--distributed`` trains on several workers: demo_distributed.py, beside this, has the loop for that.
 The rest is command line, progress and plot. scikit-learn (the data), matplotlib (the plot) and tqdm
 (the progress bar) come with ``pip install 'sgdcore[demo]'``, imported only when the demo runs.
 """
@@ -24,17 +25,21 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 import sgdcore
+
+if TYPE_CHECKING:
+    from sgdcore.distributed import ProcessGroup
 
 Array = npt.NDArray[Any]
 LossFunction = Callable[[Array, Array], tuple[float, Array]]
@@ -272,19 +277,20 @@ def train(
                 images += NOISE * rng.standard_normal(images.shape, images.dtype.type)
                 activations = model.forward(images)
                 loss, delta = loss_function(activations[-1], data.train_labels[batch])
-                _check_finite(loss, epoch, lr)
+                check_finite(loss, epoch, lr)
                 model.backward(activations, delta)
                 optimizer.step()
                 history.steps += 1
                 history.seconds = perf_counter() - began
                 progress.step()
             record = evaluate(model, data, loss_function, epoch)
-            _check_finite(record.train_loss, epoch, lr)
+            check_finite(record.train_loss, epoch, lr)
             history.records.append(record)
             progress.epoch(record)
 
 
-def _check_finite(loss: float, epoch: int, lr: float) -> None:
+def check_finite(loss: float, epoch: int, lr: float) -> None:
+    """Raise a `DemoError` if the loss is infinite or no number."""
     if not math.isfinite(loss):
         raise DemoError(
             f"training diverged: the loss is {loss} in epoch {epoch} (learning rate {lr:.4g}); "
@@ -480,7 +486,7 @@ def _plot_path(text: str) -> Path:
         new = not path.exists()
         path.open("ab").close()
         if new:
-            path.unlink()
+            path.unlink(missing_ok=True)  # several ranks may look at the same time
     except OSError as error:
         problem = f"must be writable, got {text!r} ({error.strerror})"
         raise argparse.ArgumentTypeError(problem) from error
@@ -523,6 +529,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="N",
         help="threads of sgdcore (default: its own choice)",
+    )
+    workers = parser.add_argument_group("several workers")
+    workers.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train on the ranks that torchrun or mpiexec started, each on its shard of the images "
+        "with batches of its own",
+    )
+    workers.add_argument(
+        "--sync-every",
+        type=_positive,
+        default=16,
+        metavar="H",
+        help="average the parameters of the ranks every H steps; 1: their gradients in each step "
+        "(default: %(default)s)",
     )
     optimizer = parser.add_argument_group("optimizer (the arguments of sgdcore.SGD)")
     optimizer.add_argument(
@@ -704,7 +725,8 @@ def _report_steps(times: StepTimes, what: str) -> None:
         _say(f"  {name}  {1e6 * seconds:10.2f} us  {seconds / times.sgdcore:6.1f} x sgdcore's time")
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
+    """Train and report, alone or with the other ranks of a group, and return the exit code."""
     options = {
         "lr": args.lr,
         "momentum": args.momentum,
@@ -730,10 +752,30 @@ def _run(args: argparse.Namespace) -> int:
 
     history = History()
     interrupted = False
-    steps = args.epochs * math.ceil(len(data.train_labels) / args.batch_size)
+    samples = len(data.train_labels)
+    train_function: Callable[..., None] = train
+    if group is not None:
+        from sgdcore import demo_distributed
+
+        samples = math.ceil(samples / group.size)
+        train_function = partial(
+            demo_distributed.train_on_shards,
+            group=group,
+            sync_every=args.sync_every,
+            seed=args.seed,
+        )
+        if not args.quiet:
+            averaged = f"parameters averaged every {args.sync_every} steps"
+            if args.sync_every == 1:
+                averaged = "gradients averaged in each step"
+            _say(
+                f"{group.size} ranks, {averaged}; "
+                f"each with {samples} digits in batches of {args.batch_size}"
+            )
+    steps = args.epochs * math.ceil(samples / args.batch_size)
     try:
         with Progress(args.epochs, steps, args.quiet) as progress:
-            train(
+            train_function(
                 model,
                 optimizer,
                 data,
@@ -757,6 +799,8 @@ def _run(args: argparse.Namespace) -> int:
         f"training accuracy {100 * last.train_accuracy:.1f} %, loss {last.train_loss:.4f}"
     )
 
+    if group is not None and group.rank != 0:
+        return INTERRUPTED if interrupted else 0
     if not interrupted:
         try:
             _report_steps(compare_steps(model.shapes, args.dtype, options, rng), what)
@@ -784,7 +828,11 @@ def main(args: argparse.Namespace) -> int:
     """
     try:
         with _threads(args.threads):
-            return _run(args)
+            if args.distributed:
+                from sgdcore import demo_distributed
+
+                return demo_distributed.run(args)
+            return run(args)
     except DemoError as error:
         print(f"sgdcore demo: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,0 +1,127 @@
+"""``python -m sgdcore demo --distributed``: the demo's training on several workers.
+
+`train_on_shards` is the demo's loop again, and shows what changes with several ranks:
+
+1. The optimizer is wrapped: `LocalSGD` averages the parameters every H steps, `DataParallel` the gradients in each step.
+2. A `ShardSampler` says which images are this rank's, in place of a permutation of all.
+3. The parameters are made equal before the network is judged.
+
+Every rank runs everything; the first one alone prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+import sgdcore
+from sgdcore import demo
+from sgdcore.distributed import DataParallel, LocalSGD, ProcessGroup, ShardSampler, as_process_group
+
+# How the launchers tell a process its rank: torchrun; MPICH and what derives from it; Open MPI.
+_TORCHRUN, _MPIEXEC = "TORCHELASTIC_RUN_ID", ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+def train_on_shards(
+    model: demo.MLP,
+    optimizer: sgdcore.SGD,
+    data: demo.Digits,
+    *,
+    loss_function: demo.LossFunction,
+    schedule: Callable[[float], float],
+    epochs: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    history: demo.History,
+    progress: demo.Progress,
+    group: ProcessGroup,
+    sync_every: int,
+    seed: int,
+) -> None:
+    """Train as `sgdcore.demo.train` does, each rank with mini-batches of its shard of the images.
+
+    Raises:
+        DemoError: The loss is no longer finite, on every rank after the same epoch.
+    """
+    base_lr = optimizer.param_groups[0]["lr"]
+    workers = (
+        DataParallel(optimizer, group)
+        if sync_every == 1
+        else LocalSGD(optimizer, group, sync_every=sync_every)
+    )
+    sampler = ShardSampler(data.train_images, seed=seed, group=group)
+    noise = rng.spawn(group.size)[group.rank]
+    total_steps = epochs * math.ceil(len(sampler) / batch_size)
+    history.records.append(demo.evaluate(model, data, loss_function, epoch=0))
+    began = perf_counter()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for epoch in range(1, epochs + 1):
+            sampler.set_epoch(epoch)
+            for batch in sampler.batches(batch_size):
+                lr = base_lr * schedule(history.steps / total_steps)
+                optimizer.param_groups[0]["lr"] = lr
+                images = data.train_images[batch]
+                images += demo.NOISE * noise.standard_normal(images.shape, images.dtype.type)
+                activations = model.forward(images)
+                _, delta = loss_function(activations[-1], data.train_labels[batch])
+                model.backward(activations, delta)
+                workers.step()
+                history.steps += 1
+                history.seconds = perf_counter() - began
+                progress.step()
+            if isinstance(workers, LocalSGD):
+                workers.sync()
+            record = demo.evaluate(model, data, loss_function, epoch)
+            # Not after each step as alone: a rank that left while the others average would leave them waiting.
+            demo.check_finite(record.train_loss, epoch, lr)
+            history.records.append(record)
+            progress.epoch(record)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Join the other ranks and run the demo with them, and return the exit code."""
+    with _join() as group:
+        if group.rank == 0:
+            return demo.run(args, group)
+        silent = argparse.Namespace(**{**vars(args), "quiet": True, "plot": None})
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            try:
+                return demo.run(silent, group)
+            except demo.DemoError as error:  # which the first rank reports
+                return error.exit_code
+
+
+@contextmanager
+def _join() -> Iterator[ProcessGroup]:
+    """Use the engine of the launcher that started this process.
+
+    Raises:
+        DemoError: There was no launcher, or its engine is not installed.
+    """
+    try:
+        if _TORCHRUN in os.environ:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo")
+            yield as_process_group(dist.group.WORLD)
+            dist.destroy_process_group()
+        elif any(name in os.environ for name in _MPIEXEC):
+            from mpi4py import MPI
+
+            yield as_process_group(MPI.COMM_WORLD)
+        else:
+            raise demo.DemoError(
+                "argument --distributed: needs a launcher, such as\n"
+                "  torchrun --standalone --nproc-per-node 2 -m sgdcore demo --distributed\n"
+                "  mpiexec -n 2 python -m sgdcore demo --distributed",
+                exit_code=2,
+            )
+    except ImportError as error:
+        raise demo.DemoError(f"--distributed: {error}") from error
