@@ -1,0 +1,299 @@
+"""Does averaging rarely cost accuracy? Local SGD beside synchronous SGD on scikit-learn's digits, 4 ranks.
+
+    python benchmarks/local_sgd_digits.py --json benchmarks/results/local-sgd-digits.json
+    python benchmarks/local_sgd_digits.py --draw benchmarks/results/local-sgd-digits.json
+
+The first trains every row of METHODS, for each seed, once on shards that are drawn anew each epoch (iid), once on shards sorted by
+label, where a rank sees three or four of the ten digits; all start from the same weights and see the same batches. The second
+writes the plot and the table of docs/distributed.md from the file. Needs torch, for gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RANKS = 4
+STEPS = 1600
+BATCH = 8
+SIZES = (64, 64, 10)
+SEEDS = 10
+LR = 0.1
+MOMENTUM = 0.9
+SHARDS = ("iid", "sorted by label")
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs/distributed.md"
+PLOT = ROOT / "docs/images/local-sgd-digits.png"
+START, END = "<!-- table of local_sgd_digits.py -->", "<!-- end of table -->"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: how it is called, and what `LocalSGD` is given; synchronous SGD if nothing."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    outer: tuple[str, dict[str, Any]] | None = None
+
+
+METHODS = (
+    Method("synchronous"),
+    Method("H=4", {"sync_every": 4}),
+    Method("H=16", {"sync_every": 16}),
+    Method("H=16, momentum averaged", {"sync_every": 16, "momentum_sync": "average"}),
+    Method("H=16, momentum reset", {"sync_every": 16, "momentum_sync": "reset"}),
+    Method("H=64", {"sync_every": 64}),
+    Method("H=64, momentum averaged", {"sync_every": 64, "momentum_sync": "average"}),
+    Method("H=64 after 800 synchronous steps", {"sync_every": 64, "warmup_steps": STEPS // 2}),
+    Method(
+        "H=16, SlowMo 0.5",
+        {"sync_every": 16},
+        ("SlowMo", {"momentum": 0.5}),
+    ),
+    Method(
+        "H=16, outer Nesterov 0.7 / 0.9",
+        {"sync_every": 16},
+        ("OuterSGD", {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+    ),
+)
+
+
+class CountingGroup:
+    """A process group that counts the all-reduces of whole sets of parameters."""
+
+    def __init__(self, group: Any, elements: int) -> None:
+        self._group, self._elements = group, elements
+        self.reductions = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Any:
+        size = array.size if isinstance(array, np.ndarray) else array.numel()
+        self.reductions += size >= self._elements
+        return self._group.all_reduce(array, op)
+
+
+def batches(labels: NDArray[Any], shards: str, rank: int, seed: int) -> Iterator[NDArray[Any]]:
+    """Yield the indices of this rank's mini-batches, without end."""
+    from sgdcore.distributed import ShardSampler
+
+    if shards == "iid":
+        shard = np.arange(len(labels))
+        sampler = ShardSampler(shard, RANKS, rank, seed=seed)
+    else:
+        shard = np.array_split(np.argsort(labels, kind="stable"), RANKS)[rank]
+        sampler = ShardSampler(shard, 1, 0, seed=seed)
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        for batch in sampler.batches(BATCH):
+            yield shard[batch]
+
+
+def train(method: Method, shards: str, seed: int, lr: float) -> dict[str, Any]:
+    """Train once, on all ranks together, and return what it came to."""
+    import sgdcore
+    from sgdcore import distributed
+    from sgdcore.demo import MLP, cross_entropy, evaluate, load_digits
+
+    digits = load_digits("float32", seed)
+    model = MLP(SIZES, "float32", np.random.default_rng(seed))
+    optimizer = sgdcore.SGD(model.parameters, lr=lr, momentum=MOMENTUM)
+    group = CountingGroup(distributed.as_process_group(None), model.parameters.data.size)
+    workers: Any
+    if method.options:
+        outer = None
+        if method.outer is not None:
+            name, options = method.outer
+            outer = getattr(distributed, name)(**options)
+        workers = distributed.LocalSGD(optimizer, group, outer=outer, **method.options)
+    else:
+        workers = distributed.DataParallel(optimizer, group)
+    reductions = group.reductions  # none yet, unless the wrapper needs some to begin
+    source = batches(digits.train_labels, shards, group.rank, seed)
+    for batch, _ in zip(source, range(STEPS), strict=False):
+        activations = model.forward(digits.train_images[batch])
+        _, delta = cross_entropy(activations[-1], digits.train_labels[batch])
+        model.backward(activations, delta)
+        workers.step()
+    if method.options:
+        workers.finish()
+    record = evaluate(model, digits, cross_entropy, epoch=0)
+    return {
+        "method": method.name,
+        "shards": shards,
+        "seed": seed,
+        "train_loss": record.train_loss,
+        "validation_accuracy": record.test_accuracy,
+        "reductions": group.reductions - reductions,
+    }
+
+
+def worker(
+    rank: int, rendezvous: str, seeds: int, lr: float, names: list[str], output: str
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    import sgdcore
+
+    sgdcore.set_num_threads(1)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
+    runs = []
+    for shards in SHARDS:
+        for method in METHODS:
+            if names and method.name not in names:
+                continue
+            runs += [train(method, shards, seed, lr) for seed in range(seeds)]
+            if rank == 0:
+                print(row(shards, method.name, runs), flush=True)
+    if rank == 0:
+        Path(output).write_text(json.dumps(runs))
+    dist.destroy_process_group()
+
+
+def measure(seeds: int, lr: float, names: list[str]) -> list[dict[str, Any]]:
+    """Start the ranks and return what each training came to."""
+    import torch.multiprocessing
+
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder, "runs.json"))
+        args = (str(Path(folder, "rendezvous")), seeds, lr, names, output)
+        spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+        spawn(worker, args, nprocs=RANKS)
+        runs: list[dict[str, Any]] = json.loads(Path(output).read_text())
+        return runs
+
+
+def summary(shards: str, method: str, runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Return means over the seeds."""
+    chosen = [run for run in runs if (run["shards"], run["method"]) == (shards, method)]
+    accuracies = [100 * run["validation_accuracy"] for run in chosen]
+    return {
+        "loss": statistics.mean(run["train_loss"] for run in chosen),
+        "accuracy": statistics.mean(accuracies),
+        "error": statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(chosen) > 1 else 0.0,
+        "reductions": statistics.mean(run["reductions"] for run in chosen),
+    }
+
+
+def row(shards: str, method: str, runs: list[dict[str, Any]]) -> str:
+    s = summary(shards, method, runs)
+    return (
+        f"{shards:<16} {method:<34} loss {s['loss']:.4f}  validation {s['accuracy']:.2f} +- {s['error']:.2f} %  "
+        f"{s['reductions']:g} reductions"
+    )
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return the table of the guide, in Markdown."""
+    runs = document["runs"]
+    lines = [
+        "| | reductions | iid shards: training loss | validation accuracy, % | sorted by label: training loss | validation accuracy, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        cells = [summary(shards, method, runs) for shards in SHARDS]
+        results = " | ".join(
+            f"{s['loss']:.4f} | {s['accuracy']:.2f} ± {s['error']:.2f}" for s in cells
+        )
+        lines.append(f"| {method} | {cells[0]['reductions']:g} | {results} |")
+    return "\n".join(lines)
+
+
+def write_table(document: dict[str, Any], guide: Path) -> None:
+    """Put the table between its marks in the guide."""
+    text = guide.read_text()
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    guide.write_text(f"{before}{START}\n\n{table(document)}\n\n{END}{after}")
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Write a PNG: validation accuracy and training loss over the number of reductions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs = document["runs"]
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"Local SGD on the digits: {RANKS} ranks, {STEPS} steps, means of {document['seeds']} seeds"
+    )
+    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    for column, shards in enumerate(SHARDS):
+        upper, lower = panels[:, column]
+        for number, method in enumerate(methods):
+            s = summary(shards, method, runs)
+            look: dict[str, Any] = {
+                "color": f"C{number}",
+                "marker": "os^vD*PX<>"[number],
+                "markersize": 8,
+                "linestyle": "none",
+                "label": method,
+            }
+            upper.errorbar(s["reductions"], s["accuracy"], yerr=s["error"], capsize=3, **look)
+            lower.plot(s["reductions"], s["loss"], **look)
+        reference = summary(shards, "synchronous", runs)
+        upper.axhline(reference["accuracy"], color="C0", linewidth=0.8)
+        lower.axhline(reference["loss"], color="C0", linewidth=0.8)
+        upper.set_title(f"{shards} shards" if shards == "iid" else f"shards {shards}")
+        upper.set_ylabel("validation accuracy, %")
+        lower.set(ylabel="training loss", yscale="log", xscale="log", xlabel="reductions")
+        lower.set_xticks([25, 50, 100, 200, 400, 800, 1600])
+        lower.xaxis.set_major_formatter("{x:g}")
+        lower.minorticks_off()
+        for axes in (upper, lower):
+            axes.grid(alpha=0.3)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument(
+        "--draw", type=Path, metavar="JSON", help="draw this file, and measure nothing"
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=LR, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="methods to train")
+    args = parser.parse_args()
+    if args.draw is not None:
+        document = json.loads(args.draw.read_text())
+        write_table(document, GUIDE)
+        draw(document, PLOT)
+        return
+    runs = measure(args.seeds, args.lr, args.only)
+    if args.json is not None:
+        document = {
+            "ranks": RANKS,
+            "steps": STEPS,
+            "batch": BATCH,
+            "network": SIZES,
+            "lr": args.lr,
+            "momentum": MOMENTUM,
+            "seeds": args.seeds,
+            "runs": runs,
+        }
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

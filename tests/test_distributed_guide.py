@@ -1,0 +1,54 @@
+"""docs/distributed.md: its examples run, its tables are those of the committed results, its links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sgdcore.distributed import sampler
+
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs/distributed.md"
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["local_sgd_digits", "throttled_link"])
+def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    results = ROOT / "benchmarks/results" / f"{name.replace('_', '-')}.json"
+    assert benchmark(name).table(json.loads(results.read_text())) in GUIDE.read_text()
+
+
+def test_examples_of_the_guide() -> None:
+    result = doctest.testfile(str(GUIDE), module_relative=False)
+    assert result.attempted >= 2
+    assert result.failed == 0
+
+
+def test_examples_of_the_sampler() -> None:
+    result = doctest.testmod(sampler)
+    assert result.attempted >= 3
+    assert result.failed == 0
+
+
+def test_links() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", GUIDE.read_text())
+    assert len(links) > 5
+    missing = [link for link in links if not (GUIDE.parent / link).exists()]
+    assert not missing
