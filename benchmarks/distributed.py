@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import Array, write
-from torch_step import resnet50
 
 import sgdcore
+from sgdcore._arrays import Array
+from sgdcore.bench.cases import WORKLOADS
+from sgdcore.bench.report import machine
 from sgdcore.distributed import LocalSGD, ProcessGroup, as_process_group
 
-SHAPES = resnet50()
+SHAPES = WORKLOADS["resnet50"]
 BASE = "one flat all-reduce, divided"
 
 
@@ -231,7 +232,13 @@ def main() -> int:
             title = f"{engine}, {ranks} ranks"
             results[title] = report(title, launch(engine, ranks, args.rounds))
     if args.json:
-        write(args.json, results)
+        document = {
+            "machine": machine()["type"],
+            "sgdcore": sgdcore.__version__,
+            "torch": torch.__version__,
+            "results": results,
+        }
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

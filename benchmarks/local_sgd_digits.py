@@ -1,7 +1,7 @@
 """Does averaging rarely cost accuracy? Local SGD beside synchronous SGD on scikit-learn's digits, 4 ranks.
 
-    python benchmarks/local_sgd_digits.py --json benchmarks/results/local-sgd-digits.json
-    python benchmarks/local_sgd_digits.py --draw benchmarks/results/local-sgd-digits.json
+    python benchmarks/local_sgd_digits.py --json benchmarks/results/distributed/local-sgd-digits.json
+    python benchmarks/local_sgd_digits.py --draw benchmarks/results/distributed/local-sgd-digits.json
 
 The first trains every row of METHODS, for each seed, once on shards that are drawn anew each epoch (iid), once on shards sorted by
 label, where a rank sees three or four of the ten digits; all start from the same weights and see the same batches. The second

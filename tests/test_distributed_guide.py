@@ -31,7 +31,7 @@ def benchmark(name: str) -> ModuleType:
 def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # dataclasses look their module up.
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    results = ROOT / "benchmarks/results" / f"{name.replace('_', '-')}.json"
+    results = ROOT / "benchmarks/results/distributed" / f"{name.replace('_', '-')}.json"
     assert benchmark(name).table(json.loads(results.read_text())) in GUIDE.read_text()
 
 
