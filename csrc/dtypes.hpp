@@ -19,7 +19,9 @@ namespace sgdcore {
 enum class DType : std::uint8_t { float64, float32, float16, bfloat16 };
 inline constexpr int dtype_count = 4;
 
-constexpr std::size_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+SGDCORE_HOST_DEVICE constexpr std::size_t item_size(DType dtype) {
+    return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
 
 constexpr const char* dtype_name(DType dtype) {
     switch (dtype) {
@@ -125,8 +127,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE float round_to_odd(double value) {
     return bits_as<float>(select(inexact & ((bits & 1u) == 0), odd, bits));
 }
 
-SGDCORE_INLINE BFloat16::Word BFloat16::encode(double value) { return encode(round_to_odd(value)); }
-SGDCORE_INLINE Float16::Word Float16::encode(double value) { return encode(round_to_odd(value)); }
+SGDCORE_HOST_DEVICE SGDCORE_INLINE BFloat16::Word BFloat16::encode(double value) { return encode(round_to_odd(value)); }
+SGDCORE_HOST_DEVICE SGDCORE_INLINE Float16::Word Float16::encode(double value) { return encode(round_to_odd(value)); }
 
 /// float64 if one of the operands is stored as float64, float32 otherwise.
 template <class... Storage>

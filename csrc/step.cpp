@@ -1,5 +1,5 @@
-// Checks a work list and hands it to the backend. The CPU is the only one so far; a device backend would be given its
-// tensors here.
+// Checks a work list and hands it to the CPU's backend. Tensors of a device come to cuda/stepper.cpp, which has a
+// state.
 #include "step.hpp"
 
 #include <stdexcept>
@@ -23,7 +23,7 @@ bool axes_match(std::span<const Axis> axes, std::int64_t size) {
 
 }  // namespace
 
-void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
+void check(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers) {
     for (const TensorRef& tensor : tensors) {
         if (tensor.hyper >= hypers.size()) throw std::invalid_argument("step: hyperparameter index out of range");
         if (tensor.size < 0) throw std::invalid_argument("step: negative tensor size");
@@ -39,6 +39,10 @@ void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, 
             throw std::invalid_argument("step: null pointer in the work list");
         }
     }
+}
+
+void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
+    check(tensors, hypers);
     cpu::run(tensors, hypers, options);
 }
 

@@ -1,4 +1,4 @@
-// The core's one entry for an optimizer step.
+// The core's one entry for a step on the CPU, and the check of a work list for any device.
 #pragma once
 
 #include <span>
@@ -6,6 +6,9 @@
 #include "work.hpp"
 
 namespace sgdcore {
+
+/// Throws std::invalid_argument if an entry is malformed.
+void check(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers);
 
 /// Updates every tensor of the list with the hyperparameters it names, in one pass over memory.
 ///

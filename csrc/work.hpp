@@ -14,6 +14,9 @@ namespace sgdcore {
 
 inline constexpr int max_dimensions = 64;  // NumPy's limit
 
+/// Elements of a tensor that a device's block handles together; `TensorRef::pending` has one flag for each such chunk.
+inline constexpr std::int64_t chunk_size = 8192;
+
 /// One axis of a gradient whose memory order differs from its parameter's.
 struct Axis {
     std::int64_t length;
@@ -36,6 +39,10 @@ struct TensorRef {
     DType grad_dtype = DType::float32;
     DType momentum_dtype = DType::float32;
     bool first = false;  // the momentum buffer holds nothing yet
+    /// On a device: null, or in its memory one byte for each chunk, which is not zero as long as the momentum buffer
+    /// holds nothing there. The step clears it. The host does not know whether a step that `found_inf` decides on
+    /// happened, so a first one is followed by steps that may still be first.
+    std::uint8_t* pending = nullptr;
 };
 
 struct StepOptions {

@@ -43,13 +43,15 @@ struct SgdVariant {
 
     /// Variants are numbered densely so that they index a table; nesterov needs momentum.
     static constexpr int count = 12;
-    constexpr int index() const { return static_cast<int>(momentum) * 4 + (nesterov ? 2 : 0) + (weight_decay ? 1 : 0); }
-    static constexpr SgdVariant at(int index) {
+    SGDCORE_HOST_DEVICE constexpr int index() const {
+        return static_cast<int>(momentum) * 4 + (nesterov ? 2 : 0) + (weight_decay ? 1 : 0);
+    }
+    SGDCORE_HOST_DEVICE static constexpr SgdVariant at(int index) {
         return {static_cast<Momentum>(index / 4), (index & 2) != 0, (index & 1) != 0};
     }
 };
 
-inline SgdVariant sgd_variant(const SgdHyper& hyper, bool first) {
+SGDCORE_HOST_DEVICE inline SgdVariant sgd_variant(const SgdHyper& hyper, bool first) {
     const bool momentum = hyper.momentum != 0;
     return {!momentum ? Momentum::none
             : first   ? Momentum::first
@@ -62,18 +64,31 @@ using SignMask = std::conditional_t<sizeof(C) == 8, std::uint64_t, std::uint32_t
 template <class C>
 inline constexpr SignMask<C> sign_bit = SignMask<C>{1} << (8 * sizeof(C) - 1);
 
-/// The coefficients in the compute type, and the update of one element.
-template <class C, SgdVariant variant>
-struct SgdRule {
+/// The coefficients in the compute type.
+template <class C>
+struct SgdCoefficients {
     C negative_lr, momentum, one_minus_dampening, weight_decay;
     SignMask<C> flip;  // the sign bit if maximize, else zero: an xor vectorises where a branch would not
 
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdRule(const SgdHyper& hyper)
+    SgdCoefficients() = default;
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdCoefficients(const SgdHyper& hyper)
         : negative_lr(static_cast<C>(-hyper.lr)),
           momentum(static_cast<C>(hyper.momentum)),
           one_minus_dampening(static_cast<C>(1 - hyper.dampening)),
           weight_decay(static_cast<C>(hyper.weight_decay)),
           flip(hyper.maximize ? sign_bit<C> : 0) {}
+};
+
+/// The update of one element.
+template <class C, SgdVariant variant>
+struct SgdRule : SgdCoefficients<C> {
+    using Coefficients = SgdCoefficients<C>;
+    using Coefficients::negative_lr, Coefficients::momentum, Coefficients::one_minus_dampening,
+        Coefficients::weight_decay, Coefficients::flip;
+
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdRule(const SgdHyper& hyper) : Coefficients(hyper) {}
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdRule(const Coefficients& coefficients)
+        : Coefficients(coefficients) {}
 
     /// Updates the parameter `p` and the momentum `b` of one element, given its gradient `g`.
     SGDCORE_HOST_DEVICE SGDCORE_INLINE void operator()(C& p, C g, C& b) const {

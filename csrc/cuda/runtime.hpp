@@ -1,0 +1,60 @@
+// What the backend needs of CUDA, as an interface: the module with the CUDA runtime implements it, and so does the
+// simulated device of the tests. The core links no CUDA.
+//
+// Every member may throw CudaError. Nothing but `synchronize` waits for the device; allocating may, inside the driver.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "table.hpp"
+
+namespace sgdcore::cuda {
+
+/// A failed call, with its name, the device, and CUDA's words for it.
+class CudaError : public std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+using Stream = void*;  // cudaStream_t; null is the default stream
+using Event = void*;   // cudaEvent_t
+
+class Runtime {
+  public:
+    /// Changes with this class, so that modules of different builds do not meet.
+    static constexpr const char* capsule_name = "sgdcore.cuda.Runtime.1";
+
+    virtual ~Runtime() = default;
+
+    virtual int device_count() = 0;
+    virtual std::string device_name(int device) = 0;
+    /// The device whose memory an address belongs to; -1 if it is none's.
+    virtual int device_of(const void* address) = 0;
+    /// How many of the kernel's blocks the device runs at the same time.
+    virtual std::int64_t blocks_at_once(int device) = 0;
+
+    /// Memory of the device, and memory of the host that it copies from by itself. Also while a stream is captured.
+    virtual std::byte* allocate(int device, std::size_t size) = 0;
+    virtual void free(int device, std::byte* memory) noexcept = 0;
+    virtual std::byte* allocate_pinned(int device, std::size_t size) = 0;
+    virtual void free_pinned(int device, std::byte* memory) noexcept = 0;
+
+    virtual Event create_event(int device) = 0;
+    virtual void destroy_event(int device, Event event) noexcept = 0;
+    virtual void record(int device, Event event, Stream stream) = 0;
+    /// True if the device is past the event's last record, or there was none.
+    virtual bool finished(int device, Event event) = 0;
+    virtual void wait(int device, Stream stream, Event event) = 0;
+
+    /// True if a CUDA graph is made of what the stream gets.
+    virtual bool capturing(int device, Stream stream) = 0;
+    /// Any direction.
+    virtual void copy(int device, void* to, const void* from, std::size_t size, Stream stream) = 0;
+    virtual void fill(int device, void* to, int byte, std::size_t size, Stream stream) = 0;
+    virtual void launch(int device, std::int64_t blocks, const Launch& launch, Stream stream) = 0;
+    virtual void synchronize(int device, Stream stream) = 0;
+};
+
+}  // namespace sgdcore::cuda

@@ -1,0 +1,213 @@
+// See simulated.hpp.
+#include "simulated.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <random>
+
+#include "kernel.hpp"
+
+namespace sgdcore::cuda {
+namespace {
+
+constexpr std::align_val_t memory_alignment{256};  // cudaMalloc's
+constexpr int garbage = 0xc5;                      // in memory that was not written yet
+
+/// One block; its threads come one after the other between barriers.
+class SimulatedBlock {
+  public:
+    SimulatedBlock(std::int64_t index, std::int64_t count, const std::vector<int>& threads)
+        : index_(index), count_(count), threads_(threads) {}
+    std::int64_t index() const { return index_; }
+    std::int64_t count() const { return count_; }
+    template <class Function>
+    void leader(Function function) const {
+        function();
+    }
+    template <class Function>
+    void each_thread(Function function) const {
+        for (const int thread : threads_) function(thread);
+    }
+    void barrier() const {}
+
+  private:
+    std::int64_t index_, count_;
+    const std::vector<int>& threads_;
+};
+
+void run_grid(const Launch& launch, std::int64_t count, bool shuffled) {
+    std::vector<int> threads(block_threads);
+    std::iota(threads.begin(), threads.end(), 0);
+    std::vector<std::int64_t> blocks(static_cast<std::size_t>(count));
+    std::iota(blocks.begin(), blocks.end(), 0);
+    if (shuffled) {
+        std::minstd_rand random(static_cast<std::uint32_t>(launch.chunk_count));
+        std::shuffle(threads.begin(), threads.end(), random);
+        std::shuffle(blocks.begin(), blocks.end(), random);
+    }
+    for (const std::int64_t index : blocks) {
+        Work works[2];
+        SimulatedBlock block(index, count, threads);
+        run_block(launch, block, works);
+    }
+}
+
+}  // namespace
+
+void SimulatedRuntime::fail_if_told(int device, const char* call) const {
+    if (failing != nullptr && std::strcmp(failing, call) == 0) {
+        throw CudaError(std::string(call) + " on device " + std::to_string(device) + ": failed as it was told to");
+    }
+}
+
+int SimulatedRuntime::device_of(const void* address) {
+    const std::lock_guard lock(mutex_);
+    const auto* const byte = static_cast<const std::byte*>(address);
+    auto next = memory_.upper_bound(byte);
+    if (next == memory_.begin()) return -1;
+    const auto& [start, size_and_device] = *--next;
+    return byte < start + size_and_device.first ? size_and_device.second : -1;
+}
+
+std::byte* SimulatedRuntime::new_memory(int device, std::size_t size, const char* call) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, call);
+    ++counts.allocations;
+    auto* const memory = static_cast<std::byte*>(::operator new(size, memory_alignment));
+    std::memset(memory, garbage, size);
+    return memory;
+}
+
+std::byte* SimulatedRuntime::allocate(int device, std::size_t size) {
+    const std::lock_guard lock(mutex_);
+    std::byte* const memory = new_memory(device, size, "allocate");
+    memory_[memory] = {size, device};
+    return memory;
+}
+
+void SimulatedRuntime::free(int, std::byte* memory) noexcept {
+    const std::lock_guard lock(mutex_);
+    synchronize_all();  // as cudaFree does
+    memory_.erase(memory);
+    ::operator delete(memory, memory_alignment);
+}
+
+std::byte* SimulatedRuntime::allocate_pinned(int device, std::size_t size) {
+    return new_memory(device, size, "allocate_pinned");
+}
+
+void SimulatedRuntime::free_pinned(int, std::byte* memory) noexcept {
+    const std::lock_guard lock(mutex_);
+    synchronize_all();
+    ::operator delete(memory, memory_alignment);
+}
+
+Event SimulatedRuntime::create_event(int device) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "create_event");
+    const auto event = reinterpret_cast<Event>(++last_event_);
+    marks_[event] = {};
+    return event;
+}
+
+void SimulatedRuntime::destroy_event(int, Event event) noexcept {
+    const std::lock_guard lock(mutex_);
+    marks_.erase(event);
+}
+
+void SimulatedRuntime::record(int device, Event event, Stream stream) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "record");
+    marks_.at(event) = {stream, queues_[stream].operations.size()};
+}
+
+bool SimulatedRuntime::finished(int device, Event event) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "finished");
+    const Mark& mark = marks_.at(event);
+    return queues_[mark.stream].done >= mark.position;
+}
+
+void SimulatedRuntime::wait(int device, Stream stream, Event event) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "wait");
+    const Mark mark = marks_.at(event);
+    add(stream, [this, mark] { advance(mark.stream, mark.position); });
+}
+
+bool SimulatedRuntime::capturing(int device, Stream stream) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "capturing");
+    return queues_[stream].capturing;
+}
+
+void SimulatedRuntime::copy(int device, void* to, const void* from, std::size_t size, Stream stream) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "copy");
+    ++counts.copies;
+    counts.copied_bytes += static_cast<std::int64_t>(size);
+    add(stream, [=] { std::memcpy(to, from, size); });
+}
+
+void SimulatedRuntime::fill(int device, void* to, int byte, std::size_t size, Stream stream) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "fill");
+    add(stream, [=] { std::memset(to, byte, size); });
+}
+
+void SimulatedRuntime::launch(int device, std::int64_t count, const Launch& launch, Stream stream) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "launch");
+    ++counts.launches;
+    add(stream, [=, in_any_order = shuffled] { run_grid(launch, count, in_any_order); });
+}
+
+void SimulatedRuntime::synchronize(int device, Stream stream) {
+    const std::lock_guard lock(mutex_);
+    fail_if_told(device, "synchronize");
+    advance(stream, queues_[stream].operations.size());
+}
+
+void SimulatedRuntime::synchronize_all() {
+    const std::lock_guard lock(mutex_);
+    for (auto& [stream, queue] : queues_) {
+        if (!queue.capturing) advance(stream, queue.operations.size());
+    }
+}
+
+void SimulatedRuntime::begin_capture(Stream stream) {
+    const std::lock_guard lock(mutex_);
+    advance(stream, queues_[stream].operations.size());
+    queues_[stream].capturing = true;
+}
+
+SimulatedRuntime::Graph SimulatedRuntime::end_capture(Stream stream) {
+    const std::lock_guard lock(mutex_);
+    Queue& queue = queues_[stream];
+    const auto start = queue.operations.begin() + static_cast<std::ptrdiff_t>(queue.done);
+    Graph graph(start, queue.operations.end());
+    queue.operations.erase(start, queue.operations.end());
+    queue.capturing = false;
+    return graph;
+}
+
+void SimulatedRuntime::add(Stream stream, Operation operation) {
+    Queue& queue = queues_[stream];
+    queue.operations.push_back(std::move(operation));
+    if (!queue.capturing && queue.operations.size() - queue.done > lag_) {
+        advance(stream, queue.operations.size() - lag_);
+    }
+}
+
+void SimulatedRuntime::advance(Stream stream, std::size_t position) {
+    Queue& queue = queues_[stream];
+    while (queue.done < position) {
+        const Operation operation = std::move(queue.operations[queue.done]);
+        ++queue.done;  // first: the operation may come back here, to wait for what is done by then
+        operation();
+    }
+}
+
+}  // namespace sgdcore::cuda

@@ -1,0 +1,279 @@
+// Lists the tensors for the device, keeps the tables there, launches.
+//
+// A step that finds its tables on the device as they have to be only launches. Otherwise they are written to pinned
+// memory and copied on the caller's stream, into tables that no pending launch reads: the event behind the last launch
+// says so, and where none is free there are new ones, so that the host never waits.
+#include "stepper.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "../step.hpp"
+
+namespace sgdcore::cuda {
+namespace {
+
+constexpr std::size_t alignment = 16;  // of each table behind the other
+
+std::size_t aligned(std::size_t size) { return (size + alignment - 1) / alignment * alignment; }
+
+struct Triple {
+    DType param, grad, momentum;
+    Path path;
+};
+constexpr Triple in_vectors[] = {
+    {DType::float64, DType::float64, DType::float64, Path::float64},
+    {DType::float32, DType::float32, DType::float32, Path::float32},
+    {DType::float16, DType::float16, DType::float16, Path::float16},
+    {DType::bfloat16, DType::bfloat16, DType::bfloat16, Path::bfloat16},
+    {DType::float16, DType::float16, DType::float32, Path::float16_float16_float32},
+    {DType::bfloat16, DType::bfloat16, DType::float32, Path::bfloat16_bfloat16_float32},
+    {DType::float32, DType::float16, DType::float32, Path::float32_float16_float32},
+    {DType::float32, DType::bfloat16, DType::float32, Path::float32_bfloat16_float32},
+};
+
+std::uintptr_t address_of(const std::byte* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+
+void require_aligned(const std::byte* pointer, DType dtype, const char* what) {
+    if (address_of(pointer) % item_size(dtype) == 0) return;
+    char address[20];
+    std::snprintf(address, sizeof address, "0x%llx", static_cast<unsigned long long>(address_of(pointer)));
+    throw std::invalid_argument(std::string("step: the address of a ") + what + ", " + address +
+                                ", is not a multiple of the size of " + dtype_name(dtype));
+}
+
+/// False if no two elements of the strided gradient share memory: every axis steps over all that the shorter-stepping
+/// ones reach.
+bool may_overlap(const TensorRef& tensor) {
+    std::vector<Axis> axes(tensor.grad_axes.begin(), tensor.grad_axes.end());
+    std::sort(axes.begin(), axes.end(),
+              [](const Axis& a, const Axis& b) { return std::abs(a.stride) < std::abs(b.stride); });
+    auto reach = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
+    for (const Axis& axis : axes) {
+        if (axis.length == 1) continue;
+        if (std::abs(axis.stride) < reach) return true;
+        reach += (axis.length - 1) * std::abs(axis.stride);
+    }
+    return false;
+}
+
+void check_for_device(const TensorRef& tensor, bool momentum, bool zero_grad) {
+    if (tensor.size == 0) return;
+    require_aligned(tensor.param, tensor.param_dtype, "parameter");
+    require_aligned(tensor.grad, tensor.grad_dtype, "gradient");
+    if (momentum) require_aligned(tensor.momentum, tensor.momentum_dtype, "momentum buffer");
+    const auto item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
+    for (const Axis& axis : tensor.grad_axes) {
+        if (axis.stride % item != 0) {
+            throw std::invalid_argument("step: a gradient's stride of " + std::to_string(axis.stride) +
+                                        " bytes is not a multiple of the size of " + dtype_name(tensor.grad_dtype));
+        }
+    }
+    if (zero_grad && !tensor.grad_axes.empty() && may_overlap(tensor)) {
+        throw std::invalid_argument("step: zero_grad with a gradient whose strides reach an element twice");
+    }
+}
+
+/// Chooses how the device goes through the tensor.
+void choose_path(DeviceTensor& tensor) {
+    tensor.path = Path::elements;
+    tensor.head = 0;
+    tensor.grad_in_vectors = false;
+    if (tensor.axis_count != 0) return;
+    for (const Triple& triple : in_vectors) {
+        // Without momentum its type plays no part.
+        if (triple.param != tensor.param_dtype || triple.grad != tensor.grad_dtype) continue;
+        if (tensor.momentum != nullptr && triple.momentum != tensor.momentum_dtype) continue;
+        const std::size_t param_item = item_size(triple.param), grad_item = item_size(triple.grad);
+        const std::size_t momentum_item = item_size(triple.momentum);
+        const std::size_t lanes = vector_bytes / std::min(param_item, grad_item);
+        const auto on_vector = [](const std::byte* base, std::size_t head, std::size_t item) {
+            return (address_of(base) + head * item) % vector_bytes == 0;
+        };
+        // The head that aligns all three; one that leaves the gradient out, if there is none.
+        for (std::size_t head = 0; head < lanes; ++head) {
+            if (!on_vector(tensor.param, head, param_item)) continue;
+            if (tensor.momentum != nullptr && !on_vector(tensor.momentum, head, momentum_item)) continue;
+            const bool grad = on_vector(tensor.grad, head, grad_item);
+            if (tensor.path != Path::elements && !grad) continue;
+            tensor.path = triple.path;
+            tensor.head = static_cast<std::uint8_t>(head);
+            tensor.grad_in_vectors = grad;
+            if (grad) return;
+        }
+        return;
+    }
+}
+
+}  // namespace
+
+Stepper::Stepper(Runtime& runtime, int device)
+    : runtime_(runtime), device_(device), blocks_(runtime.blocks_at_once(device)) {}
+
+Stepper::~Stepper() {
+    for (const std::unique_ptr<Table>& table : tables_) {
+        // Waits, in the driver, for launches that still read it.
+        if (table->memory != nullptr) runtime_.free(device_, table->memory);
+        if (table->pinned != nullptr) runtime_.free_pinned(device_, table->pinned);
+        if (table->event != nullptr) runtime_.destroy_event(device_, table->event);
+    }
+}
+
+void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
+                   std::span<const DeviceScalars> scalars) {
+    std::size_t count = 0, axis_count = 0;
+    for (const TensorRef& tensor : tensors) {
+        if (tensor.size == 0) continue;
+        ++count;
+        axis_count += tensor.grad_axes.size();
+    }
+    tensors_at_ = aligned(hypers.size() * sizeof(DeviceHyper));
+    axes_at_ = tensors_at_ + count * sizeof(DeviceTensor);
+    front_.resize(axes_at_ + axis_count * sizeof(Axis));
+
+    for (std::size_t i = 0; i < hypers.size(); ++i) {
+        const SgdHyper& hyper = hypers[i];
+        DeviceHyper entry{};
+        entry.lr = hyper.lr;
+        entry.momentum = hyper.momentum;
+        entry.dampening = hyper.dampening;
+        entry.weight_decay = hyper.weight_decay;
+        entry.nesterov = hyper.nesterov;
+        entry.maximize = hyper.maximize;
+        if (!scalars.empty()) {
+            // What is on the device is not compared: the host's numbers say nothing.
+            if (scalars[i].lr != nullptr) entry.lr = 0;
+            if (scalars[i].weight_decay != nullptr) entry.weight_decay = 0;
+            entry.lr_on_device = scalars[i].lr;
+            entry.weight_decay_on_device = scalars[i].weight_decay;
+            entry.lr_dtype = scalars[i].lr_dtype;
+            entry.weight_decay_dtype = scalars[i].weight_decay_dtype;
+        }
+        std::memcpy(front_.data() + i * sizeof entry, &entry, sizeof entry);
+    }
+
+    bool same_sizes = sizes_.size() == count;
+    std::size_t position = 0, axis = 0;
+    for (const TensorRef& tensor : tensors) {
+        if (tensor.size == 0) continue;
+        const bool momentum = hypers[tensor.hyper].momentum != 0;
+        DeviceTensor entry{};
+        entry.param = tensor.param;
+        entry.grad = tensor.grad;
+        entry.momentum = momentum ? tensor.momentum : nullptr;
+        entry.pending = momentum ? tensor.pending : nullptr;
+        entry.size = tensor.size;
+        entry.hyper = tensor.hyper;
+        entry.axes = static_cast<std::uint32_t>(axis);
+        entry.axis_count = static_cast<std::uint8_t>(tensor.grad_axes.size());
+        entry.first = tensor.first;
+        entry.param_dtype = tensor.param_dtype;
+        entry.grad_dtype = tensor.grad_dtype;
+        entry.momentum_dtype = tensor.momentum_dtype;
+        choose_path(entry);
+        std::memcpy(front_.data() + tensors_at_ + position * sizeof entry, &entry, sizeof entry);
+        std::copy(tensor.grad_axes.begin(), tensor.grad_axes.end(),
+                  reinterpret_cast<Axis*>(front_.data() + axes_at_) + axis);
+        axis += tensor.grad_axes.size();
+        same_sizes = same_sizes && sizes_[position] == tensor.size;
+        ++position;
+    }
+    if (same_sizes) return;
+
+    sizes_.clear();
+    chunks_.clear();
+    std::uint32_t number = 0;
+    for (const TensorRef& tensor : tensors) {
+        if (tensor.size == 0) continue;
+        const std::int64_t pieces = (tensor.size - 1) / chunk_elements + 1;
+        if (pieces > std::numeric_limits<std::uint32_t>::max()) {
+            throw std::invalid_argument("step: a tensor of " + std::to_string(tensor.size) + " elements is too large");
+        }
+        for (std::int64_t i = 0; i < pieces; ++i) chunks_.push_back({number, static_cast<std::uint32_t>(i)});
+        sizes_.push_back(tensor.size);
+        ++number;
+    }
+    ++chunks_version_;
+}
+
+Stepper::Table& Stepper::free_table(std::size_t size, bool any) {
+    for (const std::unique_ptr<Table>& table : tables_) {
+        if (any && !table->kept && table->capacity >= size && runtime_.finished(device_, table->event)) return *table;
+    }
+    // Some room, so that a model that grows by a few tensors does not get new tables each time.
+    std::size_t capacity = 4096;
+    while (capacity < size) capacity *= 2;
+    auto table = std::make_unique<Table>();
+    table->kept = true;  // until it is complete
+    tables_.push_back(std::move(table));
+    Table& made = *tables_.back();
+    made.pinned = runtime_.allocate_pinned(device_, capacity);
+    made.memory = runtime_.allocate(device_, capacity);
+    made.event = runtime_.create_event(device_);
+    made.capacity = capacity;
+    made.kept = false;
+    return made;
+}
+
+void Stepper::upload(Table& table, Stream stream) {
+    const std::size_t chunks_at = aligned(front_.size());
+    std::size_t size = front_.size();
+    std::memcpy(table.pinned, front_.data(), size);
+    if (table.chunks_version != chunks_version_ || table.chunks_at != chunks_at) {
+        size = chunks_at + chunks_.size() * sizeof(Chunk);
+        std::memcpy(table.pinned + chunks_at, chunks_.data(), chunks_.size() * sizeof(Chunk));
+        table.chunks_at = chunks_at;
+        table.chunks_version = chunks_version_;
+    }
+    runtime_.copy(device_, table.memory, table.pinned, size, stream);
+}
+
+void Stepper::step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
+                   std::span<const DeviceScalars> scalars, const StepOptions& options,
+                   const DeviceOptions& device_options) {
+    check(tensors, hypers);
+    for (const TensorRef& tensor : tensors) {
+        check_for_device(tensor, hypers[tensor.hyper].momentum != 0, options.zero_grad);
+    }
+    const std::lock_guard lock(mutex_);
+    list(tensors, hypers, scalars);
+    if (chunks_.empty()) return;
+
+    const Stream stream = device_options.stream;
+    const bool capturing = runtime_.capturing(device_, stream);
+    const bool as_they_are = !capturing && current_ != nullptr && current_->chunks_version == chunks_version_ &&
+                             current_->chunks_at == aligned(front_.size()) &&
+                             std::memcmp(current_->pinned, front_.data(), front_.size()) == 0;
+    const std::size_t size = aligned(front_.size()) + chunks_.size() * sizeof(Chunk);
+    Table& table = as_they_are ? *current_ : free_table(size, !capturing);
+    if (!as_they_are) {
+        current_ = nullptr;
+        table.kept = true;  // also if one of the calls below fails
+        upload(table, stream);
+    } else if (table.stream != stream) {
+        runtime_.wait(device_, stream, table.event);  // for the upload, which was on another stream
+    }
+
+    Launch launch;
+    launch.hypers = reinterpret_cast<const DeviceHyper*>(table.memory);
+    launch.tensors = reinterpret_cast<const DeviceTensor*>(table.memory + tensors_at_);
+    launch.axes = reinterpret_cast<const Axis*>(table.memory + axes_at_);
+    launch.chunks = reinterpret_cast<const Chunk*>(table.memory + table.chunks_at);
+    launch.chunk_count = static_cast<std::int64_t>(chunks_.size());
+    launch.found_inf = device_options.found_inf;
+    launch.grad_scale = device_options.grad_scale;
+    launch.grad_factor = options.grad_factor;
+    launch.zero_grad = options.zero_grad;
+    runtime_.launch(device_, std::min(blocks_, launch.chunk_count), launch, stream);
+    if (capturing) return;
+    runtime_.record(device_, table.event, stream);
+    table.stream = stream;
+    table.kept = false;
+    current_ = &table;
+}
+
+}  // namespace sgdcore::cuda

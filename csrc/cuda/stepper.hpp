@@ -1,0 +1,73 @@
+// Steps on one device: keeps the device's tables from step to step, and uploads them when they changed.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "../work.hpp"
+#include "runtime.hpp"
+
+namespace sgdcore::cuda {
+
+/// Where hyperparameters are numbers on the device; null where they are not.
+struct DeviceScalars {
+    const std::byte *lr = nullptr, *weight_decay = nullptr;
+    DType lr_dtype = DType::float32, weight_decay_dtype = DType::float32;
+};
+
+struct DeviceOptions {
+    Stream stream = nullptr;
+    const float* found_inf = nullptr;   // on the device: not zero makes the step do nothing
+    const float* grad_scale = nullptr;  // on the device: every gradient is multiplied by its reciprocal
+};
+
+class Stepper {
+  public:
+    Stepper(Runtime& runtime, int device);
+    ~Stepper();
+    Stepper(const Stepper&) = delete;
+    Stepper& operator=(const Stepper&) = delete;
+
+    /// Puts one step over all tensors on the stream: at most one copy, and one launch. Waits for nothing.
+    ///
+    /// The memory is used in the order of the stream. `scalars` is empty or has an entry for each of `hypers`. Throws
+    /// std::invalid_argument or CudaError, with no tensor changed.
+    void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
+              std::span<const DeviceScalars> scalars, const StepOptions& options, const DeviceOptions& device_options);
+
+  private:
+    /// The tables in the device's memory, and where they are copied from. A graph goes on using both whenever it is
+    /// replayed, so those it got are never changed again.
+    struct Table {
+        std::byte *pinned = nullptr, *memory = nullptr;
+        std::size_t capacity = 0;
+        Event event = nullptr;  // recorded behind the last launch that reads it
+        Stream stream = nullptr;
+        std::size_t chunks_at = 0;
+        std::uint64_t chunks_version = 0;
+        bool kept = false;  // for a graph, or because it is not known whether the device still reads it
+    };
+
+    void list(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
+              std::span<const DeviceScalars> scalars);
+    Table& free_table(std::size_t size, bool any);
+    void upload(Table& table, Stream stream);
+
+    Runtime& runtime_;
+    const int device_;
+    const std::int64_t blocks_;
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Table>> tables_;
+    Table* current_ = nullptr;
+    // The tables of the step: hyperparameters, tensors and axes, then the chunks, which only depend on the sizes.
+    std::vector<std::byte> front_;
+    std::vector<Chunk> chunks_;
+    std::size_t tensors_at_ = 0, axes_at_ = 0;
+    std::vector<std::int64_t> sizes_;  // the chunks are made for
+    std::uint64_t chunks_version_ = 0;
+};
+
+}  // namespace sgdcore::cuda

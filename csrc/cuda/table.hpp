@@ -1,0 +1,81 @@
+// What one launch works on, as plain data in device memory: tensors, their chunks, and hyperparameters.
+//
+// One launch serves all tensors of all groups of a device. They are cut into chunks of a fixed number of elements, so
+// that a chunk's number says which elements it has, whatever else is in the table.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../dtypes.hpp"
+#include "../rules/sgd.hpp"
+#include "../work.hpp"
+
+namespace sgdcore::cuda {
+
+inline constexpr int block_threads = 256;
+/// Blocks that are to share a multiprocessor: together their loads in flight cover the latency of its memory.
+inline constexpr int resident_blocks = 3;
+inline constexpr std::int64_t chunk_elements = chunk_size;
+/// The widest access of a thread, in bytes.
+inline constexpr int vector_bytes = 16;
+
+/// How a tensor is read and written: in vectors, for the usual storage types of parameter, gradient and momentum, or
+/// element by element.
+enum class Path : std::uint8_t {
+    elements,
+    float64,
+    float32,
+    float16,
+    bfloat16,
+    float16_float16_float32,
+    bfloat16_bfloat16_float32,
+    float32_float16_float32,
+    float32_bfloat16_float32,
+};
+
+struct Chunk {
+    std::uint32_t tensor, index;
+};
+
+/// A TensorRef for the device. No padding here and below: the tables are compared as bytes.
+struct alignas(16) DeviceTensor {
+    std::byte *param, *grad, *momentum;  // momentum is null if it takes no part
+    std::uint8_t* pending;               // see TensorRef
+    std::int64_t size;
+    std::uint32_t hyper;
+    std::uint32_t axes;  // of a strided gradient: the first of `axis_count`
+    std::uint8_t axis_count;
+    std::uint8_t head;  // elements of every chunk before the first vector
+    Path path;
+    bool grad_in_vectors;  // the gradient is aligned as the parameter is
+    bool first;
+    DType param_dtype, grad_dtype, momentum_dtype;
+    std::uint64_t unused;
+};
+static_assert(sizeof(DeviceTensor) == 64);
+
+/// A group's hyperparameters. Where a pointer is not null, the number is on the device.
+struct alignas(16) DeviceHyper {
+    double lr, momentum, dampening, weight_decay;
+    const std::byte *lr_on_device, *weight_decay_on_device;
+    DType lr_dtype, weight_decay_dtype;
+    bool nesterov, maximize;
+    std::uint32_t unused[3];
+};
+static_assert(sizeof(DeviceHyper) == 64);
+
+/// The kernel's argument.
+struct Launch {
+    const DeviceHyper* hypers;
+    const DeviceTensor* tensors;
+    const Axis* axes;
+    const Chunk* chunks;
+    std::int64_t chunk_count;
+    const float* found_inf;   // null, or: nothing happens unless it is zero
+    const float* grad_scale;  // null, or: every gradient is multiplied by its reciprocal
+    double grad_factor;       // multiplies every gradient, without grad_scale
+    bool zero_grad;
+};
+
+}  // namespace sgdcore::cuda
