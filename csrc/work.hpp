@@ -12,6 +12,8 @@
 
 namespace sgdcore {
 
+inline constexpr int cpu_device = -1;  // CUDA's devices count from 0
+
 inline constexpr int max_dimensions = 64;  // NumPy's limit
 
 /// Elements of a tensor that a device's block handles together; `TensorRef::pending` has one flag for each such chunk.
@@ -35,6 +37,7 @@ struct TensorRef {
     std::int64_t size = 0;
     std::span<const Axis> grad_axes = {};
     std::uint32_t hyper = 0;  // index into the step's list of SgdHyper
+    std::int32_t device = cpu_device;
     DType param_dtype = DType::float32;
     DType grad_dtype = DType::float32;
     DType momentum_dtype = DType::float32;

@@ -444,11 +444,28 @@ def test_tensor_on_another_device_is_refused() -> None:
         def __dlpack__(self, **_: Any) -> object:
             raise AssertionError("must not be asked")
 
+    if sgdcore.build_info()["cuda"]:
+        pytest.skip("CUDA can be used here")
     optimizer = trained()
-    match = "^DLPack tensor: expected memory on the CPU, got device type 2$"
+    for place in ("Parameter", "data", "grad", "grads", "momentum"):
+        # What is missing depends on the machine: the module, the driver, or a device.
+        with refused(ValueError, "an array on a CUDA device cannot be used: .+", optimizer):
+            PLACES[place][0](optimizer, OnCuda())
+
+
+def test_tensor_on_a_device_that_is_not_cuda_is_refused() -> None:
+    class OnMetal:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 8, 0
+
+        def __dlpack__(self, **_: Any) -> object:
+            raise AssertionError("must not be asked")
+
+    optimizer = trained()
+    match = "^DLPack tensor: expected memory on the CPU or a CUDA device, got device type 8$"
     for place in ("Parameter", "data", "grad", "grads", "momentum"):
         with refused(ValueError, match, optimizer):
-            PLACES[place][0](optimizer, OnCuda())
+            PLACES[place][0](optimizer, OnMetal())
 
 
 # --- Shapes, dtypes and layouts that do not match the parameter's -----------------------------------

@@ -1,10 +1,16 @@
 // Reading and checking NumPy arrays. Reads ndarray's fields directly: this runs for every gradient a user assigns.
 #include "arrays.hpp"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
+#include <stdexcept>
+#include <tuple>
 
+#include "devices.hpp"
 #include "dlpack.hpp"
+#include "dlpack_abi.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -48,6 +54,51 @@ class AxisOrder {
     int count_ = 0;
 };
 
+DType dtype_of(const py::dtype& dtype, const Argument& argument) {
+    // NumPy spells the native order '=', so either of these is the other one.
+    if (dtype.byteorder() == '>' || dtype.byteorder() == '<') refuse_dtype(dtype, argument);
+    switch (dtype.num()) {
+        case numpy_float64:
+            return DType::float64;
+        case numpy_float32:
+            return DType::float32;
+        case numpy_float16:
+            return DType::float16;
+        default:
+            if (!is_bfloat16(dtype)) refuse_dtype(dtype, argument);
+            return DType::bfloat16;
+    }
+}
+
+void require_device_runtime(const Argument& argument) {
+    try {
+        device_runtime();
+    } catch (const std::runtime_error& error) {
+        throw py::value_error(argument.text() + ": an array on a CUDA device cannot be used: " + error.what());
+    }
+}
+
+/// An ndarray with the address, shape and strides that __cuda_array_interface__ tells, and the device.
+std::pair<py::array, int> from_cuda_array_interface(py::handle object, const Argument& argument) {
+    const py::dict interface = object.attr("__cuda_array_interface__");
+    const auto [address, read_only] = py::cast<std::pair<std::uintptr_t, bool>>(interface["data"]);
+    const auto shape = py::cast<std::vector<py::ssize_t>>(interface["shape"]);
+    const auto dtype = py::dtype::from_args(interface["typestr"]);
+    py::object strides = interface.contains("strides") ? py::object(interface["strides"]) : py::none();
+    dtype_of(dtype, argument);
+    const py::object owner = py::reinterpret_borrow<py::object>(object);
+    const auto* data = reinterpret_cast<const std::byte*>(address);
+    py::array array = strides.is_none()
+                          ? py::array(dtype, shape, data, owner)
+                          : py::array(dtype, shape, py::cast<std::vector<py::ssize_t>>(strides), data, owner);
+    if (read_only) array.attr("setflags")(py::arg("write") = false);
+    int device = array.size() == 0 ? 0 : device_runtime().device_of(data);
+    if (device < 0) {
+        throw py::value_error(argument.text() + ": expected memory of a CUDA device behind __cuda_array_interface__");
+    }
+    return {array, device};
+}
+
 bool is_dense(const py::array& array) {
     if (array.flags() & (py::array::c_style | py::array::f_style)) return true;
     if (array.size() <= 1) return true;
@@ -72,32 +123,39 @@ py::array as_array(py::handle object, const Argument& argument) {
                          py::cast<std::string>(py::repr(object)).substr(0, 80));
 }
 
+bool is_on_device(py::handle object) {
+    if (py::isinstance<py::array>(object) || PyObject_CheckBuffer(object.ptr())) return false;
+    if (!py::hasattr(object, "__dlpack_device__")) return py::hasattr(object, "__cuda_array_interface__");
+    const int type = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")()).first;
+    return type == device_cuda || type == device_cuda_managed;
+}
+
 ArrayRef read_array(py::handle object, const Argument& argument) {
     ArrayRef ref;
-    ref.array = as_array(object, argument);
+    if (py::isinstance<py::array>(object) || !is_on_device(object)) {
+        ref.array = as_array(object, argument);
+    } else {
+        require_device_runtime(argument);
+        std::tie(ref.array, ref.device) = py::hasattr(object, "__dlpack__")
+                                              ? from_device_dlpack(object)
+                                              : from_cuda_array_interface(object, argument);
+        ref.on_device = py::reinterpret_borrow<py::object>(object);
+    }
     const py::dtype dtype = ref.array.dtype();
-    switch (dtype.num()) {
-        case numpy_float64:
-            ref.dtype = DType::float64;
-            break;
-        case numpy_float32:
-            ref.dtype = DType::float32;
-            break;
-        case numpy_float16:
-            ref.dtype = DType::float16;
-            break;
-        default:
-            if (!is_bfloat16(dtype)) refuse_dtype(dtype, argument);
-            ref.dtype = DType::bfloat16;
-    }
-    if (dtype.byteorder() == '>' || dtype.byteorder() == '<') {
-        // NumPy spells the native order '=', so either of these is the other one.
-        refuse_dtype(dtype, argument);
-    }
+    ref.dtype = dtype_of(dtype, argument);
     ref.data = static_cast<std::byte*>(const_cast<void*>(ref.array.data()));
     ref.size = ref.array.size();
     ref.writable = ref.array.writeable();
     return ref;
+}
+
+void require_same_device(const ArrayRef& ref, const ArrayRef& like, const Argument& argument) {
+    if (ref.device == like.device) return;
+    const auto name = [](int device) {
+        return device == cpu_device ? std::string("the CPU") : "CUDA device " + std::to_string(device);
+    };
+    throw py::value_error(argument.text() + ": expected an array on " + name(like.device) +
+                          ", where the parameter is, got one on " + name(ref.device));
 }
 
 void require_updatable(const ArrayRef& ref, const Argument& argument) {

@@ -15,6 +15,9 @@ namespace sgdcore::bindings {
 namespace py = pybind11;
 
 /// What the core needs to know of an ndarray. `array` holds a reference, so NumPy refuses to resize it meanwhile.
+///
+/// For an array on a device, `array` has its shape, strides, type and address, and its memory cannot be touched from
+/// here; `on_device` is what the user has.
 struct ArrayRef {
     // Null where there is none; py::array's own default would be an empty array.
     py::array array = py::reinterpret_steal<py::array>(py::handle());
@@ -22,7 +25,11 @@ struct ArrayRef {
     std::int64_t size = 0;
     DType dtype = DType::float32;
     bool writable = false;
+    int device = cpu_device;
+    py::object on_device = py::reinterpret_steal<py::object>(py::handle());
 
+    /// The array that the user knows.
+    py::object object() const { return device == cpu_device ? py::object(array) : on_device; }
     bool empty() const { return array.ptr() == nullptr; }
 };
 
@@ -44,7 +51,11 @@ struct Extent {
 /// `argument` names it in the TypeError that anything else gets.
 py::array as_array(py::handle object, const Argument& argument);
 
-/// Reads a floating-point array of one of the storage types in native byte order; TypeError for any other dtype.
+/// True for what shares memory of a CUDA device, through DLPack or __cuda_array_interface__.
+bool is_on_device(py::handle object);
+
+/// Reads a floating-point array of one of the storage types in native byte order; TypeError for any other dtype. One on
+/// a CUDA device gets a ValueError that says what is missing, if there is no runtime for it.
 ArrayRef read_array(py::handle object, const Argument& argument);
 
 /// Raises ValueError unless the array can be updated in place: writable, and dense (its elements fill one range of
@@ -53,6 +64,9 @@ void require_updatable(const ArrayRef& ref, const Argument& argument);
 
 /// Raises ValueError unless the two have the same shape.
 void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argument& argument);
+
+/// Raises ValueError unless both are on the CPU, or on the same device.
+void require_same_device(const ArrayRef& ref, const ArrayRef& like, const Argument& argument);
 
 /// Makes `axes` the axes of `ref` in the memory order of the dense array `like`, adjacent ones merged; empty where
 /// `ref` has the same memory order, so that both can be read as flat arrays. The shapes must be equal.

@@ -40,7 +40,7 @@ struct Export {
 };
 
 template <class Managed>
-py::capsule export_array(const ArrayRef& ref) {
+py::capsule export_array(const ArrayRef& ref, DLDevice device) {
     auto owner = std::make_unique<Export<Managed>>();
     owner->array = ref.array;
     for (int axis = 0; axis < ref.array.ndim(); ++axis) {
@@ -54,7 +54,7 @@ py::capsule export_array(const ArrayRef& ref) {
         delete static_cast<Export<Managed>*>(self->context);
     };
     managed.tensor = {ref.data,
-                      {device_cpu, 0},
+                      device,
                       static_cast<std::int32_t>(ref.array.ndim()),
                       {ref.dtype == DType::bfloat16 ? code_bfloat : code_float,
                        static_cast<std::uint8_t>(8 * item_size(ref.dtype)), 1},
@@ -109,27 +109,15 @@ py::array import_capsule(const py::object& capsule, bool writable) {
     return array;
 }
 
-}  // namespace
-
-py::capsule to_dlpack(const py::array& array, bool versioned) {
-    const ArrayRef ref = read_array(array, "__dlpack__");
-    if (versioned) return export_array<DLManagedTensorVersioned>(ref);
-    if (!ref.writable) throw py::buffer_error("a read-only array needs a consumer that understands DLPack 1.0");
-    return export_array<DLManagedTensor>(ref);
-}
-
-py::array from_dlpack(py::handle object) {
-    const auto device = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
-    if (device.first != device_cpu) {
-        throw py::value_error("DLPack tensor: expected memory on the CPU, got device type " +
-                              std::to_string(device.first));
-    }
+/// What `object.__dlpack__()` shares, wherever it is.
+template <class... Stream>
+py::array import_array(py::handle object, Stream... stream) {
     py::object capsule;
     try {
-        capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+        capsule = object.attr("__dlpack__")(stream..., py::arg("max_version") = py::make_tuple(1, 0));
     } catch (py::error_already_set& error) {
         if (!error.matches(PyExc_TypeError)) throw;  // producers older than DLPack 1.0 take no max_version
-        capsule = object.attr("__dlpack__")();
+        capsule = object.attr("__dlpack__")(stream...);
     }
     if (PyCapsule_IsValid(capsule.ptr(), DLManagedTensorVersioned::fresh)) {
         const auto* managed = static_cast<DLManagedTensorVersioned*>(
@@ -137,6 +125,34 @@ py::array from_dlpack(py::handle object) {
         return import_capsule<DLManagedTensorVersioned>(capsule, (managed->flags & flag_read_only) == 0);
     }
     return import_capsule<DLManagedTensor>(capsule, true);
+}
+
+std::pair<int, int> device_of(py::handle object) {
+    return py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
+}
+
+}  // namespace
+
+py::capsule to_dlpack(const py::array& array, bool versioned, int device) {
+    const ArrayRef ref = read_array(array, "__dlpack__");
+    const DLDevice where = device < 0 ? DLDevice{device_cpu, 0} : DLDevice{device_cuda, device};
+    if (versioned) return export_array<DLManagedTensorVersioned>(ref, where);
+    if (!ref.writable) throw py::buffer_error("a read-only array needs a consumer that understands DLPack 1.0");
+    return export_array<DLManagedTensor>(ref, where);
+}
+
+py::array from_dlpack(py::handle object) {
+    const auto [type, number] = device_of(object);
+    if (type != device_cpu) {
+        throw py::value_error("DLPack tensor: expected memory on the CPU or a CUDA device, got device type " + std::to_string(type));
+    }
+    return import_array(object);
+}
+
+std::pair<py::array, int> from_device_dlpack(py::handle object) {
+    constexpr int no_synchronization = -1;
+    const auto [type, number] = device_of(object);
+    return {import_array(object, py::arg("stream") = no_synchronization), number};
 }
 
 }  // namespace sgdcore::bindings

@@ -4,14 +4,21 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 namespace sgdcore::bindings {
 
 /// A capsule as `__dlpack__` returns it. `versioned`: the consumer understands DLPack 1.0.
 /// Raises BufferError for a read-only array if it cannot be marked as such.
-pybind11::capsule to_dlpack(const pybind11::array& array, bool versioned);
+/// The memory is a CUDA device's if `device` is not negative.
+pybind11::capsule to_dlpack(const pybind11::array& array, bool versioned, int device);
 
 /// An ndarray over the memory that `object.__dlpack__()` shares. Raises ValueError if that is not on the CPU, and
 /// TypeError if its data type is not one of the storage types.
 pybind11::array from_dlpack(pybind11::handle object);
+
+/// The same for memory of a CUDA device: an ndarray whose elements cannot be touched, and the device. Nothing is
+/// synchronized.
+std::pair<pybind11::array, int> from_device_dlpack(pybind11::handle object);
 
 }  // namespace sgdcore::bindings

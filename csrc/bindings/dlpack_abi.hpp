@@ -9,7 +9,7 @@ namespace sgdcore::bindings {
 struct DLDevice {
     std::int32_t type, id;
 };
-inline constexpr std::int32_t device_cpu = 1;
+inline constexpr std::int32_t device_cpu = 1, device_cuda = 2, device_cuda_managed = 13;
 
 struct DLDataType {
     std::uint8_t code, bits;

@@ -3,7 +3,10 @@
 
 #include <pybind11/numpy.h>
 
+#include <limits>
 #include <string>
+
+#include "arrays.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -30,6 +33,28 @@ double number_of(PyObject* group, PyObject* key, std::size_t index) {
     const double number = PyFloat_AsDouble(scalar.ptr());
     if (number == -1 && PyErr_Occurred()) refuse_number(value, key, index);
     return number;
+}
+
+/// The number if it is on the host, else NaN and where it is.
+double number_or_place_of(PyObject* group, PyObject* key, std::size_t index, DeviceNumber& place) {
+    PyObject* value = group_item(group, key, index);
+    if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || !is_on_device(value)) {
+        return number_of(group, key, index);
+    }
+    const ArrayRef ref = read_array(value, "hyperparameter");
+    if (ref.size != 1) refuse_number(value, key, index);
+    place = {ref.data, ref.dtype, ref.device};
+    return std::numeric_limits<double>::quiet_NaN();
+}
+
+PyObject* group_at(const py::list& param_groups, std::size_t index) {
+    PyObject* group = PyList_GetItem(param_groups.ptr(), static_cast<Py_ssize_t>(index));
+    if (group == nullptr) throw py::error_already_set();
+    if (!PyDict_Check(group)) {
+        throw py::type_error("param_groups[" + std::to_string(index) + "]: expected a dict, got " +
+                             py::cast<std::string>(py::repr(group)));
+    }
+    return group;
 }
 
 bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
@@ -61,15 +86,28 @@ void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers) {
     const Keys& key = keys();
     hypers.clear();
     for (std::size_t i = 0; i < param_groups.size(); ++i) {
-        PyObject* group = PyList_GetItem(param_groups.ptr(), static_cast<Py_ssize_t>(i));
-        if (group == nullptr) throw py::error_already_set();
-        if (!PyDict_Check(group)) {
-            throw py::type_error("param_groups[" + std::to_string(i) + "]: expected a dict, got " +
-                                 py::cast<std::string>(py::repr(group)));
-        }
+        PyObject* group = group_at(param_groups, i);
         hypers.push_back({number_of(group, key.lr, i), number_of(group, key.momentum, i),
                           number_of(group, key.dampening, i), number_of(group, key.weight_decay, i),
                           flag_of(group, key.nesterov, i), flag_of(group, key.maximize, i)});
+    }
+}
+
+void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>& scalars) {
+    const Keys& key = keys();
+    hypers.clear();
+    scalars.clear();
+    for (std::size_t i = 0; i < param_groups.size(); ++i) {
+        PyObject* group = group_at(param_groups, i);
+        GroupScalars on_device;
+        const double lr = number_or_place_of(group, key.lr, i, on_device.lr);
+        const double momentum = number_of(group, key.momentum, i), dampening = number_of(group, key.dampening, i);
+        const double weight_decay = number_or_place_of(group, key.weight_decay, i, on_device.weight_decay);
+        hypers.push_back(
+            {lr, momentum, dampening, weight_decay, flag_of(group, key.nesterov, i), flag_of(group, key.maximize, i)});
+        if (on_device.lr.address == nullptr && on_device.weight_decay.address == nullptr) continue;
+        scalars.resize(param_groups.size());
+        scalars[i] = on_device;
     }
 }
 

@@ -3,8 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <vector>
 
+#include "../dtypes.hpp"
 #include "../rules/sgd.hpp"
 
 namespace sgdcore::bindings {
@@ -23,5 +25,21 @@ PyObject* group_item(PyObject* group, PyObject* key, std::size_t index);
 /// Makes `hypers` the hyperparameters of the groups, in order. A number may be a float, whatever converts to one, or an
 /// array of one element. Raises TypeError or KeyError naming group and key.
 void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers);
+
+/// A number in a device's memory; `address` is null where there is none.
+struct DeviceNumber {
+    const std::byte* address = nullptr;
+    DType dtype = DType::float32;
+    int device = -1;
+};
+
+/// Those hyperparameters of a group that a device can read by itself.
+struct GroupScalars {
+    DeviceNumber lr, weight_decay;
+};
+
+/// As above, but leaves numbers on devices there, NaN standing for them, and lists them in `scalars`: empty if there
+/// are none, else one entry per group.
+void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>& scalars);
 
 }  // namespace sgdcore::bindings

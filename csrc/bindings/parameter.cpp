@@ -3,11 +3,14 @@
 
 #include <cstring>
 
+#include "devices.hpp"
+
 namespace sgdcore::bindings {
 namespace {
 
 void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument) {
     require_same_shape(ref, like, argument);
+    require_same_device(ref, like, argument);
     std::vector<Axis> axes;
     axes_in_order_of(ref, like, axes);
     if (!axes.empty()) {
@@ -31,7 +34,7 @@ Parameter::Parameter(const py::object& data, std::string name, py::object buffer
 }
 
 void Parameter::set_data(const py::object& array) {
-    if (array.is(data_.array)) return;
+    if (array.is(data_.object())) return;
     if (!buffer_grad_.empty()) {
         throw py::value_error("data: parameter '" + name_ +
                               "' lives in a ParameterBuffer; assign into its array with data[...] = value");
@@ -55,10 +58,17 @@ void Parameter::set_grad(const py::object& array) {
         ++grad_version;
         return;
     }
-    if (!grad_.empty() && array.is(grad_.array)) return;  // `w.grad += x` ends with this assignment
+    if (!grad_.empty() && array.is(grad_.object())) return;  // `w.grad += x` ends with this assignment
     ArrayRef ref = read_array(array, "grad");
     require_same_shape(ref, data_, "grad");
-    if (!buffer_grad_.empty()) {
+    if (!buffer_grad_.empty() && data_.device != cpu_device) {
+        if (!array.is(buffer_grad_.object())) {
+            py::module_::import("sgdcore._devices").attr("assign")(buffer_grad_.object(), array);
+        }
+        ref = buffer_grad_;
+    }
+    require_same_device(ref, data_, "grad");
+    if (!buffer_grad_.empty() && data_.device == cpu_device) {
         if (!array.is(buffer_grad_.array)) {
             py::module_::import("numpy").attr("copyto")(buffer_grad_.array, ref.array, py::arg("casting") = "unsafe");
         }
@@ -81,7 +91,18 @@ void Parameter::zero_grad(bool set_to_none) {
         set_grad(py::none());
         return;
     }
-    if (grad_axes_.empty()) {
+    if (grad_.device != cpu_device) {
+        if (!grad_axes_.empty()) {
+            throw py::value_error("grad: the gradient of " + label("a parameter of shape " + shape_text(data_.array)) +
+                                  " on a CUDA device does not lie as its parameter does and cannot be zeroed in place; "
+                                  "use set_to_none=True");
+        }
+        const auto stream =
+            py::module_::import("sgdcore._devices").attr("current_stream")(data_.object(), grad_.device);
+        device_runtime().fill(grad_.device, grad_.data, 0,
+                              static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype),
+                              reinterpret_cast<void*>(py::cast<std::uintptr_t>(stream)));
+    } else if (grad_axes_.empty()) {
         std::memset(grad_.data, 0, static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype));
     } else {
         grad_.array.attr("fill")(0);
@@ -90,7 +111,9 @@ void Parameter::zero_grad(bool set_to_none) {
 
 int Parameter::traverse(visitproc visit, void* arg) const {
     Py_VISIT(data_.array.ptr());
+    Py_VISIT(data_.on_device.ptr());
     Py_VISIT(grad_.array.ptr());
+    Py_VISIT(grad_.on_device.ptr());
     Py_VISIT(buffer_.ptr());
     Py_VISIT(buffer_grad_.array.ptr());
     return 0;

@@ -116,6 +116,7 @@ void Plan::read_given(const py::object& grads) {
         GivenGrad& given = given_[i];
         given.ref = read_array(item, argument);
         require_same_shape(given.ref, entries_[i].parameter->data(), argument);
+        require_same_device(given.ref, entries_[i].parameter->data(), argument);
         axes_in_order_of(given.ref, entries_[i].parameter->data(), given.axes);
     }
 }
@@ -130,14 +131,14 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
-    read_hypers(param_groups, hypers_);
+    read_hypers(param_groups, hypers_, scalars_);
 
     const bool given = !grads.is_none();
     if (given) read_given(grads);
 
     tensors_.clear();
     first_.clear();
-    bool rebound = false, new_grads = given;
+    bool rebound = false, new_grads = given, on_device = false;
     std::int64_t total = 0;
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         const Entry& entry = entries_[i];
@@ -154,6 +155,8 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
         tensor.size = data.size;
         tensor.grad_axes = given ? given_[i].axes : parameter.grad_axes();
         tensor.hyper = entry.group;
+        tensor.device = data.device;
+        on_device |= data.device != cpu_device;
         tensor.param_dtype = data.dtype;
         tensor.grad_dtype = grad.dtype;
         tensor.momentum_dtype = data.dtype;
@@ -187,14 +190,18 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
         disjoint_grads_checked_ = false;
     }
     const bool check_disjoint = zero_grad && !disjoint_grads_checked_;
-    const bool release_gil = total >= gil_release_elements;
+    // A number on a device makes a step on the CPU wait for it; a device reads it by itself.
+    on_device |= !scalars_.empty();
+    const bool release_gil = total >= gil_release_elements || on_device;
     // Both let other threads run, which may rebind arrays that are in the list by now.
     if (check_disjoint || release_gil) hold_arrays();
     if (check_disjoint) check_disjoint_grads();
     if (zero_grad) disjoint_grads_checked_ = !given;
 
     const StepOptions options{.zero_grad = zero_grad};
-    if (release_gil) {
+    if (on_device) {
+        update_on_devices(param_groups, options);
+    } else if (release_gil) {
         py::gil_scoped_release release;
         step(tensors_, hypers_, options);
     } else {
@@ -205,6 +212,18 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
         if (slot.version == entries_[i].momentum_version) slot.initialized = true;  // else it was replaced meanwhile
     }
     return true;
+}
+
+void Plan::update_on_devices(const py::list& param_groups, const StepOptions& options) {
+    const auto stream = [this](int device) {
+        for (std::size_t i = 0; i < entries_.size(); ++i) {
+            const ArrayRef& data = entries_[i].parameter->data();
+            if (used_grads_[i] == nullptr || data.device != device) continue;
+            return py::module_::import("sgdcore._devices").attr("current_stream")(data.object(), device);
+        }
+        return py::object(py::int_(0));
+    };
+    device_steps_.step(tensors_, param_groups, hypers_, scalars_, options, {.stream = py::cpp_function(stream)});
 }
 
 void Plan::hold_arrays() {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../work.hpp"
+#include "devices.hpp"
 #include "parameter.hpp"
 
 namespace sgdcore::bindings {
@@ -56,6 +57,7 @@ class Plan {
     };
 
     void read_given(const py::object& grads);
+    void update_on_devices(const py::list& param_groups, const StepOptions& options);
     /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays.
     void hold_arrays();
     void collect_writes();
@@ -70,6 +72,7 @@ class Plan {
 
     // Refilled by every run; their capacity is kept, so that a step does not allocate.
     std::vector<SgdHyper> hypers_;
+    std::vector<GroupScalars> scalars_;
     std::vector<TensorRef> tensors_;
     std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient
     std::vector<GivenGrad> given_;
@@ -78,6 +81,7 @@ class Plan {
     std::vector<Axis> held_axes_;
     std::vector<Range> writes_;  // sorted by address
     std::vector<Range> grad_ranges_;
+    DeviceSteps device_steps_;
     bool disjoint_grads_checked_ = false;
     bool running_ = false;
 };

@@ -25,7 +25,7 @@ void register_buffer(py::module_& module) {
     module.attr("alignment") = AlignedBuffer::alignment;
     module.attr("huge_page") = AlignedBuffer::huge_page;
     module.def("allocate", &allocate, py::arg("size"), py::arg("dtype"));
-    module.def("to_dlpack", &to_dlpack, py::arg("array"), py::arg("versioned"));
+    module.def("to_dlpack", &to_dlpack, py::arg("array"), py::arg("versioned"), py::arg("device") = cpu_device);
     module.def("from_dlpack", &from_dlpack, py::arg("object"));
 }
 

@@ -5,7 +5,7 @@
 namespace sgdcore::bindings {
 namespace {
 
-py::object array_or_none(const ArrayRef& ref) { return ref.empty() ? py::none() : py::object(ref.array); }
+py::object array_or_none(const ArrayRef& ref) { return ref.empty() ? py::none() : ref.object(); }
 
 }  // namespace
 
@@ -14,9 +14,13 @@ void register_parameter(py::module_& module) {
         .def(py::init<const py::object&, std::string, py::object, const py::object&>(), py::arg("data"), py::kw_only(),
              py::arg("name") = "", py::arg("buffer") = py::none(), py::arg("buffer_grad") = py::none())
         .def_property(
-            "data", [](const Parameter& self) -> py::object { return self.data().array; }, &Parameter::set_data)
+            "data", [](const Parameter& self) { return self.data().object(); }, &Parameter::set_data)
         .def_property(
             "grad", [](const Parameter& self) { return array_or_none(self.grad()); }, &Parameter::set_grad)
+        // The ndarray itself, or what describes an array on a device: shape and dtype, whose elements cannot be
+        // touched.
+        .def_property_readonly("description", [](const Parameter& self) { return self.data().array; })
+        .def_property_readonly("device", [](const Parameter& self) { return self.data().device; })
         .def_property_readonly("name", &Parameter::name)
         .def_property_readonly("buffer", &Parameter::buffer);
 

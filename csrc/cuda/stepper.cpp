@@ -61,8 +61,11 @@ bool may_overlap(const TensorRef& tensor) {
     return false;
 }
 
-void check_for_device(const TensorRef& tensor, bool momentum, bool zero_grad) {
+void require_for_device(const TensorRef& tensor, bool momentum, bool zero_grad) {
     if (tensor.size == 0) return;
+    if ((tensor.size - 1) / chunk_elements >= std::numeric_limits<std::uint32_t>::max()) {
+        throw std::invalid_argument("step: a tensor of " + std::to_string(tensor.size) + " elements is too large");
+    }
     require_aligned(tensor.param, tensor.param_dtype, "parameter");
     require_aligned(tensor.grad, tensor.grad_dtype, "gradient");
     if (momentum) require_aligned(tensor.momentum, tensor.momentum_dtype, "momentum buffer");
@@ -110,6 +113,13 @@ void choose_path(DeviceTensor& tensor) {
 }
 
 }  // namespace
+
+void check_for_device(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, bool zero_grad) {
+    check(tensors, hypers);
+    for (const TensorRef& tensor : tensors) {
+        require_for_device(tensor, hypers[tensor.hyper].momentum != 0, zero_grad);
+    }
+}
 
 Stepper::Stepper(Runtime& runtime, int device)
     : runtime_(runtime), device_(device), blocks_(runtime.blocks_at_once(device)) {}
@@ -190,9 +200,6 @@ void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper>
     for (const TensorRef& tensor : tensors) {
         if (tensor.size == 0) continue;
         const std::int64_t pieces = (tensor.size - 1) / chunk_elements + 1;
-        if (pieces > std::numeric_limits<std::uint32_t>::max()) {
-            throw std::invalid_argument("step: a tensor of " + std::to_string(tensor.size) + " elements is too large");
-        }
         for (std::int64_t i = 0; i < pieces; ++i) chunks_.push_back({number, static_cast<std::uint32_t>(i)});
         sizes_.push_back(tensor.size);
         ++number;
@@ -235,10 +242,7 @@ void Stepper::upload(Table& table, Stream stream) {
 void Stepper::step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
                    std::span<const DeviceScalars> scalars, const StepOptions& options,
                    const DeviceOptions& device_options) {
-    check(tensors, hypers);
-    for (const TensorRef& tensor : tensors) {
-        check_for_device(tensor, hypers[tensor.hyper].momentum != 0, options.zero_grad);
-    }
+    check_for_device(tensors, hypers, options.zero_grad);
     const std::lock_guard lock(mutex_);
     list(tensors, hypers, scalars);
     if (chunks_.empty()) return;

@@ -24,6 +24,9 @@ struct DeviceOptions {
     const float* grad_scale = nullptr;  // on the device: every gradient is multiplied by its reciprocal
 };
 
+/// Throws std::invalid_argument if sgdcore::check does, or if an entry is not one for a device.
+void check_for_device(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, bool zero_grad);
+
 class Stepper {
   public:
     Stepper(Runtime& runtime, int device);

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from sgdcore import __version__, build_info, demo
 from sgdcore.bench import command as bench
+
+
+def _cuda_text(info: dict[str, Any]) -> str:
+    built = ""
+    if info["cuda_built"]:
+        built = f"built with {info['cuda_compiler']} for {' '.join(info['cuda_architectures'])}; "
+    if info["cuda"]:
+        return f"{built}in use: {', '.join(info['cuda_devices'])}"
+    return f"{built}not usable: {info['cuda_reason']}" if built else f"no: {info['cuda_reason']}"
 
 
 def _print_info(_: argparse.Namespace) -> int:
@@ -26,7 +36,7 @@ def _print_info(_: argparse.Namespace) -> int:
         "threads": info["threads"],
         "compiler": info["compiler"],
         "build flags": info["build_flags"],
-        "CUDA": "yes" if info["cuda"] else f"no: {info['cuda_reason']}",
+        "CUDA": _cuda_text(info),
         "Python": info["python"],
         "NumPy": info["numpy"],
     }

@@ -15,6 +15,7 @@ import numpy as np
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
+from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
 
 __all__ = ["HookHandle", "Optimizer", "OptimizerState", "ParameterState"]
@@ -385,7 +386,7 @@ class Optimizer:
             self._check_group(group)
             groups.append(group)
         others: dict[Parameter, dict[str, Any]] = {}
-        momenta: dict[Parameter, Array] = {}
+        momenta: dict[Parameter, Array | DeviceArray] = {}
         for key, values in state_dict["state"].items():
             parameter = parameter_of.get(key)
             if parameter is None:
@@ -402,7 +403,7 @@ class Optimizer:
         for parameter, values in others.items():
             self.state[parameter].update(values)
         for (parameter, array), momentum in zip(momenta.items(), storage, strict=True):
-            momentum[...] = array
+            _copy_into(momentum, array)
             self.state[parameter]["momentum_buffer"] = momentum
         self.param_groups[:] = groups
         for hook in self._load_state_dict_post_hooks.values():
@@ -430,7 +431,7 @@ class Optimizer:
                 {k: v for k, v in values.items() if k != "momentum_buffer"}
             )
         for (parameter, array), momentum in zip(momenta.items(), storage, strict=True):
-            momentum[...] = array
+            _copy_into(momentum, array)
             self.state[parameter]["momentum_buffer"] = momentum
 
     def __repr__(self) -> str:
@@ -494,7 +495,8 @@ def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
 def _as_parameter(value: Any, position: int) -> Parameter:
     if isinstance(value, Parameter):
         return value
-    if isinstance(value, np.ndarray):
+    is_torch = type(value).__module__.partition(".")[0] == "torch"
+    if isinstance(value, np.ndarray) or (not is_torch and _core.is_on_device(value)):
         try:
             return Parameter(value)
         except (TypeError, ValueError) as error:
@@ -502,7 +504,7 @@ def _as_parameter(value: Any, position: int) -> Parameter:
     kind, hint = type(value).__name__, ""
     if isinstance(value, ParameterBuffer):
         hint = "; a ParameterBuffer is passed by itself, SGD(buffer), or as a group's 'params'"
-    elif type(value).__module__.partition(".")[0] == "torch":
+    elif is_torch:
         kind = "torch." + kind  # which has a Parameter, too
         hint = "; for torch's tensors there is sgdcore.torch.SGD"
     raise TypeError(
@@ -510,24 +512,37 @@ def _as_parameter(value: Any, position: int) -> Parameter:
     )
 
 
-def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Array]:
+def _copy_into(momentum: Array | DeviceArray, values: Any) -> None:
+    if isinstance(momentum, DeviceArray):
+        momentum.assign(values)
+    else:
+        momentum[...] = values
+
+
+def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Array | DeviceArray]:
     """Return storage for the momentum of each parameter, laid out like it.
 
     That of parameters in one buffer is one flat array, so that the step runs through all three without a break.
     """
-    flat_sizes: dict[tuple[int, np.dtype[Any]], int] = {}
+    flat_sizes: dict[tuple[int, np.dtype[Any], int], int] = {}
     for parameter, dtype in parameters:
         if parameter.buffer is not None:
-            key = id(parameter.buffer), dtype
+            key = id(parameter.buffer), dtype, parameter.device
             flat_sizes[key] = flat_sizes.get(key, 0) + parameter.size
-    flats = {key: _core.allocate(size, key[1]) for key, size in flat_sizes.items()}
+    flats: dict[tuple[int, np.dtype[Any], int], Any] = {
+        key: DeviceArray.zeros(size, key[1], key[2]) if key[2] >= 0 else _core.allocate(size, key[1])
+        for key, size in flat_sizes.items()
+    }
     starts = dict.fromkeys(flats, 0)
-    momenta: list[Array] = []
+    momenta: list[Array | DeviceArray] = []
     for parameter, dtype in parameters:
         if parameter.buffer is None:
-            momenta.append(_separate_momentum(parameter.data, dtype))
+            if parameter.device >= 0:
+                momenta.append(DeviceArray.zeros_like(DeviceArray.of(parameter.data), dtype))
+            else:
+                momenta.append(_separate_momentum(parameter.data, dtype))
             continue
-        key = id(parameter.buffer), dtype
+        key = id(parameter.buffer), dtype, parameter.device
         start = starts[key]
         starts[key] = start + parameter.size
         momenta.append(flats[key][start : starts[key]].reshape(parameter.shape))
@@ -545,13 +560,19 @@ def _separate_momentum(data: Array, dtype: np.dtype[Any]) -> Array:
     return _core.allocate(data.size, dtype).reshape(data.shape)
 
 
-def _momentum_array(key: Any, value: Any, parameter: Parameter) -> Array:
+def _momentum_array(key: Any, value: Any, parameter: Parameter) -> Array | DeviceArray:
     """Return a checkpoint's momentum buffer as an array of one of the storage types."""
     argument = f"state_dict['state'][{key!r}]['momentum_buffer']"
     try:
-        # DLPack knows torch's bfloat16, NumPy's own conversion does not.
-        shared = not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__")
-        array: Array = _core.from_dlpack(value) if shared else np.asarray(value)
+        array: Array | DeviceArray
+        if _core.is_on_device(value):
+            array = DeviceArray.of(value)
+            if parameter.device != array.device:
+                array = array.numpy()
+        else:
+            # DLPack knows torch's bfloat16, NumPy's own conversion does not.
+            shared = not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__")
+            array = _core.from_dlpack(value) if shared else np.asarray(value)
     except Exception as error:
         raise TypeError(f"{argument}: {error}") from error
     storage_dtype(array.dtype, argument)

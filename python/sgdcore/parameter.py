@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
+from sgdcore.device_array import DeviceArray, device_number
 
 __all__ = ["Parameter", "ParameterBuffer"]
 
@@ -54,25 +55,27 @@ class Parameter(_core.Parameter):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of ``data``."""
-        return self.data.shape
+        return self.description.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of ``data``."""
-        return self.data.dtype
+        return self.description.dtype
 
     @property
     def size(self) -> int:
         """The number of elements."""
-        return self.data.size
+        return self.description.size
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
+        if self.device >= 0:
+            raise TypeError(f"{self}: it is on CUDA device {self.device}; copy it to the host first")
         return np.array(self.data, dtype=dtype, copy=copy)
 
     def __dlpack__(
         self,
         *,
-        stream: None = None,
+        stream: Any = None,
         max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
@@ -80,7 +83,7 @@ class Parameter(_core.Parameter):
         return _export(self.data, stream, max_version, dl_device, copy)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return _CPU
+        return _dlpack_device(self.data)
 
     def __repr__(self) -> str:
         name = f"name={self.name!r}, " if self.name else ""
@@ -127,6 +130,8 @@ class ParameterBuffer(Mapping[str, Parameter]):
         data: memory to use for the parameters instead of allocating it: a contiguous 1-d array of
             exactly the total size. It keeps its values unless `parameters` holds arrays.
         grad: the same for the gradients.
+        device: ``"cuda"``, ``"cuda:1"`` or a number puts the buffer on a CUDA device. `data`, `grad` and all views are
+            then `DeviceArray` objects, or whatever arrays were given as `data` and `grad`.
 
     Attributes:
         data: all parameters, 1-d.
@@ -152,16 +157,24 @@ class ParameterBuffer(Mapping[str, Parameter]):
         dtype: DTypeLike | None = None,
         *,
         grad_dtype: DTypeLike | None = None,
-        data: Array | None = None,
-        grad: Array | None = None,
+        data: Any = None,
+        grad: Any = None,
+        device: str | int | None = None,
     ) -> None:
         if not isinstance(parameters, Mapping):
             raise TypeError(
                 f"parameters: expected a mapping of names to shapes or arrays, got {type(parameters).__name__}"
             )
         shapes = {name: _shape_of(name, value) for name, value in parameters.items()}
-        arrays = {n: v for n, v in parameters.items() if isinstance(v, np.ndarray | Parameter)}
+        number = device_number(device)
+        arrays = {
+            n: v
+            for n, v in parameters.items()
+            if isinstance(v, np.ndarray | Parameter) or _core.is_on_device(v)
+        }
         for name, array in arrays.items():
+            if number is None and not isinstance(array, np.ndarray) and _core.is_on_device(array):
+                raise ValueError(f"parameters[{name!r}]: on a CUDA device; say device= to put the buffer there")
             storage_dtype(array.dtype, f"parameters[{name!r}]")
         if dtype is None and data is None:
             found = {np.dtype(array.dtype) for array in arrays.values()}
@@ -172,14 +185,17 @@ class ParameterBuffer(Mapping[str, Parameter]):
                 )
             dtype = found.pop() if found else np.float32
         size = sum(math.prod(shape) for shape in shapes.values())
-        self._data = _flat("data", data, size, dtype)
+        self._device = number
+        self._data = _flat("data", data, size, dtype, number)
+        self._dtype = _description(self._data).dtype
         self._grad = _flat(
             "grad",
             grad,
             size,
-            grad_dtype if grad_dtype is not None or grad is not None else self.data.dtype,
+            grad_dtype if grad_dtype is not None or grad is not None else self._dtype,
+            number,
         )
-        if np.shares_memory(self.data, self.grad):
+        if np.shares_memory(_description(self.data), _description(self.grad)):
             raise ValueError("grad: overlaps data in memory")
 
         self._parameters: dict[str, Parameter] = {}
@@ -189,6 +205,10 @@ class ParameterBuffer(Mapping[str, Parameter]):
             start = part.stop
             view, grad_view = self.data[part].reshape(shape), self.grad[part].reshape(shape)
             self._parameters[name] = _BufferParameter(self, name, view, grad_view)
+        if number is not None:
+            for name, array in arrays.items():
+                DeviceArray.of(self[name].data).assign(array.data if isinstance(array, Parameter) else array)
+            return
         # All that lies in the given memory itself is read before anything is written there.
         values = {n: np.array(v, copy=np.may_share_memory(v, self.data)) for n, v in arrays.items()}
         for name, array in values.items():
@@ -196,7 +216,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
             np.copyto(self[name].data, array, casting="unsafe")
 
     @property
-    def data(self) -> Array:
+    def data(self) -> Any:
         """All parameters, 1-d. Written in place, also by ``buffer.data += x``; no other array may take its place."""
         return self._data
 
@@ -205,7 +225,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
         self._refuse_other("data", value, self._data)
 
     @property
-    def grad(self) -> Array:
+    def grad(self) -> Any:
         """All gradients, 1-d; as `data`."""
         return self._grad
 
@@ -225,12 +245,12 @@ class ParameterBuffer(Mapping[str, Parameter]):
     @property
     def dtype(self) -> np.dtype[Any]:
         """The parameters' dtype."""
-        return self.data.dtype
+        return self._dtype
 
     @property
     def size(self) -> int:
         """The number of elements of all parameters."""
-        return self.data.size
+        return _description(self.data).size
 
     def parameters(self) -> list[Parameter]:
         """Return the parameters in order."""
@@ -256,7 +276,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
     def __dlpack__(
         self,
         *,
-        stream: None = None,
+        stream: Any = None,
         max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
@@ -264,7 +284,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
         return _export(self.data, stream, max_version, dl_device, copy)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return _CPU
+        return _dlpack_device(self.data)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name!r}: {p.shape}" for name, p in self.items())
@@ -273,10 +293,21 @@ class ParameterBuffer(Mapping[str, Parameter]):
     def __reduce__(self) -> tuple[Any, ...]:
         shapes = {name: parameter.shape for name, parameter in self.items()}
         without_grad = [name for name, parameter in self.items() if parameter.grad is None]
-        return _restore_buffer, (type(self), shapes, self.data, self.grad, without_grad)
+        data, grad = self.data, self.grad
+        if self._device is None:
+            return _restore_buffer, (type(self), shapes, data, grad, without_grad)
+        data, grad = DeviceArray.of(data).numpy(), DeviceArray.of(grad).numpy()
+        return _restore_buffer, (type(self), shapes, data, grad, without_grad, self._device)
 
     @classmethod
-    def _restore(cls, shapes: dict[str, tuple[int, ...]], data: Array, grad: Array) -> Self:
+    def _restore(
+        cls, shapes: dict[str, tuple[int, ...]], data: Array, grad: Array, device: int | None
+    ) -> Self:
+        if device is not None:
+            buffer = cls(shapes, data.dtype, grad_dtype=grad.dtype, device=device)
+            buffer.data.assign(data)
+            buffer.grad.assign(grad)
+            return buffer
         buffer = cls(shapes, data.dtype, grad_dtype=grad.dtype)
         buffer.data[...] = data
         buffer.grad[...] = grad
@@ -289,21 +320,34 @@ def _restore_buffer(
     data: Array,
     grad: Array,
     without_grad: list[str],
+    device: int | None = None,
 ) -> ParameterBuffer:
-    buffer = cls._restore(shapes, data, grad)
+    buffer = cls._restore(shapes, data, grad, device)
     for name in without_grad:
         buffer[name].grad = None
     return buffer
 
 
+def _dlpack_device(array: Any) -> tuple[int, int]:
+    if isinstance(array, np.ndarray):
+        return _CPU
+    device: tuple[int, int] = array.__dlpack_device__()
+    return device
+
+
 def _export(
-    array: Array,
-    stream: None,
+    array: Any,
+    stream: Any,
     max_version: tuple[int, int] | None,
     dl_device: tuple[int, int] | None,
     copy: bool | None,
 ) -> object:
     """What the array API's standard demands of ``__dlpack__``."""
+    if not isinstance(array, np.ndarray):
+        shared: object = array.__dlpack__(
+            stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
+        )
+        return shared
     if stream is not None:
         raise BufferError(f"stream: memory on the CPU has none, got {stream!r}")
     if dl_device is not None and tuple(dl_device) != _CPU:
@@ -316,8 +360,8 @@ def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
     """Return the shape that a value of the mapping stands for."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"parameters: expected non-empty strings as names, got {name!r}")
-    if isinstance(value, np.ndarray | Parameter):
-        return value.shape
+    if isinstance(value, np.ndarray | Parameter) or _core.is_on_device(value):
+        return tuple(value.shape)
     try:
         shape = (
             (operator.index(value),)
@@ -333,8 +377,15 @@ def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
     return shape
 
 
-def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None) -> Array:
+def _description(array: Any) -> Array:
+    """Return an ndarray itself, or what describes one on a device."""
+    return array if isinstance(array, np.ndarray) else DeviceArray.of(array)._description
+
+
+def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None, device: int | None) -> Any:
     """Return the given memory, checked, or new zeros."""
+    if given is None and device is not None:
+        return DeviceArray.zeros(size, storage_dtype(dtype), device)
     if given is None:
         if size > sys.maxsize // storage_dtype(dtype).itemsize:
             raise MemoryError(f"parameters: {size} elements of {dtype} exceed the address space")
@@ -345,15 +396,24 @@ def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None) -> Arra
                 f"{argument}: cannot allocate {size} elements of {storage_dtype(dtype)}, "
                 f"{size * storage_dtype(dtype).itemsize} bytes"
             ) from None
-    if not isinstance(given, np.ndarray):
+    if device is None and not isinstance(given, np.ndarray):
         raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")
-    if given.shape != (size,):
-        raise ValueError(f"{argument}: expected shape ({size},), the total size, got {given.shape}")
-    if not given.flags.c_contiguous or not given.flags.writeable:
-        raise ValueError(
-            f"{argument}: expected a contiguous and writable array, got flags {given.flags}"
+    if device is not None and not _core.is_on_device(given):
+        raise TypeError(
+            f"{argument}: expected an array on CUDA device {device}, got {type(given).__name__}"
         )
-    storage_dtype(given.dtype, argument)
-    if dtype is not None and given.dtype != storage_dtype(dtype):
-        raise TypeError(f"{argument}: expected dtype {storage_dtype(dtype)}, got {given.dtype}")
+    array = _description(given)
+    if device is not None and DeviceArray.of(given).device != device:
+        raise ValueError(
+            f"{argument}: expected an array on CUDA device {device}, got one on {DeviceArray.of(given).device}"
+        )
+    if array.shape != (size,):
+        raise ValueError(f"{argument}: expected shape ({size},), the total size, got {array.shape}")
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise ValueError(
+            f"{argument}: expected a contiguous and writable array, got flags {array.flags}"
+        )
+    storage_dtype(array.dtype, argument)
+    if dtype is not None and array.dtype != storage_dtype(dtype):
+        raise TypeError(f"{argument}: expected dtype {storage_dtype(dtype)}, got {array.dtype}")
     return given

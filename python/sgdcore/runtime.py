@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sgdcore import _core
+from sgdcore import _core, _devices
 
 __all__ = ["build_info", "get_isa", "get_num_threads", "set_isa", "set_num_threads"]
 
@@ -62,8 +62,9 @@ def set_isa(name: str | None) -> None:
 def build_info() -> dict[str, Any]:
     """Return what was built and what is used, as ``python -m sgdcore info`` prints it.
 
-    Keys: version, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda
-    (bool), cuda_reason (why not), python, numpy.
+    Keys: version, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda_built and cuda (bool:
+    whether its module was built, and whether it can be used here), cuda_reason (why not), python, numpy. If it was built
+    also cuda_compiler and cuda_architectures, and where it can be used cuda_devices.
     """
     built = _core.instruction_sets()
     return {
@@ -74,8 +75,7 @@ def build_info() -> dict[str, Any]:
         "threads": _core.num_threads(),
         "compiler": _core.compiler,
         "build_flags": _core.build_flags,
-        "cuda": False,
-        "cuda_reason": "this version has no CUDA module",
+        **_devices.status(),
         "python": platform.python_version(),
         "numpy": np.__version__,
     }

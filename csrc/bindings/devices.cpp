@@ -1,0 +1,125 @@
+// The way of a step to the devices: divide the work list, check every part, and only then start them.
+#include "devices.hpp"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <tuple>
+#include <utility>
+
+#include "../step.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+// Guarded by the GIL, as far as they change; the runtime lives as long as the process.
+cuda::Runtime* runtime = nullptr;
+bool usable = false;  // it was seen to have a device
+
+struct Part {
+    std::vector<TensorRef> tensors;
+    std::vector<cuda::DeviceScalars> scalars;
+    cuda::DeviceOptions options;
+};
+
+/// True if a tensor's group has a number on a device that is not the tensor's.
+bool needs_numbers_on_host(const TensorRef& tensor, const std::vector<GroupScalars>& scalars) {
+    if (scalars.empty()) return false;
+    const auto elsewhere = [&](const DeviceNumber& number) {
+        return number.address != nullptr && number.device != tensor.device;
+    };
+    return elsewhere(scalars[tensor.hyper].lr) || elsewhere(scalars[tensor.hyper].weight_decay);
+}
+
+std::vector<cuda::DeviceScalars> scalars_of(int device, const std::vector<GroupScalars>& groups) {
+    std::vector<cuda::DeviceScalars> scalars(groups.size());
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+        if (groups[i].lr.device == device) {
+            scalars[i].lr = groups[i].lr.address;
+            scalars[i].lr_dtype = groups[i].lr.dtype;
+        }
+        if (groups[i].weight_decay.device == device) {
+            scalars[i].weight_decay = groups[i].weight_decay.address;
+            scalars[i].weight_decay_dtype = groups[i].weight_decay.dtype;
+        }
+    }
+    return scalars;
+}
+
+template <class T>
+T* pointer_of(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+cuda::Runtime& device_runtime() {
+    if (runtime == nullptr) py::module_::import("sgdcore._devices").attr("load_runtime")();
+    if (runtime == nullptr) throw std::runtime_error("the CUDA runtime was not registered");
+    if (!usable) {
+        usable = runtime->device_count() > 0;
+        if (!usable) throw std::runtime_error("there is no CUDA device");
+    }
+    return *runtime;
+}
+
+bool has_device_runtime() { return runtime != nullptr; }
+
+void use_device_runtime(cuda::Runtime* other) {
+    runtime = other;
+    usable = false;
+}
+
+cuda::Stepper& DeviceSteps::stepper(int device) {
+    std::unique_ptr<cuda::Stepper>& stepper = steppers_[device];
+    if (!stepper) stepper = std::make_unique<cuda::Stepper>(device_runtime(), device);
+    return *stepper;
+}
+
+void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& param_groups,
+                       const std::vector<SgdHyper>& hypers, const std::vector<GroupScalars>& scalars,
+                       StepOptions options, const DeviceInterface& interface) {
+    std::map<int, Part> parts;
+    bool on_host = false;
+    for (const TensorRef& tensor : tensors) {
+        parts[tensor.device].tensors.push_back(tensor);
+        on_host = on_host || needs_numbers_on_host(tensor, scalars);
+    }
+    std::vector<SgdHyper> numbers = hypers;
+    if (on_host) read_hypers(param_groups, numbers);  // waits for them
+    bool cpu_left_out = false;
+    for (auto& [device, part] : parts) {
+        if (device == cpu_device) {
+            check(part.tensors, numbers);
+            if (!interface.scaling.is_none()) {
+                std::tie(cpu_left_out, options.grad_factor) =
+                    py::cast<std::pair<bool, double>>(interface.scaling(device));
+            }
+            continue;
+        }
+        cuda::check_for_device(part.tensors, numbers, options.zero_grad);
+        part.scalars = scalars_of(device, scalars);
+        part.options.stream = pointer_of<void>(py::cast<std::uintptr_t>(interface.stream(device)));
+        if (!interface.scaling.is_none()) {
+            const auto [found_inf, grad_scale] =
+                py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(interface.scaling(device));
+            part.options.found_inf = pointer_of<const float>(found_inf);
+            part.options.grad_scale = pointer_of<const float>(grad_scale);
+        }
+        stepper(device);
+    }
+    std::vector<std::pair<cuda::Stepper*, Part*>> on_devices;
+    for (auto& [device, part] : parts) {
+        if (device != cpu_device) on_devices.emplace_back(&stepper(device), &part);
+    }
+
+    const py::gil_scoped_release release;
+    for (const auto& [stepper, part] : on_devices) {
+        stepper->step(part->tensors, numbers, part->scalars, options, part->options);
+    }
+    const auto cpu = parts.find(cpu_device);
+    if (cpu != parts.end() && !cpu_left_out) sgdcore::step(cpu->second.tensors, numbers, options);
+}
+
+}  // namespace sgdcore::bindings

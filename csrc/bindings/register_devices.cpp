@@ -1,0 +1,115 @@
+// Devices: the runtime that another module brings, what is known of it, and memory for arrays of our own.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../cuda/simulated.hpp"
+#include "arrays.hpp"
+#include "devices.hpp"
+#include "module.hpp"
+
+namespace sgdcore::bindings {
+namespace {
+
+template <class T>
+T* pointer_of(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+/// Memory of a device, filled with zeros.
+class DeviceMemory {
+  public:
+    DeviceMemory(std::size_t size, int device, std::uintptr_t stream) : device_(device), size_(size) {
+        if (device < 0 || device >= device_runtime().device_count()) {
+            throw py::value_error("device: expected a number below " + std::to_string(device_runtime().device_count()) +
+                                  ", the number of devices, got " + std::to_string(device));
+        }
+        memory_ = device_runtime().allocate(device, size > 0 ? size : 1);
+        device_runtime().fill(device, memory_, 0, size, pointer_of<void>(stream));
+    }
+    ~DeviceMemory() { device_runtime().free(device_, memory_); }
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+    std::uintptr_t address() const { return reinterpret_cast<std::uintptr_t>(memory_); }
+    int device() const { return device_; }
+    std::size_t size() const { return size_; }
+
+  private:
+    int device_;
+    std::size_t size_;
+    std::byte* memory_ = nullptr;
+};
+
+/// Copies between dense arrays of one dtype and memory order, at least one of them on the device, and waits.
+void copy_array(const py::array& to, const py::array& from, int device, std::uintptr_t stream) {
+    if (to.nbytes() != from.nbytes()) throw py::value_error("copy: arrays of different sizes");
+    const py::gil_scoped_release release;
+    device_runtime().copy(device, const_cast<void*>(to.data()), from.data(), static_cast<std::size_t>(to.nbytes()),
+                          pointer_of<void>(stream));
+    device_runtime().synchronize(device, pointer_of<void>(stream));
+}
+
+}  // namespace
+
+void register_devices(py::module_& module) {
+    py::register_exception<cuda::CudaError>(module, "CudaError", PyExc_RuntimeError);
+    module.def(
+        "use_runtime",
+        [](const py::object& capsule) {  // None: there is no runtime any more
+            void* pointer = nullptr;
+            if (!capsule.is_none()) {
+                pointer = PyCapsule_GetPointer(capsule.ptr(), cuda::Runtime::capsule_name);
+                if (pointer == nullptr) throw py::error_already_set();
+            }
+            use_device_runtime(static_cast<cuda::Runtime*>(pointer));
+        },
+        py::arg("capsule"));
+    module.def("has_runtime", &has_device_runtime);
+    // For the tests: devices that are simulated on the CPU. They stay for the life of the process.
+    module.def(
+        "simulated_runtime",
+        [](int devices) {
+            return py::capsule(static_cast<cuda::Runtime*>(new cuda::SimulatedRuntime(devices)),
+                               cuda::Runtime::capsule_name);
+        },
+        py::arg("devices"));
+    module.def(
+        "simulated_counts",
+        [](const py::object& capsule) {
+            auto* runtime =
+                static_cast<cuda::Runtime*>(PyCapsule_GetPointer(capsule.ptr(), cuda::Runtime::capsule_name));
+            if (runtime == nullptr) throw py::error_already_set();
+            const auto& counts = dynamic_cast<cuda::SimulatedRuntime&>(*runtime).counts;
+            return py::dict(py::arg("launches") = counts.launches, py::arg("copies") = counts.copies,
+                            py::arg("allocations") = counts.allocations);
+        },
+        py::arg("capsule"));
+    module.attr("chunk_size") = chunk_size;
+    module.def("device_count", [] { return device_runtime().device_count(); });
+    module.def("device_name", [](int device) { return device_runtime().device_name(device); }, py::arg("device"));
+    module.def("is_on_device", [](const py::object& object) { return is_on_device(object); }, py::arg("object"));
+    py::class_<DeviceMemory>(module, "DeviceMemory")
+        .def(py::init<std::size_t, int, std::uintptr_t>(), py::arg("size"), py::arg("device"), py::arg("stream"))
+        .def_property_readonly("address", &DeviceMemory::address)
+        .def_property_readonly("device", &DeviceMemory::device)
+        .def_property_readonly("size", &DeviceMemory::size);
+    module.def(
+        "describe_memory",
+        [](std::uintptr_t address, const py::dtype& dtype, const std::vector<py::ssize_t>& shape,
+           const py::object& owner) { return py::array(dtype, shape, pointer_of<const std::byte>(address), owner); },
+        py::arg("address"), py::arg("dtype"), py::arg("shape"), py::arg("owner"));
+    module.def("copy_array", &copy_array, py::arg("to"), py::arg("source"), py::arg("device"), py::arg("stream"));
+    module.def(
+        "fill_zero",
+        [](const py::array& array, int device, std::uintptr_t stream) {
+            device_runtime().fill(device, const_cast<void*>(array.data()), 0, static_cast<std::size_t>(array.nbytes()),
+                                  pointer_of<void>(stream));
+        },
+        py::arg("array"), py::arg("device"), py::arg("stream"));
+}
+
+}  // namespace sgdcore::bindings

@@ -1,0 +1,228 @@
+"""Arrays in the memory of a CUDA device: enough to hold parameters, gradients and momentum, and to exchange them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from sgdcore import _core
+from sgdcore._arrays import Array, storage_dtype
+from sgdcore._devices import current_stream
+
+__all__ = ["DeviceArray", "device_number"]
+
+_KDLCUDA = 2  # DLPack's name for CUDA devices
+
+
+def device_number(device: Any) -> int | None:
+    """Return the number of a CUDA device given as ``"cuda"``, ``"cuda:1"`` or 1; None for the CPU.
+
+    Raises:
+        TypeError, ValueError: if it is neither.
+    """
+    if device is None or device == "cpu":
+        return None
+    if isinstance(device, str):
+        kind, _, number = device.partition(":")
+        if kind == "cuda" and (number.isdecimal() or device == "cuda"):
+            return int(number or 0)
+    elif not isinstance(device, bool):
+        try:
+            return operator.index(device)
+        except TypeError:
+            pass
+    raise ValueError(f"device: expected 'cpu', 'cuda', 'cuda:<number>' or a number, got {device!r}")
+
+
+class DeviceArray:
+    """An array on a CUDA device that shares its memory through ``__cuda_array_interface__`` and DLPack.
+
+    ``cupy.asarray(array)`` or ``torch.from_dlpack(array)`` computes with it in place. Of arithmetic of its own it has none.
+
+    Attributes:
+        shape, dtype, size, nbytes, strides: as an ndarray's.
+        device: the number of the device.
+
+    Example (on a machine with a CUDA device)::
+
+        array = DeviceArray.zeros((2, 3), "float32")
+        array.assign(np.ones((2, 3)))
+        array.numpy()
+    """
+
+    def __init__(self, description: Array, device: int, owner: Any) -> None:
+        # An ndarray with the device's address: its elements must not be touched.
+        self._description = description
+        self._owner = owner
+        self.device = device
+
+    @classmethod
+    def zeros(
+        cls, shape: int | tuple[int, ...], dtype: DTypeLike = "float32", device: int = 0
+    ) -> Self:
+        """Return a new array of zeros.
+
+        Raises:
+            RuntimeError: if CUDA cannot be used, with the reason.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        resolved = storage_dtype(dtype)
+        memory = _core.DeviceMemory(math.prod(shape) * resolved.itemsize, device, 0)
+        description = _core.describe_memory(memory.address, resolved, list(shape), memory)
+        return cls(description, device, memory)
+
+    @classmethod
+    def zeros_like(cls, array: Self, dtype: DTypeLike) -> Self:
+        """Return zeros of another dtype in the memory order of a dense array."""
+        order = sorted(range(len(array.shape)), key=lambda axis: -array.strides[axis])
+        flat = cls.zeros(tuple(array.shape[axis] for axis in order), dtype, array.device)
+        description = flat._description.transpose(np.argsort(order))
+        return cls(description, array.device, flat._owner)
+
+    @classmethod
+    def of(cls, array: Any) -> Self:
+        """Return an array over the memory that another one on a CUDA device shares.
+
+        Raises:
+            TypeError: if its dtype is none of the storage types.
+            ValueError: if it is not on a CUDA device, or CUDA cannot be used.
+        """
+        if isinstance(array, cls):
+            return array
+        if not _core.is_on_device(array):
+            raise ValueError(f"array: expected one on a CUDA device, got {type(array).__name__}")
+        parameter = _core.Parameter(array)
+        return cls(parameter.description, parameter.device, array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self._description.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The strides, in bytes."""
+        return self._description.strides
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype."""
+        return self._description.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self._description.size
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return self._description.nbytes
+
+    def reshape(self, *shape: Any) -> Self:
+        """Return a view of another shape."""
+        return type(self)(self._description.reshape(*shape), self.device, self._owner)
+
+    def __len__(self) -> int:
+        return len(self._description)
+
+    def __getitem__(self, part: slice) -> Self:
+        if not isinstance(part, slice):  # an element would have to be read
+            raise TypeError(f"DeviceArray: expected a slice, got {part!r}; numpy() copies the array to the host")
+        return type(self)(self._description[part], self.device, self._owner)
+
+    def numpy(self) -> Array:
+        """Return a copy on the host. Waits for the device."""
+        copy = np.empty_like(self._description)
+        if self.size:
+            _core.copy_array(copy, self._description, self.device, self._stream())
+        return copy
+
+    def assign(self, values: Any) -> None:
+        """Copy values into the array: an array-like on the host, or a dense array of this shape and dtype on the device.
+
+        Raises:
+            ValueError: if shapes, dtypes or memory orders do not match, or an array is not contiguous.
+        """
+        if not self._description.flags.forc and not _is_dense(self._description):
+            raise ValueError(f"assign: expected a contiguous array, this one has strides {self.strides}")
+        if _core.is_on_device(values):
+            source = DeviceArray.of(values)
+            for what in ("shape", "dtype", "strides", "device"):
+                own, other = getattr(self, what), getattr(source, what)
+                if own != other:
+                    raise ValueError(f"assign: expected an array of {what} {own}, got {other}")
+            description = source._description
+        else:
+            description = np.empty_like(self._description)
+            np.copyto(description, np.asarray(values), casting="unsafe")
+        if self.size:
+            _core.copy_array(self._description, description, self.device, self._stream())
+
+    def fill_zero(self) -> None:
+        """Set all elements of a contiguous array to zero."""
+        _core.fill_zero(self._description, self.device, self._stream())
+
+    def _stream(self) -> int:
+        return current_stream(self._owner, self.device)
+
+    def __float__(self) -> float:
+        return float(self.numpy().item())
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self.dtype.name == "bfloat16":
+            raise AttributeError("__cuda_array_interface__ has no bfloat16; DLPack has")
+        interface = dict(self._description.__array_interface__)
+        return {
+            "shape": self.shape,
+            "typestr": interface["typestr"],
+            "data": interface["data"],
+            "strides": interface["strides"],
+            "version": 3,
+            "stream": None,
+        }
+
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        if dl_device is not None and tuple(dl_device) != self.__dlpack_device__():
+            raise BufferError(f"dl_device: expected {self.__dlpack_device__()}, got {dl_device!r}")
+        if copy:
+            raise BufferError("copy: a DeviceArray shares its memory and does not copy it")
+        versioned = max_version is not None and max_version >= (1, 0)
+        return _core.to_dlpack(self._description, versioned=versioned, device=self.device)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _KDLCUDA, self.device
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device='cuda:{self.device}')"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.numpy(), self.device)
+
+
+def _restore(values: Array, device: int) -> DeviceArray:
+    array = DeviceArray.zeros(values.shape, values.dtype, device)
+    array.assign(values)
+    return array
+
+
+def _is_dense(description: Array) -> bool:
+    """Tell whether the elements fill one range of memory."""
+    expected = description.itemsize
+    for stride, length in sorted(zip(description.strides, description.shape, strict=True)):
+        if length != 1 and stride != expected:
+            return False
+        expected *= length
+    return True
