@@ -22,15 +22,17 @@ T* pointer_of(std::uintptr_t address) {
 /// Memory of a device, filled with zeros.
 class DeviceMemory {
   public:
-    DeviceMemory(std::size_t size, int device, std::uintptr_t stream) : device_(device), size_(size) {
-        if (device < 0 || device >= device_runtime().device_count()) {
-            throw py::value_error("device: expected a number below " + std::to_string(device_runtime().device_count()) +
+    DeviceMemory(std::size_t size, int device, std::uintptr_t stream)
+        : runtime_(device_runtime()), device_(device), size_(size) {
+        const int count = runtime_.device_count();
+        if (device < 0 || device >= count) {
+            throw py::value_error("device: expected a number below " + std::to_string(count) +
                                   ", the number of devices, got " + std::to_string(device));
         }
-        memory_ = device_runtime().allocate(device, size > 0 ? size : 1);
-        device_runtime().fill(device, memory_, 0, size, pointer_of<void>(stream));
+        memory_ = runtime_.allocate(device, size > 0 ? size : 1);
+        runtime_.fill(device, memory_, 0, size, pointer_of<void>(stream));
     }
-    ~DeviceMemory() { device_runtime().free(device_, memory_); }
+    ~DeviceMemory() { runtime_.free(device_, memory_); }
     DeviceMemory(const DeviceMemory&) = delete;
     DeviceMemory& operator=(const DeviceMemory&) = delete;
 
@@ -39,6 +41,7 @@ class DeviceMemory {
     std::size_t size() const { return size_; }
 
   private:
+    cuda::Runtime& runtime_;
     int device_;
     std::size_t size_;
     std::byte* memory_ = nullptr;
@@ -47,10 +50,13 @@ class DeviceMemory {
 /// Copies between dense arrays of one dtype and memory order, at least one of them on the device, and waits.
 void copy_array(const py::array& to, const py::array& from, int device, std::uintptr_t stream) {
     if (to.nbytes() != from.nbytes()) throw py::value_error("copy: arrays of different sizes");
+    cuda::Runtime& runtime = device_runtime();
+    const auto size = static_cast<std::size_t>(to.nbytes());
+    void* const target = const_cast<void*>(to.data());
+    const void* const source = from.data();
     const py::gil_scoped_release release;
-    device_runtime().copy(device, const_cast<void*>(to.data()), from.data(), static_cast<std::size_t>(to.nbytes()),
-                          pointer_of<void>(stream));
-    device_runtime().synchronize(device, pointer_of<void>(stream));
+    runtime.copy(device, target, source, size, pointer_of<void>(stream));
+    runtime.synchronize(device, pointer_of<void>(stream));
 }
 
 }  // namespace

@@ -63,11 +63,9 @@ def current_stream(array: Any, device: int) -> int:
     if module is None or library not in ("cupy", "torch"):
         return 0
     if library == "torch":
-        stream: int = module.cuda.current_stream(device).cuda_stream
-        return stream
+        return int(module.cuda.current_stream(device).cuda_stream)
     with module.cuda.Device(device):
-        stream = module.cuda.get_current_stream().ptr
-    return stream
+        return int(module.cuda.get_current_stream().ptr)
 
 
 def assign(target: Any, values: Any) -> None:

@@ -132,7 +132,9 @@ class DeviceArray:
 
     def __getitem__(self, part: slice) -> Self:
         if not isinstance(part, slice):  # an element would have to be read
-            raise TypeError(f"DeviceArray: expected a slice, got {part!r}; numpy() copies the array to the host")
+            raise TypeError(
+                f"DeviceArray: expected a slice, got {part!r}; numpy() copies the array to the host"
+            )
         return type(self)(self._description[part], self.device, self._owner)
 
     def numpy(self) -> Array:
@@ -149,7 +151,9 @@ class DeviceArray:
             ValueError: if shapes, dtypes or memory orders do not match, or an array is not contiguous.
         """
         if not self._description.flags.forc and not _is_dense(self._description):
-            raise ValueError(f"assign: expected a contiguous array, this one has strides {self.strides}")
+            raise ValueError(
+                f"assign: expected a contiguous array, this one has strides {self.strides}"
+            )
         if _core.is_on_device(values):
             source = DeviceArray.of(values)
             for what in ("shape", "dtype", "strides", "device"):

@@ -530,7 +530,9 @@ def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Arr
             key = id(parameter.buffer), dtype, parameter.device
             flat_sizes[key] = flat_sizes.get(key, 0) + parameter.size
     flats: dict[tuple[int, np.dtype[Any], int], Any] = {
-        key: DeviceArray.zeros(size, key[1], key[2]) if key[2] >= 0 else _core.allocate(size, key[1])
+        key: DeviceArray.zeros(size, key[1], key[2])
+        if key[2] >= 0
+        else _core.allocate(size, key[1])
         for key, size in flat_sizes.items()
     }
     starts = dict.fromkeys(flats, 0)

@@ -69,7 +69,9 @@ class Parameter(_core.Parameter):
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
         if self.device >= 0:
-            raise TypeError(f"{self}: it is on CUDA device {self.device}; copy it to the host first")
+            raise TypeError(
+                f"{self}: it is on CUDA device {self.device}; copy it to the host first"
+            )
         return np.array(self.data, dtype=dtype, copy=copy)
 
     def __dlpack__(
@@ -174,7 +176,9 @@ class ParameterBuffer(Mapping[str, Parameter]):
         }
         for name, array in arrays.items():
             if number is None and not isinstance(array, np.ndarray) and _core.is_on_device(array):
-                raise ValueError(f"parameters[{name!r}]: on a CUDA device; say device= to put the buffer there")
+                raise ValueError(
+                    f"parameters[{name!r}]: on a CUDA device; say device= to put the buffer there"
+                )
             storage_dtype(array.dtype, f"parameters[{name!r}]")
         if dtype is None and data is None:
             found = {np.dtype(array.dtype) for array in arrays.values()}
@@ -207,7 +211,9 @@ class ParameterBuffer(Mapping[str, Parameter]):
             self._parameters[name] = _BufferParameter(self, name, view, grad_view)
         if number is not None:
             for name, array in arrays.items():
-                DeviceArray.of(self[name].data).assign(array.data if isinstance(array, Parameter) else array)
+                DeviceArray.of(self[name].data).assign(
+                    array.data if isinstance(array, Parameter) else array
+                )
             return
         # All that lies in the given memory itself is read before anything is written there.
         values = {n: np.array(v, copy=np.may_share_memory(v, self.data)) for n, v in arrays.items()}

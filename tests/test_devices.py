@@ -1,0 +1,369 @@
+"""Arrays on CUDA devices in sgdcore.SGD and ParameterBuffer, on devices that are simulated on the CPU.
+
+The kernel itself, its tables and streams are tested in tests/cpp; here it is what happens before they are reached.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sgdcore
+from sgdcore import _core
+from sgdcore.device_array import DeviceArray
+from support import BFLOAT16, STORAGE_TYPES, Array, assert_same_bits, numbers, refused
+
+SHAPES = {"w": (3, 5), "b": (5,), "empty": (0, 4), "v": (2, 20_000)}
+HYPERS: list[dict[str, Any]] = [
+    {"lr": 0.1},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    {"lr": 0.3, "momentum": 0.5, "dampening": 0.5, "maximize": True},
+]
+
+
+class Simulated:
+    """Two devices; counts what they are told to do."""
+
+    def __init__(self) -> None:
+        self.runtime = _core.simulated_runtime(2)
+        _core.use_runtime(self.runtime)
+
+    def __getitem__(self, what: str) -> int:
+        return _core.simulated_counts(self.runtime)[what]
+
+
+@pytest.fixture
+def device() -> Iterator[Simulated]:
+    yield Simulated()
+    _core.use_runtime(None)
+
+
+def on_device(values: Array, device: int = 0) -> DeviceArray:
+    array = DeviceArray.zeros(values.shape, values.dtype, device)
+    array.assign(values)
+    return array
+
+
+class Interface:
+    """An array of another library that has only __cuda_array_interface__, strided as it likes."""
+
+    def __init__(self, array: DeviceArray, description: Array | None = None) -> None:
+        self._array = array  # keeps the memory
+        shown = (array._description if description is None else description).__array_interface__
+        self.__cuda_array_interface__ = {
+            key: shown[key] for key in ("shape", "typestr", "data", "strides")
+        } | {"version": 3}
+
+
+def same_training(ours: sgdcore.SGD, cpu: sgdcore.SGD) -> None:
+    for group, other in zip(ours.param_groups, cpu.param_groups, strict=True):
+        for p, q in zip(group["params"], other["params"], strict=True):
+            assert_same_bits(DeviceArray.of(p.data).numpy(), q.data, "parameter")
+            momentum, expected = (
+                ours.state[p].get("momentum_buffer"),
+                cpu.state[q].get("momentum_buffer"),
+            )
+            assert (momentum is None) == (expected is None)
+            if momentum is not None:
+                assert_same_bits(momentum.numpy(), expected, "momentum")
+
+
+@pytest.mark.parametrize("hyper", HYPERS, ids=str)
+@pytest.mark.parametrize("dtype", STORAGE_TYPES)
+def test_buffer_on_a_device_has_the_cpus_bits(
+    device: Simulated, dtype: str, hyper: dict[str, Any]
+) -> None:
+    values = {
+        name: numbers(i, shape, STORAGE_TYPES[dtype])
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+    buffers = sgdcore.ParameterBuffer(values, device="cuda"), sgdcore.ParameterBuffer(values)
+    ours, cpu = (sgdcore.SGD(buffer, **hyper) for buffer in buffers)
+    for step in range(3):
+        grad = numbers(10 + step, (buffers[1].size,), STORAGE_TYPES[dtype])
+        buffers[0].grad.assign(grad)
+        buffers[1].grad[:] = grad
+        before = device["launches"]
+        for optimizer in (ours, cpu):
+            optimizer.step(zero_grad=step == 2)
+        assert device["launches"] == before + 1
+    same_training(ours, cpu)
+    assert not buffers[0].grad.numpy().astype(np.float64).any()
+
+
+def test_parameters_gradients_and_momentum_of_all_kinds(device: Simulated) -> None:
+    rng = np.random.default_rng(1)
+    pairs = []
+    for p in STORAGE_TYPES.values():
+        for g in STORAGE_TYPES.values():
+            value, grad = numbers(len(pairs), (7, 3), p), numbers(100 + len(pairs), (7, 3), g)
+            ours, cpu = sgdcore.Parameter(on_device(value)), sgdcore.Parameter(value.copy())
+            ours.grad, cpu.grad = on_device(grad), grad
+            pairs.append((ours, cpu))
+    rng.shuffle(pairs)
+    for momentum_dtype in STORAGE_TYPES:
+        groups = [
+            [{"params": [pair[i]], "lr": 0.1 / (j + 1)} for j, pair in enumerate(pairs)]
+            for i in range(2)
+        ]
+        optimizers = [
+            sgdcore.SGD(group, momentum=0.9, weight_decay=0.01, momentum_dtype=momentum_dtype)
+            for group in groups
+        ]
+        before = device["launches"]
+        for _ in range(2):
+            for optimizer in optimizers:
+                optimizer.step()
+        assert device["launches"] == before + 2
+        same_training(*optimizers)
+
+
+def test_layouts(device: Simulated) -> None:
+    """Parameters in any order of axes; gradients transposed, reversed, repeated; through either protocol."""
+    value, base = numbers(1, (4, 6)), numbers(2, (6, 4))
+    gradients = {
+        "transposed": (base, lambda a: a.T),
+        "reversed": (numbers(3, (4, 6)), lambda a: a[::-1, ::-1]),
+        "row repeated": (numbers(4, (1, 6)), lambda a: np.broadcast_to(a, (4, 6))),
+        "every other": (numbers(5, (4, 12)), lambda a: a[:, ::2]),
+    }
+    for order in "CF":
+        for name, (memory, view) in gradients.items():
+            start = np.array(value, order=order)
+            flat = on_device(np.ravel(start, order="K"))
+            description = flat._description.reshape((4, 6), order=order)
+            ours = sgdcore.Parameter(Interface(flat, description))
+            held = on_device(memory)
+            ours.grad = Interface(held, view(held._description))
+            cpu = sgdcore.Parameter(start.copy(order="K"))
+            cpu.grad = view(memory)
+            optimizers = [sgdcore.SGD([p], lr=0.1, momentum=0.9) for p in (ours, cpu)]
+            for _ in range(2):
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert_same_bits(flat.numpy(), np.ravel(cpu.data, order="K"), f"{order}, {name}")
+            momentum, expected = (
+                next(iter(o.state.values()))["momentum_buffer"] for o in optimizers
+            )
+            assert momentum.strides == expected.strides
+            assert_same_bits(momentum.numpy(), expected, f"{order}, {name}")
+
+
+def test_several_devices_and_the_cpu_in_one_optimizer(device: Simulated) -> None:
+    values = [numbers(i, (50,)) for i in range(5)]
+    places = [0, 1, None, 1, 0]
+    ours = [
+        sgdcore.Parameter(v.copy() if place is None else on_device(v, place))
+        for v, place in zip(values, places, strict=True)
+    ]
+    cpu = [sgdcore.Parameter(v.copy()) for v in values]
+    for i, (p, q) in enumerate(zip(ours, cpu, strict=True)):
+        q.grad = numbers(20 + i, (50,))
+        p.grad = q.grad if places[i] is None else on_device(q.grad, places[i] or 0)
+    optimizers = [sgdcore.SGD(params, lr=0.1, momentum=0.9) for params in (ours, cpu)]
+    before = device["launches"]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert device["launches"] == before + 2  # one for each device
+    for p, q in zip(ours, cpu, strict=True):
+        array = p.data if isinstance(p.data, np.ndarray) else p.data.numpy()
+        assert_same_bits(array, q.data)
+
+
+def test_numbers_on_the_device_are_read_there(device: Simulated) -> None:
+    value, grad = numbers(1, (30,)), numbers(2, (30,))
+    lr, weight_decay = on_device(np.float32([0.1])), on_device(np.float64([0.0]))
+    ours, cpu = sgdcore.Parameter(on_device(value)), sgdcore.Parameter(value.copy())
+    on_cpu_too = sgdcore.Parameter(value.copy())  # needs the numbers on the host
+    optimizers = []
+    for params in ([ours, on_cpu_too], [cpu]):
+        optimizers.append(sgdcore.SGD(params, lr=0.1, momentum=0.9))
+        for parameter in params:
+            parameter.grad = grad if parameter is not ours else on_device(grad)
+    optimizers[0].param_groups[0].update(lr=lr, weight_decay=weight_decay)
+    for rate, decay in ((0.1, 0.0), (0.05, 0.01), (0.5, 0.0)):
+        lr.assign(np.float32([rate]))
+        weight_decay.assign([decay])
+        optimizers[1].param_groups[0].update(lr=float(np.float32(rate)), weight_decay=decay)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits(ours.data.numpy(), cpu.data)
+    assert_same_bits(on_cpu_too.data, cpu.data)
+
+
+def test_checkpoints_go_between_devices_and_the_cpu(device: Simulated) -> None:
+    values = {"w": numbers(1, (3, 4)), "b": numbers(2, (4,))}
+    grad = numbers(3, (16,))
+    buffers = [sgdcore.ParameterBuffer(values, device=d) for d in ("cuda:1", None)]
+    ours, cpu = (sgdcore.SGD(buffer, lr=0.1, momentum=0.9) for buffer in buffers)
+    buffers[0].grad.assign(grad)
+    buffers[1].grad[:] = grad
+    for optimizer in (ours, cpu):
+        optimizer.step()
+    other = sgdcore.SGD(sgdcore.ParameterBuffer(buffers[1], device="cuda"), lr=0.5)
+    other.load_state_dict(cpu.state_dict())
+    same_training(other, cpu)
+    back = sgdcore.SGD(sgdcore.ParameterBuffer(buffers[1]), lr=0.5)
+    back.load_state_dict(ours.state_dict())
+    for copied in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        same_training(copied, cpu)
+        assert copied.param_groups[0]["params"][0].buffer.data.device == 1
+        copied.step()
+    cpu.step()
+    back.step()
+    ours.step()
+    same_training(ours, cpu)
+
+
+def test_gradients_in_a_buffer_and_given_to_the_step(device: Simulated) -> None:
+    values = {"w": numbers(1, (3, 4)), "b": numbers(2, (4,))}
+    buffers = [sgdcore.ParameterBuffer(values, device=d) for d in ("cuda", None)]
+    ours, cpu = (sgdcore.SGD(buffer, lr=0.1) for buffer in buffers)
+    grads = [numbers(3, (3, 4)), numbers(4, (4,))]
+    for (name, p), grad in zip(buffers[0].items(), grads, strict=True):
+        p.grad = grad  # copied from the host
+        buffers[1][name].grad = grad
+    for optimizer in (ours, cpu):
+        optimizer.step()
+    ours.step(grads=[on_device(g) for g in grads])
+    cpu.step(grads=grads)
+    same_training(ours, cpu)
+    ours.zero_grad()
+    assert not buffers[0].grad.numpy().any()
+    buffers[0]["b"].grad = on_device(grads[1])
+    assert_same_bits(buffers[0].grad.numpy()[12:], grads[1])
+
+
+def test_memory_that_is_given_to_a_buffer(device: Simulated) -> None:
+    data, grad = on_device(numbers(1, (6,))), on_device(numbers(2, (6,)))
+    buffer = sgdcore.ParameterBuffer({"a": (2, 2), "b": 2}, data=data, grad=grad, device=0)
+    sgdcore.SGD(buffer, lr=1.0).step()
+    assert_same_bits(data.numpy(), numbers(1, (6,)) - numbers(2, (6,)))
+    for _, kwargs, error in (
+        ("a NumPy array", {"data": np.zeros(6, np.float32), "device": 0}, TypeError),
+        ("a device's array for the CPU", {"data": data}, TypeError),
+        ("another device", {"data": data, "device": 1}, ValueError),
+        ("another size", {"data": on_device(numbers(1, (5,))), "device": 0}, ValueError),
+        ("no such device", {"device": 2}, ValueError),
+        ("no device at all", {"device": "tpu"}, ValueError),
+        ("a flag", {"device": True}, ValueError),
+    ):
+        with pytest.raises(error, match=r"^(data|device): expected "):
+            sgdcore.ParameterBuffer({"a": (2, 2), "b": 2}, **kwargs)
+
+
+def test_refusals_change_nothing(device: Simulated) -> None:
+    value = numbers(1, (4,))
+    ours = sgdcore.Parameter(on_device(value), "w")
+    ours.grad = on_device(value)
+    optimizer = sgdcore.SGD([ours], lr=0.1, momentum=0.9)
+    optimizer.step()
+    before = ours.data.numpy()
+
+    def set_momentum(array: Any) -> None:
+        optimizer.state[ours]["momentum_buffer"] = array
+
+    def set_grad(array: Any) -> None:
+        ours.grad = array
+
+    def set_data(array: Any) -> None:
+        ours.data = array
+
+    places: dict[str, Any] = {
+        "grad": set_grad,
+        "data": set_data,
+        "momentum_buffer": set_momentum,
+        "grads[0]": lambda array: optimizer.step(grads=[array]),
+    }
+    for name, assign in places.items():
+        start = "^" + name.replace("[", r"\[").replace("]", r"\]")
+        for array, words in (
+            (
+                value.copy(),
+                "expected an array on CUDA device 0, where the parameter is, got one on the CPU",
+            ),
+            (on_device(value, 1), "got one on CUDA device 1"),
+            (on_device(numbers(1, (5,))), "expected shape"),
+        ):
+            with pytest.raises(ValueError, match=f"{start}: .*{words}"):
+                assign(array)
+    cpu = sgdcore.Parameter(value.copy())
+    with pytest.raises(
+        ValueError,
+        match=r"^grad: expected an array on the CPU, where the parameter is, got one on CUDA",
+    ):
+        cpu.grad = ours.data
+    integers = Interface(on_device(value), on_device(value)._description.view(np.int32))
+    with pytest.raises(TypeError, match=r"^data: expected dtype"):
+        sgdcore.Parameter(integers)
+    with pytest.raises(ValueError, match=r"^data: expected memory of a CUDA device"):
+        sgdcore.Parameter(Interface(on_device(value), value))
+    with pytest.raises(ValueError, match="overlap in memory"):
+        sgdcore.SGD([ours, sgdcore.Parameter(ours.data[1:3])], lr=0.1)
+    odd = on_device(np.zeros(8, np.float32))
+    shifted = np.ndarray((4,), np.float32, odd._description.data, offset=2)
+    misaligned = sgdcore.Parameter(Interface(odd, shifted))
+    misaligned.grad = on_device(value)
+    with pytest.raises(ValueError, match=r"address of a parameter, .*, is not a multiple"):
+        sgdcore.SGD([misaligned], lr=0.1).step()
+    assert_same_bits(ours.data.numpy(), before)
+    with pytest.raises(TypeError, match="on CUDA device 0"):
+        np.asarray(ours)
+
+
+def test_device_array_shares_copies_and_refuses(device: Simulated) -> None:
+    array = on_device(numbers(1, (3, 4)))
+    again = DeviceArray.of(Interface(array))
+    again.assign(np.ones((3, 4)))
+    assert_same_bits(array.numpy(), np.ones((3, 4), np.float32))
+    array[1:2].fill_zero()
+    assert array.numpy().sum() == 8
+    assert array.__dlpack_device__() == (2, 0)
+    other = DeviceArray.zeros((3, 4), BFLOAT16)
+    other.assign(numbers(2, (3, 4), BFLOAT16))
+    parameter = sgdcore.Parameter(other)  # through DLPack, which has bfloat16
+    assert parameter.dtype == BFLOAT16
+    assert parameter.data is other
+    assert not hasattr(other, "__cuda_array_interface__")
+    assert float(on_device(np.float32([2.5]))) == 2.5
+    copied = pickle.loads(pickle.dumps(other))
+    assert_same_bits(copied.numpy(), other.numpy())
+    with pytest.raises(TypeError, match="expected a slice"):
+        array[0]  # type: ignore[index]
+    with pytest.raises(ValueError, match="expected an array of dtype"):
+        array.assign(other)
+    with pytest.raises(ValueError, match="expected a contiguous array"):
+        DeviceArray(array._description[:, ::2], 0, array).assign(1)
+    with pytest.raises(ValueError, match="expected one on a CUDA device"):
+        DeviceArray.of(np.zeros(3))
+
+
+def test_the_state_is_untouched_where_a_step_is_refused(device: Simulated) -> None:
+    cpu, ours = sgdcore.Parameter(numbers(1, (4,))), sgdcore.Parameter(on_device(numbers(2, (4,))))
+    optimizer = sgdcore.SGD([cpu], lr=0.1, momentum=0.9)
+    optimizer.add_param_group({"params": [ours], "lr": 0.2})
+    cpu.grad = numbers(3, (4,))
+    ours.grad = on_device(numbers(4, (4,)))
+    before = cpu.data.copy()
+    optimizer.param_groups[1]["lr"] = "fast"
+    with pytest.raises(TypeError, match=r"param_groups\[1\]\['lr'\]: expected a number"):
+        optimizer.step()
+    assert_same_bits(cpu.data, before)
+    assert device["launches"] == 0
+
+
+def test_without_a_device_the_reason_is_given() -> None:
+    info = sgdcore.build_info()
+    if info["cuda"]:
+        pytest.skip("CUDA can be used here")
+    assert info["cuda_reason"]
+    with pytest.raises(RuntimeError, match=r".+") as caught:
+        sgdcore.ParameterBuffer({"w": 3}, device="cuda")
+    assert str(caught.value) == info["cuda_reason"]
+    with refused(ValueError, "an array on a CUDA device cannot be used: .+"):
+        sgdcore.Parameter(type("OnCuda", (), {"__cuda_array_interface__": {}})())
