@@ -64,6 +64,19 @@ cuda::Runtime& device_runtime() {
     return *runtime;
 }
 
+bool device_is_usable() {
+    if (usable) return true;
+    try {
+        device_runtime();
+    } catch (const std::runtime_error&) {
+        return false;
+    } catch (const py::error_already_set& error) {
+        if (!error.matches(PyExc_RuntimeError)) throw;
+        return false;
+    }
+    return true;
+}
+
 bool has_device_runtime() { return runtime != nullptr; }
 
 void use_device_runtime(cuda::Runtime* other) {

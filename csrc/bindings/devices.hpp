@@ -16,10 +16,12 @@ namespace sgdcore::bindings {
 
 namespace py = pybind11;
 
-/// The runtime. Imports sgdcore._cuda when it is first asked for; a std::runtime_error says what is missing: the module,
-/// the driver, or a device.
+/// The runtime. Imports sgdcore._cuda when it is first asked for; a std::runtime_error says what is missing: the
+/// module, the driver, or a device.
 cuda::Runtime& device_runtime();
 bool has_device_runtime();
+/// True if `device_runtime` would return.
+bool device_is_usable();
 /// Makes it the runtime from now on. It lives as long as the process.
 void use_device_runtime(cuda::Runtime* runtime);
 

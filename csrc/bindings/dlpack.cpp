@@ -144,7 +144,8 @@ py::capsule to_dlpack(const py::array& array, bool versioned, int device) {
 py::array from_dlpack(py::handle object) {
     const auto [type, number] = device_of(object);
     if (type != device_cpu) {
-        throw py::value_error("DLPack tensor: expected memory on the CPU or a CUDA device, got device type " + std::to_string(type));
+        throw py::value_error("DLPack tensor: expected memory on the CPU or a CUDA device, got device type " +
+                              std::to_string(type));
     }
     return import_array(object);
 }

@@ -83,6 +83,7 @@ bool TorchListing::matches(std::size_t index, const TorchViews& views) const {
         return false;
     }
     const TorchView& m = read ? views.momentum : p;
+    if (p.device != tensor.device || g.device != tensor.device || m.device != tensor.device) return false;
     const std::int64_t *shape = numbers_.data() + found.numbers, *strides = shape + found.dimensions,
                        *grad_strides = strides + found.dimensions;
     for (int axis = 0; axis < found.dimensions; ++axis) {
@@ -119,11 +120,11 @@ TorchListing::Answer TorchListing::update(std::size_t index, const TorchViews& v
 TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t position, PyObject* grad,
                                           const TorchViews& views, std::uint32_t group, bool first) {
     const TorchView &p = views.param, &g = views.grad, &m = views.momentum;
-    if (!same_shape(p, g)) return Answer::refused;
+    if (!same_shape(p, g) || p.device != g.device) return Answer::refused;
     TensorRef tensor;
     tensor.momentum_dtype = p.dtype;
     if (views.has_momentum) {
-        if (!same_shape(p, m) || !same_strides(p, m)) return Answer::refused;
+        if (!same_shape(p, m) || !same_strides(p, m) || p.device != m.device) return Answer::refused;
         tensor.momentum = m.data;
         tensor.momentum_dtype = m.dtype;
     }
@@ -133,6 +134,7 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
     tensor.grad_dtype = g.dtype;
     tensor.size = size_of(p);
     tensor.hyper = group;
+    tensor.device = p.device;
     tensor.first = first;
     if (tensor.size > 0 && (p.data == nullptr || g.data == nullptr)) return Answer::refused;
     // A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does
@@ -190,6 +192,7 @@ void TorchListing::truncate(std::size_t count) {
 bool TorchListing::finish(bool zero_grad) {
     truncate(next_);
     if (relisted_) {
+        on_device_ = std::ranges::any_of(tensors_, [](const TensorRef& t) { return t.device != cpu_device; });
         std::size_t start = 0;
         for (std::size_t i = 0; i < tensors_.size(); ++i) {
             tensors_[i].grad_axes = {axes_.data() + start, found_[i].axes - start};

@@ -41,6 +41,8 @@ class TorchListing {
     std::size_t position(std::size_t index) const { return found_[index].position; }
     bool has_momentum(std::size_t index) const { return found_[index].has_momentum; }
     std::int64_t elements() const { return elements_; }
+    /// True if some of the tensors are not on the CPU.
+    bool on_device() const { return on_device_; }
 
     /// Brings to the cache what is about to be read of the tensors that are a little ahead: 5 % of the time of a step
     /// over 1,000 tensors of 8 elements.
@@ -80,6 +82,7 @@ class TorchListing {
     std::vector<Range> writes_;  // parameters and momentum buffers, sorted by address
     std::vector<Range> grads_;   // used while they are compared
     std::int64_t elements_ = 0;
+    bool on_device_ = false;
     bool complete_ = false;        // the last pass came to its end
     bool disjoint_grads_ = false;  // so far as the last pass knows
 

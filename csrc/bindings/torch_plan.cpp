@@ -87,7 +87,8 @@ class TorchPlan::Momenta {
     Py_ssize_t position_ = 0;
 };
 
-bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool zero_grad, double grad_factor) {
+bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool zero_grad, double grad_factor,
+                    const py::object& scaling) {
     const Lease lease(*this);
     Memory& memory = *lease;
     if (unpinned_) memory.entries.clear();
@@ -95,7 +96,7 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
     // A step that was left to Python may have given parameters other momentum buffers.
     const bool momenta_are_known = !state_exposed && memory.complete;
     memory.complete = false;
-    read_hypers(param_groups, memory.hypers);
+    read_hypers(param_groups, memory.hypers, memory.scalars);
     if (!PyDict_Check(state.ptr())) return false;
     memory.listing.start();
     if (!list(memory, param_groups, state, momenta_are_known) || !memory.listing.finish(zero_grad)) return false;
@@ -111,7 +112,7 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
         changed = py::list(changed.attr("copy")());
         for (PyObject* grad : memory.grads) changed.append(py::handle(grad));
     }
-    update(memory, {.zero_grad = zero_grad, .grad_factor = grad_factor});
+    update(memory, param_groups, {.zero_grad = zero_grad, .grad_factor = grad_factor}, scaling, pending_of(memory));
     if (!changed.empty()) reader_.increment_versions(changed);
     return true;
 }
@@ -209,8 +210,34 @@ py::list TorchPlan::written(const Memory& memory, bool with_momenta) {
     return tensors;
 }
 
-void TorchPlan::update(const Memory& memory, const StepOptions& options) {
-    if (memory.listing.elements() >= gil_release_elements) {
+std::vector<std::uint8_t*> TorchPlan::pending_of(const Memory& memory) const {
+    std::vector<std::uint8_t*> pending;
+    if (pending_.empty()) return pending;
+    for (std::size_t i = 0; i < memory.listing.tensors().size(); ++i) {
+        const auto found = pending_.find(memory.entries[memory.listing.position(i)].momentum.ptr());
+        pending.push_back(found == pending_.end() ? nullptr : found->second.second);
+    }
+    return pending;
+}
+
+void TorchPlan::set_pending(const py::list& flags) {
+    std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending;
+    for (const py::handle each : flags) {
+        const auto [momentum, address] = py::cast<std::pair<py::object, std::uintptr_t>>(each);
+        pending[momentum.ptr()] = {momentum, reinterpret_cast<std::uint8_t*>(address)};
+    }
+    std::swap(pending_, pending);
+}
+
+void TorchPlan::update(const Memory& memory, const py::list& param_groups, const StepOptions& options,
+                       const py::object& scaling, const std::vector<std::uint8_t*>& pending) {
+    // Numbers on a device make a step on the CPU wait for them.
+    if (memory.listing.on_device() || !memory.scalars.empty() || !scaling.is_none()) {
+        std::vector<TensorRef> tensors(memory.listing.tensors().begin(), memory.listing.tensors().end());
+        for (std::size_t i = 0; i < pending.size(); ++i) tensors[i].pending = pending[i];
+        const DeviceInterface interface{.stream = reader_.current_stream(), .scaling = scaling};
+        device_steps_.step(tensors, param_groups, memory.hypers, memory.scalars, options, interface);
+    } else if (memory.listing.elements() >= gil_release_elements) {
         py::gil_scoped_release release;
         step(memory.listing.tensors(), memory.hypers, options);
     } else {
@@ -218,15 +245,18 @@ void TorchPlan::update(const Memory& memory, const StepOptions& options) {
     }
 }
 
-bool TorchPlan::run_items(const py::list& param_groups, const py::list& items, double grad_factor, bool dry_run) {
+bool TorchPlan::run_items(const py::list& param_groups, const py::list& items, double grad_factor, bool dry_run,
+                          const py::object& scaling) {
     Memory memory;
-    read_hypers(param_groups, memory.hypers);
+    std::vector<std::uint8_t*> pending;
+    read_hypers(param_groups, memory.hypers, memory.scalars);
     std::vector<std::int64_t> numbers[3];
     memory.listing.start();
     std::size_t position = 0;
     for (const py::handle item : items) {
-        const auto [parameter, grad, momentum, group, first] =
-            py::cast<std::tuple<py::object, py::object, py::object, std::uint32_t, bool>>(item);
+        const auto [parameter, grad, momentum, group, first, flags] =
+            py::cast<std::tuple<py::object, py::object, py::object, std::uint32_t, bool, std::uintptr_t>>(item);
+        pending.push_back(reinterpret_cast<std::uint8_t*>(flags));
         TorchViews views;
         views.has_momentum = views.momentum_is_read = !momentum.is_none();
         if (!reader_.view(parameter.ptr(), views.param, numbers[0]) ||
@@ -237,7 +267,7 @@ bool TorchPlan::run_items(const py::list& param_groups, const py::list& items, d
         }
     }
     if (!memory.listing.finish(false)) return false;
-    if (!dry_run) update(memory, {.grad_factor = grad_factor});
+    if (!dry_run) update(memory, param_groups, {.grad_factor = grad_factor}, scaling, pending);
     return true;
 }
 
@@ -266,10 +296,12 @@ int TorchPlan::traverse(visitproc visit, void* arg) const {
         Py_VISIT(entry.momentum_pin.ptr());
     }
     Py_VISIT(memory_->changed.ptr());
+    for (const auto& [momentum, flags] : pending_) Py_VISIT(momentum);
     return 0;
 }
 
 void TorchPlan::clear() {
+    const auto pending = std::move(pending_);
     if (!memory_) return;
     const std::unique_ptr<Memory> memory = std::move(memory_);  // whose deallocation may run Python code
 }

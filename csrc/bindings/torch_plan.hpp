@@ -6,10 +6,13 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../work.hpp"
+#include "devices.hpp"
 #include "parameter.hpp"
 #include "torch_listing.hpp"
 #include "torch_reader.hpp"
@@ -22,13 +25,19 @@ class TorchPlan {
 
     /// One step over the groups' parameters that have a gradient, with momentum buffers from `state`. Returns false,
     /// with nothing changed, unless every tensor is as usual: of torch's own types, dense memory of a storage type
-    /// on the CPU, each momentum buffer there already and laid out as its parameter, and nothing overlapping.
-    /// `grad_factor` multiplies every gradient.
-    bool run(const py::list& param_groups, const py::object& state, bool zero_grad, double grad_factor);
+    /// on the CPU or a CUDA device, each momentum buffer there already and laid out as its parameter, and nothing
+    /// overlapping. `grad_factor` multiplies every gradient; `scaling` is DeviceInterface's, or None.
+    bool run(const py::list& param_groups, const py::object& state, bool zero_grad, double grad_factor,
+             const py::object& scaling);
 
-    /// One step over `items`, tuples (parameter, gradient, momentum or None, index of the group, first). False as
-    /// above; `dry_run` goes no further than that. Does not increment versions.
-    bool run_items(const py::list& param_groups, const py::list& items, double grad_factor, bool dry_run);
+    /// One step over `items`, tuples (parameter, gradient, momentum or None, index of the group, first, address of
+    /// TensorRef's pending flags or 0). False as above; `dry_run` goes no further than that. Does not increment
+    /// versions.
+    bool run_items(const py::list& param_groups, const py::list& items, double grad_factor, bool dry_run,
+                   const py::object& scaling);
+
+    /// Gives these momentum buffers, and no others, flags: tuples (tensor, address).
+    void set_pending(const py::list& flags);
 
     /// True if the elements fill one range of memory, axes in any order.
     bool is_dense(const py::object& tensor);
@@ -60,6 +69,7 @@ class TorchPlan {
     struct Memory {
         std::vector<Entry> entries;
         std::vector<SgdHyper> hypers;
+        std::vector<GroupScalars> scalars;
         TorchListing listing;
         std::vector<PyObject*> grads;  // references that the step holds
         py::object changed;            // the list last passed to increment_versions
@@ -77,11 +87,16 @@ class TorchPlan {
     bool remember(Memory& memory, std::size_t position, PyObject* parameter);
     /// A list of the parameters and momentum buffers in the listing.
     static py::list written(const Memory& memory, bool with_momenta);
-    static void update(const Memory& memory, const StepOptions& options);
+    void update(const Memory& memory, const py::list& param_groups, const StepOptions& options,
+                const py::object& scaling, const std::vector<std::uint8_t*>& pending);
+    /// The flags of each tensor in the listing; empty if there are none at all.
+    std::vector<std::uint8_t*> pending_of(const Memory& memory) const;
 
     TorchReader reader_;
-    std::unique_ptr<Memory> memory_;  // null while a step uses it
-    bool unpinned_ = false;           // the entries are to be made anew
+    DeviceSteps device_steps_;
+    std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending_;  // by momentum buffer
+    std::unique_ptr<Memory> memory_;                                     // null while a step uses it
+    bool unpinned_ = false;                                              // the entries are to be made anew
 };
 
 }  // namespace sgdcore::bindings

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../work.hpp"
+#include "devices.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -62,8 +62,13 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
         PyErr_Clear();
         return false;
     }
-    if (dl.device.type != device_cpu || dl.ndim > max_dimensions || (dl.strides == nullptr && dl.ndim > 0))
-        return false;
+    if (dl.ndim > max_dimensions || (dl.strides == nullptr && dl.ndim > 0)) return false;
+    view.device = cpu_device;
+    if (dl.device.type != device_cpu) {
+        const bool cuda = dl.device.type == device_cuda || dl.device.type == device_cuda_managed;
+        if (!cuda || !device_is_usable()) return false;
+        view.device = dl.device.id;
+    }
     view.data = static_cast<std::byte*>(dl.data) + dl.byte_offset;
     view.dimensions = dl.ndim;
     view.shape = dl.shape;
@@ -74,9 +79,11 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
 bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const {
     const py::object description = interface_.describe(py::handle(tensor));
     if (description.is_none()) return false;
-    const auto [address, shape, strides, dtype] =
-        py::cast<std::tuple<std::uintptr_t, std::vector<std::int64_t>, std::vector<std::int64_t>, std::string>>(
+    const auto [address, shape, strides, dtype, device] =
+        py::cast<std::tuple<std::uintptr_t, std::vector<std::int64_t>, std::vector<std::int64_t>, std::string, int>>(
             description);
+    if (device != cpu_device && !device_is_usable()) return false;
+    view.device = device;
     int index = 0;
     while (index < dtype_count && dtype != dtype_name(static_cast<DType>(index))) ++index;
     if (index == dtype_count || shape.size() > max_dimensions) return false;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../dtypes.hpp"
+#include "../work.hpp"
 #include "dlpack_abi.hpp"
 
 namespace sgdcore::bindings {
@@ -19,20 +20,22 @@ namespace py = pybind11;
 /// What to know of torch, from the Python side.
 struct TorchInterface {
     py::object exchange_api;  // capsule, or None
-    /// describe(tensor) -> (address, shape, strides, dtype's name), or None for what is not plain memory; used without
-    /// exchange_api.
+    /// describe(tensor) -> (address, shape, strides, dtype's name, number of the CUDA device or -1), or None for what
+    /// is not plain memory; used without exchange_api.
     py::object describe;
     py::object increment_version;  // of a list of tensors
     /// pin(tensor) -> an object that holds a C++ reference to the tensor, or None; see TorchPlan::Entry.
     py::object pin;
     py::object is_negated;  // of a tensor: the elements in memory have the opposite sign
     py::object tensor_type, parameter_type, grad_descriptor;
+    py::object current_stream;  // of a CUDA device: its address
 };
 
 /// A tensor's memory. Shape and strides, in elements, are lent by the tensor.
 struct TorchView {
     std::byte* data = nullptr;
     DType dtype = DType::float32;
+    int device = cpu_device;
     int dimensions = 0;
     const std::int64_t *shape = nullptr, *strides = nullptr;
 };
@@ -41,8 +44,8 @@ class TorchReader {
   public:
     explicit TorchReader(TorchInterface interface);
 
-    /// Reads where a tensor's elements are; false unless they lie in the CPU's memory as one of the storage types.
-    /// `numbers` keeps shape and strides where torch does not lend them.
+    /// Reads where a tensor's elements are; false unless they lie in the memory of the CPU, or of a CUDA device that
+    /// can be used, as one of the storage types. `numbers` keeps shape and strides where torch does not lend them.
     bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const;
 
     /// The gradient or None; a new reference.
@@ -57,6 +60,7 @@ class TorchReader {
     // These run Python code.
     bool is_negated(PyObject* tensor) const;
     py::object pin(PyObject* tensor) const;
+    const py::object& current_stream() const { return interface_.current_stream; }
     void increment_versions(const py::list& tensors) const;
 
   private:

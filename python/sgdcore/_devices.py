@@ -7,7 +7,7 @@ from typing import Any
 
 from sgdcore import _core
 
-__all__ = ["assign", "current_stream", "load_runtime", "status"]
+__all__ = ["assign", "current_stream", "load_runtime", "reason_against", "status"]
 
 _BUILT_WITHOUT = (
     "this installation of sgdcore has no CUDA module, because no CUDA compiler (nvcc 12 or newer) was found when it was "
@@ -54,6 +54,15 @@ def status() -> dict[str, Any]:
     except RuntimeError as error:
         return {**found, "cuda": False, "cuda_reason": str(error)}
     return {**found, "cuda": True, "cuda_reason": "", "cuda_devices": names}
+
+
+def reason_against() -> str:
+    """Return why CUDA cannot be used; empty if it can."""
+    try:
+        _core.device_count()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def current_stream(array: Any, device: int) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from sgdcore import _core
 
-__all__ = ["STORAGE_TYPES", "new_plan"]
+__all__ = ["STORAGE_TYPES", "device_index", "is_capturing", "new_plan", "on_device"]
 
 # torch's types of what the core can store, by the core's names.
 STORAGE_TYPES = {
@@ -24,16 +24,50 @@ STORAGE_TYPES = {
 }
 
 
-def _describe(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], str] | None:
-    """Return address, shape, strides and storage type; None for what is not plain memory on the CPU."""
-    if (
-        tensor.layout is not torch.strided
-        or tensor.device.type != "cpu"
-        or tensor.dtype not in STORAGE_TYPES
-        or tensor.is_neg()
-    ):
+def device_index(tensor: torch.Tensor) -> int | None:
+    """Return -1 for the CPU, the number of a CUDA device, and None for all others."""
+    if tensor.device.type == "cpu":
+        return -1
+    # What torch calls cuda is another company's device in its builds for ROCm.
+    if tensor.device.type == "cuda" and torch.version.hip is None:
+        return tensor.device.index
+    return None
+
+
+def on_device(tensor: torch.Tensor, index: int) -> torch.Tensor:
+    """Return the tensor itself or a copy on the CUDA device, without waiting."""
+    if device_index(tensor) == index:
+        return tensor
+    return tensor.to(torch.device("cuda", index), non_blocking=True)
+
+
+def is_capturing() -> bool:
+    """Tell whether the current stream makes a CUDA graph of what it gets."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: int) -> int:
+    """Return the address of torch's current stream on a CUDA device."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # makes no object for it
+    if raw is not None:
+        return int(raw(device))
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _describe(
+    tensor: torch.Tensor,
+) -> tuple[int, tuple[int, ...], tuple[int, ...], str, int] | None:
+    """Return address, shape, strides, storage type and device; None for what is not plain memory."""
+    device = device_index(tensor) if tensor.layout is torch.strided else None
+    if device is None or tensor.dtype not in STORAGE_TYPES or tensor.is_neg():
         return None
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), STORAGE_TYPES[tensor.dtype]
+    return (
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        STORAGE_TYPES[tensor.dtype],
+        device,
+    )
 
 
 def _increment_versions(tensors: list[torch.Tensor]) -> None:
@@ -49,11 +83,11 @@ def _pin(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     if torch.__future__.get_swap_module_params_on_conversion():
         return None  # swap_tensors refuses tensors with a second reference
-    if tensor.is_inference() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+    if tensor.is_inference() or device_index(tensor) is None or tensor.layout is not torch.strided:
         return None  # has no version, or is not for the core to read
     with torch.no_grad():
         view = tensor.view_as(tensor)
-        view.data = torch.empty(0, dtype=tensor.dtype, device="cpu")
+        view.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return view
 
 
@@ -105,6 +139,7 @@ def new_plan(api: Any, *, pins: bool = True) -> _core.TorchPlan:
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         grad_descriptor=torch.Tensor.grad,
+        current_stream=current_stream,
     )
     if pins:
         _pinning.add(plan)

@@ -1,6 +1,6 @@
 """Steps over tensors that the core does not read by itself: turned into such as it does.
 
-The core takes dense CPU tensors of torch's own types whose momentum is there already. Everything else comes
+The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose momentum is there already. Everything else comes
 here: first steps, sparse and complex tensors, views with gaps, tensor subclasses, shared memory. Each parameter is
 prepared as a `_Update` whose tensors the core can read (aliases of the user's memory, or copies that are written back);
 nothing is changed before all are prepared and found acceptable.
@@ -16,12 +16,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdcore import _core
+from sgdcore import _core, _devices
+from sgdcore.torch import _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
-__all__ = ["step"]
+__all__ = ["Scaling", "step"]
 
 _COMPLEX_MOMENTUM = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+
+
+class Scaling:
+    """A GradScaler's found_inf and scale that stay on the device; see DeviceInterface in the core.
+
+    Attributes:
+        pending: momentum buffers that a step may have left empty, since the device decides whether it happens; each
+            with the flags that say where, which the device clears.
+    """
+
+    def __init__(self, found_inf: Tensor | None, scale: Tensor | None) -> None:
+        self.found_inf = found_inf
+        self.scale = scale
+        self.pending: dict[Tensor, Tensor] = {}
+        self._held: list[Tensor] = []
+
+    def __call__(self, device: int) -> tuple[Any, Any]:
+        if device < 0:  # parameters on the CPU have to wait for the numbers
+            return self.on_host()
+        return self._address(self.found_inf, device), self._address(self.scale, device)
+
+    def on_host(self) -> tuple[bool, float]:
+        """Return whether the step is to be left out, and the factor of the gradients."""
+        left_out = self.found_inf is not None and float(self.found_inf) != 0
+        return left_out, 1.0 if self.scale is None else factor_of(self.scale)
+
+    def _address(self, tensor: Tensor | None, device: int) -> int:
+        if tensor is None:
+            return 0
+        there = _interface.on_device(tensor.detach().float(), device)
+        self._held.append(there)  # until the step is on its stream
+        return there.data_ptr()
+
+
+def factor_of(scale: Any) -> float:
+    """Return what undoes a scale, as GradScaler.unscale_ computes it."""
+    return float(torch.as_tensor(scale).double().reciprocal().float())
 
 
 @dataclass
@@ -33,14 +71,16 @@ class _Update:
     momentum: Tensor | None
     group: int
     first: bool
+    pending: Tensor | None = None  # flags of a momentum buffer that the device may leave empty
     # What the core is given; None if there is nothing to compute, as on the meta device.
     arguments: tuple[Tensor, Tensor, Tensor | None] | None = None
     # What brings the core's results back to the user's tensors, where it worked on copies.
     write_back: list[Callable[[], object]] = field(default_factory=list)
 
-    def item(self) -> tuple[Tensor, Tensor, Tensor | None, int, bool]:
+    def item(self) -> tuple[Tensor, Tensor, Tensor | None, int, bool, int]:
         assert self.arguments is not None
-        return (*self.arguments, self.group, self.first)
+        flags = 0 if self.pending is None else self.pending.data_ptr()
+        return (*self.arguments, self.group, self.first, flags)
 
 
 def step(
@@ -48,8 +88,19 @@ def step(
     groups: list[dict[str, Any]],
     state: Mapping[Any, Any],
     grad_factor: float,
+    scaling: Scaling | None = None,
+    pending: Mapping[Tensor, Tensor] | None = None,
 ) -> None:
     """Update all parameters that have a gradient, of whatever kind they are.
+
+    Args:
+        plan: reads the tensors.
+        groups: the optimizer's, or one of them.
+        state: the optimizer's.
+        grad_factor: multiplies every gradient.
+        scaling: what takes its place on devices.
+        pending: the flags of momentum buffers that earlier steps may have left empty. New ones go to
+            `scaling.pending`.
 
     Raises:
         TypeError, ValueError: naming the parameter that cannot be updated; before anything is changed.
@@ -62,15 +113,17 @@ def step(
             if parameter.grad is not None
         ]
         real = [update for update in updates if update.arguments is not None]
+        for update in real:
+            _await_device(update, scaling, pending or {})
         items = [update.item() for update in real]
         # Copies of memory that others share would miss what is written to it meanwhile.
         copies_are_current = not any(update.write_back for update in real) or _all_apart(real)
-        if copies_are_current and plan.run_items(groups, items, grad_factor, False):
+        if copies_are_current and plan.run_items(groups, items, grad_factor, False, scaling):
             for update in real:
                 for write in update.write_back:
                     write()
         else:
-            _step_in_sequence(plan, groups, real, grad_factor)
+            _step_in_sequence(plan, groups, real, grad_factor, scaling)
         changed = []
         for update in updates:
             changed.append(update.parameter)
@@ -82,17 +135,19 @@ def step(
 
 
 def _step_in_sequence(
-    plan: _core.TorchPlan, groups: list[dict[str, Any]], updates: list[_Update], grad_factor: float
+    plan: _core.TorchPlan,
+    groups: list[dict[str, Any]],
+    updates: list[_Update],
+    grad_factor: float,
+    scaling: Scaling | None,
 ) -> None:
     """Step one parameter after the other, each seeing what those before it wrote, as torch's loop does.
 
     For parameters that share memory with each other or with gradients.
     """
     for update in updates:
-        parameter, grad, momentum, group, first = update.item()
-        if not plan.run_items(
-            groups, [(parameter, grad.clone(), momentum, group, first)], grad_factor, True
-        ):
+        parameter, grad, *others = update.item()
+        if not plan.run_items(groups, [(parameter, grad.clone(), *others)], grad_factor, True):
             raise ValueError(
                 f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
             )
@@ -100,12 +155,28 @@ def _step_in_sequence(
         if update.write_back:  # copies of what it was before the others
             update.write_back.clear()
             _arrange(plan, groups[update.group], update)
-        parameter, grad, momentum, group, first = update.item()
-        plan.run_items(
-            groups, [(parameter, grad.clone(), momentum, group, first)], grad_factor, False
-        )
+        parameter, grad, *others = update.item()
+        item = (parameter, grad.clone(), *others)
+        plan.run_items(groups, [item], grad_factor, False, scaling)
         for write in update.write_back:
             write()
+
+
+def _await_device(
+    update: _Update, scaling: Scaling | None, pending: Mapping[Tensor, Tensor]
+) -> None:
+    """Give a momentum buffer flags if only the device knows whether its first step happens."""
+    assert update.arguments is not None
+    parameter, _, momentum = update.arguments
+    if update.momentum is None or momentum is None:
+        return
+    update.pending = pending.get(update.momentum)
+    device = _interface.device_index(parameter)
+    if update.first and scaling is not None and scaling.found_inf is not None and device != -1:
+        count = -(-momentum.numel() // _core.chunk_size)
+        update.pending = torch.ones(count, dtype=torch.uint8, device=momentum.device)
+        update.first = False  # as far as the host knows
+        scaling.pending[update.momentum] = update.pending
 
 
 def _all_apart(updates: list[_Update]) -> bool:
@@ -163,11 +234,14 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
     g = _plain(_placed_like(parameter, grad, label), f"the gradient of {label}")
     b = None if momentum is None else _plain(momentum, f"the momentum buffer of {label}")
     for tensor, what in ((p, label), (g, f"the gradient of {label}"), (b, f"momentum of {label}")):
-        if tensor is not None and tensor.device.type != "cpu":
-            raise ValueError(
-                f"{what}: expected a CPU tensor, got one on {tensor.device}; "
-                "this version of sgdcore.torch.SGD updates CPU tensors only"
-            )
+        if tensor is not None:
+            _require_usable_device(tensor, what)
+    if b is not None and b.device != p.device:
+        raise ValueError(
+            f"the momentum buffer of {label}: expected a tensor on {p.device}, where its parameter is now, got one on "
+            f"{b.device}. Move a model before its optimizer takes a step; afterwards, "
+            "optimizer.load_state_dict(optimizer.state_dict()) moves the state to where the parameters are"
+        )
     if g.shape != p.shape:
         raise ValueError(
             f"the gradient of {label}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(g.shape)}"
@@ -199,6 +273,21 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
     update.arguments = (p, g.resolve_neg(), b)
 
 
+def _require_usable_device(tensor: Tensor, what: str) -> None:
+    index = _interface.device_index(tensor)
+    if index == -1:
+        return
+    if index is None:
+        raise ValueError(
+            f"{what}: expected a tensor on the CPU or CUDA, got one on {tensor.device}"
+        )
+    reason = _devices.reason_against()
+    if reason:
+        raise ValueError(
+            f"{what}: expected a CPU tensor, got one on {tensor.device}, and CUDA cannot be used: {reason}"
+        )
+
+
 def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tensor:
     dtype = group.get("momentum_dtype") or parameter.dtype
     if parameter.dtype.is_complex and not dtype.is_complex:
@@ -207,6 +296,11 @@ def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tenso
                 f"momentum_dtype: expected float32 or float64 for the complex {label}, got {dtype}"
             )
         dtype = _COMPLEX_MOMENTUM[dtype]
+    if _interface.is_capturing():
+        raise RuntimeError(
+            f"{label} has no momentum buffer yet, and a graph would start with its first step at each replay: take a "
+            "step before the capture"
+        )
     # Zeros, for the rows that a lazy step leaves out.
     return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 

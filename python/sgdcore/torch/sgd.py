@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import optimizer as _optimizer
 
 from sgdcore import _core
-from sgdcore.torch import _irregular
+from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
 
 __all__ = ["SGD"]
@@ -32,7 +32,7 @@ class _Kept:
 
 
 class SGD(torch.optim.SGD):
-    """Stochastic gradient descent for torch parameters on the CPU; takes the place of torch.optim.SGD.
+    """Stochastic gradient descent for torch parameters on the CPU and CUDA; takes the place of torch.optim.SGD.
 
     For each parameter p with gradient g and momentum buffer b, in the parameter's shape::
 
@@ -50,7 +50,8 @@ class SGD(torch.optim.SGD):
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define groups, as in torch.
-        lr: learning rate, a number or a tensor of one element.
+        lr: learning rate, a number or a tensor of one element. On the parameters' CUDA device it is read there, also
+            by a captured graph; so is weight_decay.
         momentum: momentum factor.
         dampening: dampening for momentum.
         weight_decay: weight decay (L2 penalty), a number or a tensor of one element.
@@ -135,6 +136,8 @@ class SGD(torch.optim.SGD):
     def _start(self) -> None:
         """Set up what is not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api())
+        # Momentum buffers that may hold nothing yet, with the flags on their device that say so.
+        self._pending: dict[Tensor, Tensor] = {}
         # The StepInBackward that steps for us; loading a state dict changes nothing about that.
         self._in_backward: Any = self.__dict__.get("_in_backward")
         # Subclasses with a step() of their own are wrapped by torch, hooks and all.
@@ -240,23 +243,41 @@ class SGD(torch.optim.SGD):
         if self._in_backward is not None:
             self._in_backward.finish_round()  # and then the parameters that did not step in it
         attributes = self.__dict__
-        grad_factor = 1.0
+        grad_factor, scaling = 1.0, None
         if "found_inf" in attributes or "grad_scale" in attributes:
             # GradScaler's, for the time of one step.
             found_inf, scale = attributes.get("found_inf"), attributes.get("grad_scale")
-            if found_inf is not None and float(found_inf) != 0:
-                if zero_grad:
-                    self.zero_grad(set_to_none=False)
-                return
-            if scale is not None:
-                # As GradScaler.unscale_ computes it.
-                grad_factor = float(torch.as_tensor(scale).double().reciprocal().float())
-        if not self._plan.run(self.param_groups, self._state, zero_grad, grad_factor):
-            self._update_irregular(grad_factor)
-            if zero_grad:
-                self.zero_grad(set_to_none=False)
+            scaling = _scaling_on_device(found_inf, scale)
+            if scaling is None:
+                if found_inf is not None and float(found_inf) != 0:
+                    if zero_grad:
+                        self.zero_grad(set_to_none=False)
+                    return
+                if scale is not None:
+                    grad_factor = _irregular.factor_of(scale)
+        # What the device decides not to do would not clear the gradients either.
+        clear_later = zero_grad and scaling is not None
+        if not self._plan.run(
+            self.param_groups, self._state, zero_grad and not clear_later, grad_factor, scaling
+        ):
+            self._update_irregular(grad_factor, scaling)
+            clear_later = zero_grad
+        if clear_later:
+            self.zero_grad(set_to_none=False)
 
-    def _update_irregular(self, grad_factor: float) -> None:
+    def _update_irregular(
+        self, grad_factor: float, scaling: _irregular.Scaling | None = None
+    ) -> None:
+        if scaling is not None and any(
+            p.grad is not None and p.grad.layout is not torch.strided
+            for group in self.param_groups
+            for p in group["params"]
+        ):
+            # Rows of a momentum buffer have no flags, so the host has to know.
+            left_out, grad_factor = scaling.on_host()
+            scaling = None
+            if left_out:
+                return
         if any(group["differentiable"] for group in self.param_groups):
             # Written by torch, and recorded by autograd as a graph of tensor operations.
             step = torch.optim.SGD.step
@@ -264,13 +285,41 @@ class SGD(torch.optim.SGD):
                 step = step.__wrapped__  # type: ignore[attr-defined]
             step(self)
         else:
-            _irregular.step(self._plan, self.param_groups, self._state, grad_factor)
+            _irregular.step(
+                self._plan, self.param_groups, self._state, grad_factor, scaling, self._pending
+            )
+            if scaling is not None and scaling.pending:
+                self._pending.update(scaling.pending)
+                self._set_pending()
+
+    def _set_pending(self) -> None:
+        self._plan.set_pending([(b, flags.data_ptr()) for b, flags in self._pending.items()])
+
+    def _settle(self) -> None:
+        """Remove momentum buffers whose first step the device left out. Waits for the device, where there are any."""
+        if not self._pending:
+            return
+        empty = {id(b) for b, flags in self._pending.items() if bool(flags.any())}
+        for values in self._state.values():
+            if isinstance(values, dict) and id(values.get("momentum_buffer")) in empty:
+                del values["momentum_buffer"]
+        self._pending.clear()
+        self._set_pending()
 
     def _update_group(self, plan: _core.TorchPlan, groups: list[dict[str, Any]]) -> None:
         """Step what `plan.run` refused."""
         _irregular.step(plan, groups, self._state, 1.0)
 
     # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups, as torch does."""
+        self._settle()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class or of torch.optim.SGD.
@@ -307,6 +356,16 @@ class SGD(torch.optim.SGD):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._state = self.__dict__.pop("state")  # where torch has put it
         self._start()
+
+
+def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
+    """Return a GradScaler's numbers as something that leaves them on their device; None if they are on the CPU."""
+    tensors = [each for each in (found_inf, scale) if isinstance(each, Tensor)]
+    if all(_interface.device_index(each) == -1 for each in tensors):
+        return None
+    return _irregular.Scaling(
+        *(None if each is None else torch.as_tensor(each) for each in (found_inf, scale))
+    )
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -1,0 +1,354 @@
+"""sgdcore.torch.SGD on CUDA devices that are simulated on the CPU: tensors that claim to be on one.
+
+torch without CUDA has no tensors there, so sgdcore's view of a tensor's device is replaced: it depends on the tensor's
+shape alone, so that a gradient and a momentum buffer are where their parameter is. tests/test_cuda.py is for true ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sgdcore
+from sgdcore import _core
+from sgdcore.torch import _interface
+from sgdcore.torch import backward as backward_module
+from sgdcore.torch import sgd as sgd_module
+from test_devices import Simulated
+from torch_support import (
+    HYPERS,
+    Pair,
+    assert_same_bits,
+    assert_same_training,
+    momentum_of,
+    parameter,
+)
+
+# By the length of the last axis: what is 5 long is on the CPU, what is 6 long on device 1, all else on device 0.
+DEVICES = {5: -1, 6: 1}
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
+    simulated = Simulated()
+    monkeypatch.setattr(
+        _interface, "device_index", lambda t: DEVICES.get(t.shape[-1] if t.dim() else 0, 0)
+    )
+    monkeypatch.setattr(_interface, "on_device", lambda tensor, _: tensor)
+    monkeypatch.setattr(_interface, "current_stream", lambda _: 0)
+    for module in (sgd_module, backward_module):
+        monkeypatch.setattr(module, "exchange_api", lambda: None)
+    yield simulated
+    _core.use_runtime(None)
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+SHAPES = [(3, 4), (7,), (2, 3, 3, 3), (9000,), (0, 4), (1,), (4, 1)]
+
+
+@pytest.mark.parametrize("hyper", HYPERS, ids=str)
+def test_the_same_bits_as_torchs_loop(device: Simulated, hyper: dict[str, Any]) -> None:
+    pair = Pair([random(i, *shape) for i, shape in enumerate(SHAPES)], **hyper)
+    for step in range(3):
+        before = device["launches"]
+        pair.step([random(100 * step + i, *shape) for i, shape in enumerate(SHAPES)])
+        assert device["launches"] == before + 1
+    pair.check()
+
+
+def test_one_launch_for_all_groups_and_each_device(device: Simulated) -> None:
+    shapes = [(4 + i % 5,) for i in range(60)]
+    pair = Pair(
+        [random(i, *shape) for i, shape in enumerate(shapes)],
+        lambda params: [{"params": [p], "lr": 0.1 / (i + 1)} for i, p in enumerate(params)],
+        momentum=0.9,
+    )
+    for step in range(3):
+        before = device["launches"], device["copies"]
+        grads = [random(100 * step + i, *shape) for i, shape in enumerate(shapes)]
+        pair.step([None if (i + step) % 7 == 0 else grad for i, grad in enumerate(grads)])
+        assert device["launches"] == before[0] + 2  # devices 0 and 1; the rest is on the CPU
+        assert device["copies"] <= before[1] + 2
+    pair.check()
+
+
+def test_nothing_is_uploaded_or_allocated_while_nothing_changes(device: Simulated) -> None:
+    p = parameter(random(1, 100), random(2, 100))
+    optimizer = sgdcore.torch.SGD([p], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.step()
+    before = {what: device[what] for what in ("copies", "allocations", "launches")}
+    for _ in range(5):
+        optimizer.step()
+    assert device["copies"] == before["copies"]
+    assert device["allocations"] == before["allocations"]
+    assert device["launches"] == before["launches"] + 5
+    for _ in range(5):
+        optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.step()
+    assert device["copies"] == before["copies"] + 5
+    assert device["allocations"] == before["allocations"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.float64], ids=str)
+def test_short_types_have_the_bits_of_the_cpu(
+    device: Simulated, dtype: torch.dtype, momentum_dtype: torch.dtype | None
+) -> None:
+    # The first of each pair is on a device, the second, of the same numbers, on the CPU.
+    pairs = [
+        (random(i, 35, dtype=dtype), random(i, 35, dtype=dtype).reshape(7, 5)) for i in range(3)
+    ]
+    params = [[parameter(pair[i].clone()) for pair in pairs] for i in range(2)]
+    optimizers = [
+        sgdcore.torch.SGD(p, lr=0.1, momentum=0.9, nesterov=True, momentum_dtype=momentum_dtype)
+        for p in params
+    ]
+    for step in range(3):
+        for p, q in zip(*params, strict=True):
+            p.grad = random(10 + step, 35, dtype=dtype)
+            q.grad = p.grad.reshape(7, 5).clone()
+        before = device["launches"]
+        optimizers[1].step()
+        assert device["launches"] == before
+        optimizers[0].step()
+        assert device["launches"] == before + 1
+    for p, q in zip(*params, strict=True):
+        assert_same_bits(p.detach(), q.detach().reshape(35))
+        momenta = momentum_of(optimizers[0], p), momentum_of(optimizers[1], q)
+        assert momenta[0] is not None
+        assert momenta[1] is not None
+        assert_same_bits(momenta[0], momenta[1].reshape(35))
+
+
+def test_unusual_tensors(device: Simulated) -> None:
+    """Transposed and strided gradients, views with gaps, parameters that share memory."""
+    base = random(1, 8, 4)
+    tensors = [
+        random(2, 4, 7).t(),
+        base,
+        random(3, 2, 3, 4, 4).to(memory_format=torch.channels_last),
+    ]
+    pair = Pair(tensors, lr=0.1, momentum=0.9, weight_decay=0.01)
+    for step in range(3):
+        grads = [
+            random(10 + step, 7, 4),
+            random(20 + step, 4, 8).t(),
+            random(30 + step, 2, 3, 4, 4),
+        ]
+        for params in (pair.ours_params, pair.torch_params):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone() if step else grad.clone(memory_format=torch.contiguous_format)
+        pair.ours.step()
+        pair.torch.step()
+    pair.check()
+    gap = [torch.nn.Parameter(random(4, 6, 8)[:, ::2]) for _ in range(2)]
+    optimizers = [
+        sgdcore.torch.SGD([gap[0]], lr=0.1, momentum=0.9),
+        torch.optim.SGD([gap[1]], lr=0.1, momentum=0.9, foreach=False),
+    ]
+    for step in range(3):
+        for p, optimizer in zip(gap, optimizers, strict=True):
+            p.grad = random(40 + step, 6, 4)
+            optimizer.step()
+    assert_same_training(*optimizers)
+
+
+def test_numbers_on_the_device(device: Simulated) -> None:
+    """A learning rate that is a tensor is read by the device, and by the host only for parameters there."""
+    shapes = [(3, 4), (5,)]
+    pair = Pair([random(i, *shape) for i, shape in enumerate(shapes)], momentum=0.9)
+
+    class OnDevice(Tensor):
+        """Shares its memory as a tensor on a device does."""
+
+        reads = 0
+
+        def __dlpack_device__(self) -> tuple[int, int]:  # type: ignore[override]
+            return 2, 0
+
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            assert kwargs.pop("stream") == -1
+            return self.as_subclass(Tensor).__dlpack__(**kwargs)
+
+        def __float__(self) -> float:
+            OnDevice.reads += 1
+            return float(self.as_subclass(Tensor))
+
+    lr = torch.tensor(0.1).as_subclass(OnDevice)
+    pair.ours.param_groups[0]["lr"] = lr
+    for step in range(3):
+        with torch.no_grad():
+            lr.as_subclass(Tensor).mul_(0.7)
+        pair.torch.param_groups[0]["lr"] = float(lr.as_subclass(Tensor))
+        pair.step([random(10 * step + i, *shape) for i, shape in enumerate(shapes)])
+    pair.check()
+    assert OnDevice.reads > 0
+    pair.ours.param_groups[0]["params"].pop()  # the one on the CPU
+    pair.ours_params[0].grad = random(1, 3, 4)
+    OnDevice.reads = 0
+    pair.ours.step()
+    assert OnDevice.reads == 0
+
+
+class Scaler:
+    """Sets on an optimizer what a GradScaler sets for one step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
+        self.optimizer = optimizer
+        self.scale, self.found_inf = torch.tensor(scale), torch.tensor(0.0)
+
+    def step(self, **kwargs: Any) -> None:
+        self.optimizer.grad_scale = self.scale  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self.optimizer.step(**kwargs)
+        del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize("zero_grad", [False, True], ids=["", "zero_grad"])
+@pytest.mark.parametrize("skipped", ["none", "first", "later", "both"])
+def test_loss_scaling_stays_on_the_device(
+    device: Simulated,
+    skipped: str,
+    zero_grad: bool,
+    dampening: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = [(3, 4), (20_000,), (7,)]
+    scale = 65536.0
+    pair = Pair(
+        [random(i, *s) for i, s in enumerate(shapes)], lr=0.1, momentum=0.9, dampening=dampening
+    )
+    scaler = Scaler(pair.ours, scale)
+
+    def forbidden(self: Tensor) -> float:
+        raise AssertionError("the host waits for the device")
+
+    for step in range(5):
+        skip = (step in (0, 1) and skipped in ("first", "both")) or (
+            step == 3 and skipped in ("later", "both")
+        )
+        grads = [random(10 * step + i, *shape) for i, shape in enumerate(shapes)]
+        for i, grad in enumerate(grads):
+            pair.ours_params[i].grad = grad * scale
+            pair.torch_params[i].grad = grad.clone()
+        scaler.found_inf.fill_(2.0 if skip else 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "__float__", forbidden)
+            patch.setattr(Tensor, "item", forbidden)
+            scaler.step(zero_grad=zero_grad)
+        if not skip:
+            pair.torch.step()
+        for p in pair.ours_params:
+            assert p.grad is not None
+            assert p.grad.any() != zero_grad
+        if step == 0:
+            # A checkpoint has no momentum that does not exist.
+            saved = copy.deepcopy(pair.ours).state_dict()["state"]
+            assert (len([v for v in saved.values() if "momentum_buffer" in v]) == 0) == skip
+    pair.ours.state_dict()
+    pair.check()
+
+
+def test_checkpoint_after_a_step_that_did_not_happen(device: Simulated) -> None:
+    pair = Pair([random(1, 4)], lr=0.1, momentum=0.9, dampening=0.5)
+    scaler = Scaler(pair.ours, 1.0)
+    pair.ours_params[0].grad = random(2, 4)
+    scaler.found_inf.fill_(1.0)
+    scaler.step()
+    file = io.BytesIO()
+    torch.save(pair.ours.state_dict(), file)
+    file.seek(0)
+    pair.ours.load_state_dict(torch.load(file))
+    for step in range(2):
+        pair.step([random(10 + step, 4)])
+    pair.check()
+
+
+def test_a_momentum_buffer_of_ones_own_is_no_empty_one(device: Simulated) -> None:
+    """It takes the place of one that the device left empty, and has no flags."""
+    pair = Pair([random(1, 4)], lr=0.1, momentum=0.9, dampening=0.5)
+    scaler = Scaler(pair.ours, 1.0)
+    pair.ours_params[0].grad = random(2, 4)
+    scaler.found_inf.fill_(1.0)
+    scaler.step()
+    for optimizer, params in ((pair.ours, pair.ours_params), (pair.torch, pair.torch_params)):
+        optimizer.state[params[0]]["momentum_buffer"] = random(3, 4)
+    for step in range(2):
+        pair.step([random(10 + step, 4)])
+    pair.check()
+
+
+def test_a_capture_before_the_first_step_is_refused(
+    device: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = parameter(random(1, 4), random(2, 4))
+    before = p.detach().clone()
+    optimizer = sgdcore.torch.SGD([p], lr=0.1, momentum=0.9)
+    with monkeypatch.context() as patch:
+        patch.setattr(_interface, "is_capturing", lambda: True)
+        with pytest.raises(
+            RuntimeError, match=r"no momentum buffer yet.*take a step before the capture"
+        ):
+            optimizer.step()
+        assert_same_bits(p.detach(), before)
+    optimizer.step()
+
+
+def test_a_model_that_was_moved_after_its_first_step(
+    device: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = parameter(random(1, 3, 5), random(2, 3, 5))
+    optimizer = sgdcore.torch.SGD([p], lr=0.1, momentum=0.9)
+    optimizer.step()
+    momentum = momentum_of(optimizer, p)
+    monkeypatch.setattr(_interface, "device_index", lambda t: -1 if t is momentum else 0)
+    monkeypatch.setattr(Tensor, "device", property(lambda t: "cpu" if t is momentum else "cuda:0"))
+    with pytest.raises(
+        ValueError,
+        match=r"momentum buffer of .*on cuda:0, where .* got one on cpu.*load_state_dict",
+    ):
+        optimizer.step()
+
+
+def test_update_in_the_backward_pass(device: Simulated) -> None:
+    models = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = sgdcore.torch.SGD(models[0].parameters(), lr=0.1, momentum=0.9)
+    theirs = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, foreach=False)
+    with sgdcore.torch.step_in_backward(ours):
+        for step in range(3):
+            for model, optimizer in zip(models, (ours, theirs), strict=True):
+                model(random(step, 2, 4)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_same_training(ours, theirs)
+    assert device["launches"] > 0
+
+
+def test_without_cuda_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = sgdcore.build_info()["cuda_reason"]
+    if not reason:
+        pytest.skip("CUDA can be used here")
+    monkeypatch.setattr(_interface, "device_index", lambda _: 0)
+    monkeypatch.setattr(sgd_module, "exchange_api", lambda: None)
+    p = parameter(random(1, 4), random(2, 4))
+    before = p.detach().clone()
+    for momentum in (0.0, 0.9):
+        optimizer = sgdcore.torch.SGD([p], lr=0.1, momentum=momentum)
+        with pytest.raises(ValueError) as caught:
+            optimizer.step()
+        assert "CUDA cannot be used: " + reason in str(caught.value)
+        assert "param_groups[0]['params'][0]" in str(caught.value)
+    assert_same_bits(p.detach(), before)
