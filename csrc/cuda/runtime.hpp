@@ -55,6 +55,8 @@ class Runtime {
     virtual void fill(int device, void* to, int byte, std::size_t size, Stream stream) = 0;
     virtual void launch(int device, std::int64_t blocks, const Launch& launch, Stream stream) = 0;
     virtual void synchronize(int device, Stream stream) = 0;
+    /// For the benchmarks; see kernel.hpp.
+    virtual void exchange(int device, std::int64_t blocks, const Streams& streams, Stream stream) = 0;
 };
 
 }  // namespace sgdcore::cuda

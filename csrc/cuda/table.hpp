@@ -78,4 +78,11 @@ struct Launch {
     bool zero_grad;
 };
 
+/// The three arrays of a step with momentum, to be measured without its arithmetic, of `quads` vectors each.
+struct Streams {
+    std::byte *param, *momentum;
+    const std::byte* grad;
+    std::int64_t quads;
+};
+
 }  // namespace sgdcore::cuda

@@ -1,4 +1,7 @@
 // The device's kernel over a simulated grid: the cases of the CPU's kernels, and the walk over chunks.
+#include <algorithm>
+#include <bit>
+#include <cmath>
 #include <iterator>
 #include <string>
 #include <vector>
@@ -91,6 +94,34 @@ TEST(cuda_kernel, unusual_hyperparameters) {
         const auto dtype = [&] { return all_dtypes[random.below(std::ssize(all_dtypes))]; };
         const DTypes dtypes{dtype(), dtype(), dtype()};
         bench.run({dtypes, hyper, random.below(2) == 0, random.below(2) == 0, random.below(66), Placement::odd});
+    }
+}
+
+TEST(cuda_kernel, streams_are_exchanged) {
+    cuda::SimulatedRuntime& runtime = device();
+    for (const std::int64_t quads : {0, 1, 255, 256, 257, 5000}) {
+        Random random(9);
+        const auto make = [&] {
+            std::vector<float> array(static_cast<std::size_t>(4 * quads + 4));
+            fill(DType::float32, reinterpret_cast<std::byte*>(array.data()), std::ssize(array), random);
+            return array;
+        };
+        alignas(16) static float memory[3][4 * 5000 + 4];
+        const auto bits = [](const float& value) { return std::bit_cast<std::uint32_t>(value); };
+        std::vector<float> before[3];
+        for (int i = 0; i < 3; ++i) {
+            before[i] = make();
+            std::ranges::copy(before[i], memory[i]);
+        }
+        const auto bytes = [](float* array) { return reinterpret_cast<std::byte*>(array); };
+        runtime.exchange(0, 3, {bytes(memory[0]), bytes(memory[1]), bytes(memory[2]), quads}, nullptr);
+        for (std::size_t i = 0; i < before[0].size(); ++i) {
+            const bool inside = i < static_cast<std::size_t>(4 * quads);
+            const std::uint32_t p = bits(before[0][i]), b = bits(before[1][i]), g = bits(before[2][i]);
+            CHECK(bits(memory[0][i]) == (inside ? b ^ g : p), std::to_string(quads));
+            CHECK(bits(memory[1][i]) == (inside ? p : b), std::to_string(quads));
+            CHECK(bits(memory[2][i]) == g, std::to_string(quads));
+        }
     }
 }
 

@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extent.add_argument("--quick", action="store_true", help="less than a minute; the default")
     extent.add_argument("--full", action="store_true", help="everything; about 25 minutes")
     parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: other cases, for tensors on the first CUDA device; of the options only --full and --json count",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="list contenders and cases; measure nothing"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
@@ -103,6 +109,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     from sgdcore.bench import report
 
     _check_targets(args)
+    if args.device == "cuda":
+        from sgdcore.bench import cuda
+
+        return cuda.main(args.full, args.json, console)
     if args.compare:
         report.compare(console, *_read(args.compare))
         return 0
