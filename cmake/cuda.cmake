@@ -1,13 +1,19 @@
 # The CUDA module, in a file of its own: _core works without it, and does not link CUDA.
-include(CheckLanguage)
-if(SGDCORE_CUDA STREQUAL "AUTO")
-  check_language(CUDA)
-  if(NOT CMAKE_CUDA_COMPILER)
-    message(STATUS "sgdcore: no CUDA compiler was found; the CUDA module is left out")
-    return()
-  endif()
-endif()
 
+# Ends this file with a message: an error if the module is asked for, else only a line.
+macro(sgdcore_without_cuda reason)
+  if(NOT SGDCORE_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "sgdcore: SGDCORE_CUDA=${SGDCORE_CUDA}, but ${reason}")
+  endif()
+  message(STATUS "sgdcore: the CUDA module is left out: ${reason}")
+  return()
+endmacro()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  sgdcore_without_cuda("no CUDA compiler was found that works with ${CMAKE_CXX_COMPILER}")
+endif()
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # they are chosen below, by what the compiler knows
   set(default_architectures TRUE)
@@ -16,9 +22,12 @@ set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
 if(CMAKE_CUDA_COMPILER_ID STREQUAL "NVIDIA" AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12)
-  message(FATAL_ERROR "sgdcore needs CUDA 12 or newer, got ${CMAKE_CUDA_COMPILER_VERSION} (-DSGDCORE_CUDA=OFF leaves it out)")
+  sgdcore_without_cuda("CUDA 12 or newer is needed, and this is ${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
+find_package(CUDAToolkit)
+if(NOT TARGET CUDA::cudart_static)
+  sgdcore_without_cuda("the static CUDA runtime was not found")
 endif()
 
 # Machine code for these, where the compiler knows them, and PTX of one, which drivers compile for all later ones.

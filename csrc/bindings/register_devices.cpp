@@ -19,18 +19,25 @@ T* pointer_of(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-/// Memory of a device, filled with zeros.
+/// Memory of a device.
 class DeviceMemory {
   public:
-    DeviceMemory(std::size_t size, int device, std::uintptr_t stream)
-        : runtime_(device_runtime()), device_(device), size_(size) {
+    /// Uninitialized, or filled with zeros, which it waits for: any stream may use it then.
+    DeviceMemory(std::size_t size, int device, bool zeros) : runtime_(device_runtime()), device_(device), size_(size) {
         const int count = runtime_.device_count();
         if (device < 0 || device >= count) {
             throw py::value_error("device: expected a number below " + std::to_string(count) +
                                   ", the number of devices, got " + std::to_string(device));
         }
         memory_ = runtime_.allocate(device, size > 0 ? size : 1);
-        runtime_.fill(device, memory_, 0, size, pointer_of<void>(stream));
+        if (!zeros) return;
+        try {
+            runtime_.fill(device, memory_, 0, size, nullptr);
+            runtime_.synchronize(device, nullptr);
+        } catch (...) {
+            runtime_.free(device, memory_);
+            throw;
+        }
     }
     ~DeviceMemory() { runtime_.free(device_, memory_); }
     DeviceMemory(const DeviceMemory&) = delete;
@@ -99,7 +106,7 @@ void register_devices(py::module_& module) {
     module.def("device_name", [](int device) { return device_runtime().device_name(device); }, py::arg("device"));
     module.def("is_on_device", [](const py::object& object) { return is_on_device(object); }, py::arg("object"));
     py::class_<DeviceMemory>(module, "DeviceMemory")
-        .def(py::init<std::size_t, int, std::uintptr_t>(), py::arg("size"), py::arg("device"), py::arg("stream"))
+        .def(py::init<std::size_t, int, bool>(), py::arg("size"), py::arg("device"), py::arg("zeros"))
         .def_property_readonly("address", &DeviceMemory::address)
         .def_property_readonly("device", &DeviceMemory::device)
         .def_property_readonly("size", &DeviceMemory::size);

@@ -69,19 +69,30 @@ class DeviceArray:
         Raises:
             RuntimeError: if CUDA cannot be used, with the reason.
         """
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        resolved = storage_dtype(dtype)
-        memory = _core.DeviceMemory(math.prod(shape) * resolved.itemsize, device, 0)
-        description = _core.describe_memory(memory.address, resolved, list(shape), memory)
-        return cls(description, device, memory)
+        return cls._allocate(
+            (shape,) if isinstance(shape, int) else tuple(shape), dtype, device, True
+        )
 
     @classmethod
-    def zeros_like(cls, array: Self, dtype: DTypeLike) -> Self:
-        """Return zeros of another dtype in the memory order of a dense array."""
+    def empty(cls, size: int, dtype: DTypeLike, device: int) -> Self:
+        """Return a new 1-d array of anything."""
+        return cls._allocate((size,), dtype, device, False)
+
+    @classmethod
+    def empty_like(cls, array: Self, dtype: DTypeLike) -> Self:
+        """Return an array of anything, of another dtype and in the memory order of a dense one."""
         order = sorted(range(len(array.shape)), key=lambda axis: -array.strides[axis])
-        flat = cls.zeros(tuple(array.shape[axis] for axis in order), dtype, array.device)
+        shape = tuple(array.shape[axis] for axis in order)
+        flat = cls._allocate(shape, dtype, array.device, False)
         description = flat._description.transpose(np.argsort(order))
         return cls(description, array.device, flat._owner)
+
+    @classmethod
+    def _allocate(cls, shape: tuple[int, ...], dtype: DTypeLike, device: int, zeros: bool) -> Self:
+        resolved = storage_dtype(dtype)
+        memory = _core.DeviceMemory(math.prod(shape) * resolved.itemsize, device, zeros)
+        description = _core.describe_memory(memory.address, resolved, list(shape), memory)
+        return cls(description, device, memory)
 
     @classmethod
     def of(cls, array: Any) -> Self:

@@ -530,7 +530,7 @@ def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Arr
             key = id(parameter.buffer), dtype, parameter.device
             flat_sizes[key] = flat_sizes.get(key, 0) + parameter.size
     flats: dict[tuple[int, np.dtype[Any], int], Any] = {
-        key: DeviceArray.zeros(size, key[1], key[2])
+        key: DeviceArray.empty(size, key[1], key[2])
         if key[2] >= 0
         else _core.allocate(size, key[1])
         for key, size in flat_sizes.items()
@@ -540,7 +540,7 @@ def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Arr
     for parameter, dtype in parameters:
         if parameter.buffer is None:
             if parameter.device >= 0:
-                momenta.append(DeviceArray.zeros_like(DeviceArray.of(parameter.data), dtype))
+                momenta.append(DeviceArray.empty_like(DeviceArray.of(parameter.data), dtype))
             else:
                 momenta.append(_separate_momentum(parameter.data, dtype))
             continue
