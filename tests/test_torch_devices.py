@@ -261,6 +261,22 @@ def test_loss_scaling_stays_on_the_device(
     pair.check()
 
 
+def test_loss_scaling_of_tensors_with_gaps(device: Simulated) -> None:
+    """They go through copies in each step, and their momentum may be empty at any of the first."""
+    gap = [torch.nn.Parameter(random(4, 6, 8)[:, ::2]) for _ in range(2)]
+    ours = sgdcore.torch.SGD([gap[0]], lr=0.1, momentum=0.9, dampening=0.5)
+    theirs = torch.optim.SGD([gap[1]], lr=0.1, momentum=0.9, dampening=0.5, foreach=False)
+    scaler = Scaler(ours, 1.0)
+    for step in range(4):
+        for p in gap:
+            p.grad = random(40 + step, 6, 4)
+        scaler.found_inf.fill_(float(step < 2))
+        scaler.step()
+        if step >= 2:
+            theirs.step()
+    assert_same_training(ours, theirs)
+
+
 def test_checkpoint_after_a_step_that_did_not_happen(device: Simulated) -> None:
     pair = Pair([random(1, 4)], lr=0.1, momentum=0.9, dampening=0.5)
     scaler = Scaler(pair.ours, 1.0)

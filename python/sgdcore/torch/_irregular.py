@@ -175,7 +175,6 @@ def _await_device(
     if update.first and scaling is not None and scaling.found_inf is not None and device != -1:
         count = -(-momentum.numel() // _core.chunk_size)
         update.pending = torch.ones(count, dtype=torch.uint8, device=momentum.device)
-        update.first = False  # as far as the host knows
         scaling.pending[update.momentum] = update.pending
 
 
