@@ -126,6 +126,7 @@ class SGD(torch.optim.SGD):
         """
         # From now on somebody may hold a momentum buffer, and each step looks whether it was moved.
         self._plan.state_exposed = True
+        self._settle()
         return self._state
 
     @state.setter
@@ -183,17 +184,29 @@ class SGD(torch.optim.SGD):
         Raises:
             TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
         """
+        attributes = self.__dict__
+        observed = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or _profiler_enabled()
+        )
+        if (
+            closure is None
+            and not observed
+            and self._in_backward is None
+            and "found_inf" not in attributes
+            and "grad_scale" not in attributes
+        ):
+            # What `_update` does in the usual case; the call to it would be a tenth of the time of a small step.
+            if not self._plan.run(self.param_groups, self._state, zero_grad, 1.0, None):
+                self._update_irregular(1.0)
+                if zero_grad:
+                    self.zero_grad(set_to_none=False)
+            return None
         try:
-            if closure is None and not (
-                self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _global_pre_hooks
-                or _global_post_hooks
-                or _profiler_enabled()
-            ):
-                self._update(zero_grad)
-                return None
-            if self._observed_outside:
+            if self._observed_outside or (closure is None and not observed):
                 return self._update_after(closure, zero_grad)
             return self._observed_step(closure, zero_grad)
         except BaseException:
@@ -311,15 +324,6 @@ class SGD(torch.optim.SGD):
         _irregular.step(plan, groups, self._state, 1.0)
 
     # Checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return state and groups, as torch does."""
-        self._settle()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class or of torch.optim.SGD.
