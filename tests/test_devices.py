@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import sgdcore
-from sgdcore import _core
+from sgdcore import _core, _devices
+from sgdcore.__main__ import main
 from sgdcore.device_array import DeviceArray
 from support import BFLOAT16, STORAGE_TYPES, Array, assert_same_bits, numbers, refused
 
@@ -355,6 +356,29 @@ def test_the_state_is_untouched_where_a_step_is_refused(device: Simulated) -> No
         optimizer.step()
     assert_same_bits(cpu.data, before)
     assert device["launches"] == 0
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_without_the_module_the_reason_is_given(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find(name: str) -> Any:
+        assert name == "sgdcore._cuda"
+        if broken:
+            raise ImportError("undefined symbol: something")
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(_devices.importlib, "import_module", find)
+    _core.use_runtime(None)
+    info = sgdcore.build_info()
+    assert not info["cuda_built"]
+    assert not info["cuda"]
+    words = "undefined symbol" if broken else "no CUDA module, because no CUDA compiler"
+    assert words in info["cuda_reason"]
+    with pytest.raises(RuntimeError, match=words):
+        DeviceArray.zeros(3)
+    assert main(["info"]) == 0
+    assert words in capsys.readouterr().out
 
 
 def test_without_a_device_the_reason_is_given() -> None:

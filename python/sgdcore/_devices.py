@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -17,14 +18,13 @@ _BUILT_WITHOUT = (
 
 def _import_module() -> Any:
     try:
-        from sgdcore import _cuda
+        return importlib.import_module("sgdcore._cuda")
     except ModuleNotFoundError as error:
         if error.name != "sgdcore._cuda":
             raise
         raise RuntimeError(_BUILT_WITHOUT) from None
     except ImportError as error:
         raise RuntimeError(f"sgdcore's CUDA module cannot be loaded: {error}") from error
-    return _cuda
 
 
 def load_runtime() -> None:
