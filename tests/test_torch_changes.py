@@ -6,6 +6,7 @@ the end, since our optimizer reads its momentum buffers' memory only after someb
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -331,3 +332,62 @@ def test_every_way_to_the_momentum_counts_as_holding_it(get: Any) -> None:
     momentum.data = torch.zeros(5)
     optimizer.step()
     assert momentum.tolist() == [1] * 5
+
+
+def test_a_subclass_that_holds_the_state_before_it_is_made() -> None:
+    class Holding(SGD):
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            self.held = self.state
+
+    p = parameter(torch.zeros(5), torch.ones(5))
+    optimizer = Holding([p], lr=1.0, momentum=0.5)
+    for _ in range(3):
+        optimizer.step()
+    optimizer.held[p]["momentum_buffer"] = torch.zeros(5)
+    before = p.tolist()
+    optimizer.step()
+    assert p.tolist() == [x - 1 for x in before]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_cleared_gradient_leaves_its_graph(strided: bool) -> None:
+    p = parameter(torch.ones(8)[::2] if strided else torch.ones(4))
+    optimizer = SGD([p], lr=0.0, momentum=0.5)
+    for _ in range(3):
+        p.grad = torch.autograd.grad((p**3).sum(), p, create_graph=True)[0]
+        optimizer.step(zero_grad=True)
+        assert p.grad.grad_fn is None
+        assert not p.grad.requires_grad
+        assert p.grad.tolist() == [0] * 4
+
+
+def test_a_single_element_becomes_negated() -> None:
+    trained = []
+    for make in (SGD, torch.optim.SGD):
+        p, q = parameter(torch.ones(1), torch.ones(1)), parameter(torch.ones(3), torch.ones(3))
+        optimizer = make([p, q], lr=0.1, momentum=0.9, foreach=False)
+        for _ in range(3):
+            optimizer.step()
+        p.data = torch.tensor([3 + 4j]).conj().imag
+        for _ in range(3):
+            optimizer.step()
+        optimizer.state[p]["momentum_buffer"].data = torch.tensor([1 + 2j]).conj().imag
+        for _ in range(3):
+            optimizer.step()
+        trained.append(optimizer)
+    assert_same_training(*trained)
+
+
+def test_what_is_removed_is_freed_by_an_unusual_step() -> None:
+    p, removed = (parameter(torch.zeros(4), torch.ones(4)) for _ in range(2))
+    optimizer = SGD([p, removed], lr=1.0, momentum=0.5)
+    for _ in range(3):
+        optimizer.step()
+    p.data = torch.zeros(8)[::2]
+    refs = [weakref.ref(removed), weakref.ref(optimizer.state[removed]["momentum_buffer"])]
+    del optimizer.state[removed]
+    optimizer.param_groups[0]["params"].pop()
+    del removed
+    optimizer.step()
+    assert [ref() for ref in refs] == [None, None]

@@ -93,13 +93,20 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
     Memory& memory = *lease;
     if (unpinned_) memory.entries.clear();
     unpinned_ = false;
-    // A step that was left to Python may have given parameters other momentum buffers.
-    const bool momenta_are_known = !state_exposed && memory.complete;
-    memory.complete = false;
+    const bool complete = std::exchange(memory.complete, false);
     read_hypers(param_groups, memory.hypers, memory.scalars);
     if (!PyDict_Check(state.ptr())) return false;
     memory.listing.start();
-    if (!list(memory, param_groups, state, momenta_are_known) || !memory.listing.finish(zero_grad)) return false;
+    // A step that was left to Python may have given parameters other momentum buffers.
+    const bool momenta_are_known = !state_exposed && complete;
+    std::size_t position = 0;
+    const bool listed = list(memory, param_groups, state, zero_grad, momenta_are_known, position);
+    // What is no longer there, or was not reached, is not kept alive.
+    if (memory.entries.size() > position) memory.entries.resize(position);
+    if (!listed || !memory.listing.finish(zero_grad)) {
+        memory.changed = py::object();
+        return false;
+    }
     memory.complete = true;
 
     // The list also holds all tensors while other threads run. Made before anything is written, since it may fail.
@@ -117,12 +124,12 @@ bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool 
     return true;
 }
 
-bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::object& state, bool momenta_are_known) {
+bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::object& state, bool zero_grad,
+                     bool momenta_are_known, std::size_t& position) {
     static PyObject* const differentiable_key = interned("differentiable");
     using Answer = TorchListing::Answer;
     std::vector<std::int64_t> numbers[3];
     TorchViews views;
-    std::size_t position = 0;
     Momenta momenta(state.ptr());
     for (std::size_t index = 0; index < memory.hypers.size(); ++index) {
         // Pins and numbers run Python code, after which the lists may be other ones.
@@ -148,6 +155,8 @@ bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::obj
             }
             memory.grads.push_back(grad);
             if (!reader_.is_tensor(grad) || !remember(memory, position, parameter)) return false;
+            // Clearing also takes a gradient out of the graph that computed it, which Python code does.
+            if (zero_grad && reader_.requires_grad(grad)) return false;
             const auto read_momentum = [&] {
                 PyObject* const momentum = momentum_of(memory, position, momenta);
                 views.momentum_is_read = true;
@@ -159,6 +168,12 @@ bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::obj
             if (!reader_.view(parameter, views.param, numbers[0]) || !reader_.view(grad, views.grad, numbers[1])) {
                 return false;
             }
+            // Where a negation leaves no gaps it cannot be told from the strides (see TorchListing::append).
+            if (size_of(views.param) == 1 &&
+                (reader_.is_negated(parameter) ||
+                 (views.momentum_is_read && reader_.is_negated(memory.entries[position].momentum.ptr())))) {
+                return false;
+            }
             const auto add = [&] {
                 return memory.listing.add(reader_, position, grad, views, static_cast<std::uint32_t>(index), false);
             };
@@ -167,7 +182,6 @@ bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::obj
             if (answer == Answer::refused) return false;
         }
     }
-    if (memory.entries.size() > position) memory.entries.resize(position);
     return true;
 }
 
@@ -188,7 +202,10 @@ bool TorchPlan::remember(Memory& memory, std::size_t position, PyObject* paramet
 PyObject* TorchPlan::momentum_of(Memory& memory, std::size_t position, Momenta& momenta) {
     Entry& entry = memory.entries[position];
     PyObject* const found = momenta.find(entry.parameter.ptr(), entry.hash);
-    if (found == nullptr || !reader_.is_tensor(found)) return nullptr;
+    if (found == nullptr || !reader_.is_tensor(found)) {
+        entry.momentum = entry.momentum_pin = py::object();
+        return nullptr;
+    }
     if (entry.momentum.ptr() != found) {
         memory.changed = py::object();
         const auto momentum = py::reinterpret_borrow<py::object>(found);

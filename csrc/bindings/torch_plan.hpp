@@ -79,8 +79,10 @@ class TorchPlan {
     class Lease;
     class Momenta;
 
-    /// Makes memory.listing the work list of a step; false if something is unusual.
-    bool list(Memory& memory, const py::list& param_groups, const py::object& state, bool momenta_are_known);
+    /// Makes memory.listing the work list of a step; false if something is unusual. `position` is how many parameters
+    /// it went through.
+    bool list(Memory& memory, const py::list& param_groups, const py::object& state, bool zero_grad,
+              bool momenta_are_known, std::size_t& position);
     /// The momentum buffer of the parameter at `position`, borrowed; null if it is missing or unusual.
     PyObject* momentum_of(Memory& memory, std::size_t position, Momenta& momenta);
     /// Makes entries[position] that of the parameter; false if it is negated.

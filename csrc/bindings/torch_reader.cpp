@@ -35,6 +35,11 @@ bool storage_type(const DLDataType& type, DType& dtype) {
     }
 }
 
+const PyGetSetDef* getter_of(const py::object& descriptor) {
+    if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) return nullptr;
+    return reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+}
+
 }  // namespace
 
 TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interface)) {
@@ -46,11 +51,8 @@ TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interf
     }
     tensor_type_ = reinterpret_cast<PyTypeObject*>(interface_.tensor_type.ptr());
     parameter_type_ = reinterpret_cast<PyTypeObject*>(interface_.parameter_type.ptr());
-    // The getter itself, past the lookup of the attribute, which costs as much as the getter.
-    PyObject* descriptor = interface_.grad_descriptor.ptr();
-    if (Py_IS_TYPE(descriptor, &PyGetSetDescr_Type)) {
-        grad_getter_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor)->d_getset;
-    }
+    grad_getter_ = getter_of(interface_.grad_descriptor);
+    requires_grad_getter_ = getter_of(interface_.requires_grad_descriptor);
 }
 
 bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const {
@@ -97,11 +99,14 @@ bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::
     return true;
 }
 
-PyObject* TorchReader::grad(PyObject* parameter) const {
-    PyObject* grad = grad_getter_ != nullptr ? grad_getter_->get(parameter, grad_getter_->closure)
-                                             : PyObject_GetAttrString(parameter, "grad");
-    if (grad == nullptr) throw py::error_already_set();
-    return grad;
+PyObject* TorchReader::get(const PyGetSetDef* getter, PyObject* tensor, const char* name) {
+    PyObject* value = getter != nullptr ? getter->get(tensor, getter->closure) : PyObject_GetAttrString(tensor, name);
+    if (value == nullptr) throw py::error_already_set();
+    return value;
+}
+
+bool TorchReader::requires_grad(PyObject* tensor) const {
+    return py::reinterpret_steal<py::object>(get(requires_grad_getter_, tensor, "requires_grad")).ptr() == Py_True;
 }
 
 bool TorchReader::is_negated(PyObject* tensor) const {

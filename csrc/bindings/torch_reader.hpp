@@ -27,7 +27,7 @@ struct TorchInterface {
     /// pin(tensor) -> an object that holds a C++ reference to the tensor, or None; see TorchPlan::Entry.
     py::object pin;
     py::object is_negated;  // of a tensor: the elements in memory have the opposite sign
-    py::object tensor_type, parameter_type, grad_descriptor;
+    py::object tensor_type, parameter_type, grad_descriptor, requires_grad_descriptor;
     py::object current_stream;  // of a CUDA device: its address
 };
 
@@ -49,7 +49,8 @@ class TorchReader {
     bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const;
 
     /// The gradient or None; a new reference.
-    PyObject* grad(PyObject* parameter) const;
+    PyObject* grad(PyObject* parameter) const { return get(grad_getter_, parameter, "grad"); }
+    bool requires_grad(PyObject* tensor) const;
 
     /// True for torch's own types, whose memory is what it seems to be.
     bool is_tensor(PyObject* object) const { return Py_TYPE(object) == tensor_type_; }
@@ -64,11 +65,13 @@ class TorchReader {
     void increment_versions(const py::list& tensors) const;
 
   private:
+    static PyObject* get(const PyGetSetDef* getter, PyObject* tensor, const char* name);
     bool described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const;
 
     TorchInterface interface_;
     const DLPackExchangeAPI* exchange_ = nullptr;
-    PyGetSetDef* grad_getter_ = nullptr;
+    // The getters themselves, past the lookup of the attribute, which costs as much; null where torch has others.
+    const PyGetSetDef *grad_getter_ = nullptr, *requires_grad_getter_ = nullptr;
     PyTypeObject *tensor_type_, *parameter_type_;
 };
 

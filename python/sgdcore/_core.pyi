@@ -101,6 +101,7 @@ class TorchPlan:
         tensor_type: type,
         parameter_type: type,
         grad_descriptor: Any,
+        requires_grad_descriptor: Any,
         current_stream: Any,
     ) -> None: ...
     def run(

@@ -139,6 +139,7 @@ def new_plan(api: Any, *, pins: bool = True) -> _core.TorchPlan:
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         grad_descriptor=torch.Tensor.grad,
+        requires_grad_descriptor=torch.Tensor.requires_grad,
         current_stream=current_stream,
     )
     if pins:

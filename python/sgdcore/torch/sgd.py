@@ -116,7 +116,6 @@ class SGD(torch.optim.SGD):
             "sparse_mode": sparse_mode,
         }
         torch.optim.Optimizer.__init__(self, params, defaults)
-        self._plan.state_exposed = False  # only torch has seen it so far
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -131,7 +130,8 @@ class SGD(torch.optim.SGD):
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._plan.state_exposed = True
+        # The first one is torch's, in __init__, which keeps no reference to it.
+        self._plan.state_exposed = "_state" in self.__dict__
         self._state = state
 
     def _start(self) -> None:
