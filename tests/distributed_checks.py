@@ -1006,6 +1006,31 @@ def a_failure_before_the_first_step_changes_nothing(context: Context) -> None:
         local.sync()
 
 
+@check(
+    GLOO,
+    cases={
+        "outer": {"options": {"outer": OuterSGD(1.0)}},
+        "wire_dtype": {"options": {"wire_dtype": "bfloat16"}},
+        "transactional": {"options": {"transactional": True}},
+    },
+)
+def a_round_without_a_step_here(context: Context, options: dict[str, Any]) -> None:
+    """A rank that has not stepped since all were equal averages from there, too."""
+    optimizer, plain = make("numpy flat"), make("numpy flat")
+    local = LocalSGD(optimizer, sync_every=100, **options)
+    for anchor in local._anchors:  # memory's contents before it is used
+        anchor[...] = np.nan
+    reference = LocalSGD(plain, sync_every=100)
+    if context.rank == 0:
+        for each in (local, reference):
+            train(context, each, 1)
+    local.sync()
+    reference.sync()
+    for a, b in zip(params_of(optimizer), params_of(plain), strict=True):
+        close(a, b, 64 if "wire_dtype" not in options else 1 << 16)
+    assert_equal_on_all(context, params_of(optimizer))
+
+
 @check()
 def groups_are_added_between_rounds(context: Context) -> None:
     for options in (

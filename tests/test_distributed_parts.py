@@ -339,6 +339,40 @@ def test_refusals(call: Any, error: type[Exception], match: str) -> None:
         call()
 
 
+ANCHORED: dict[str, dict[str, Any]] = {
+    "outer": {"outer": OuterSGD(1.0)},
+    "wire_dtype": {"wire_dtype": "bfloat16"},
+    "transactional": {"transactional": True},
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "afterwards"])
+@pytest.mark.parametrize("options", [None, *ANCHORED.values()], ids=["DataParallel", *ANCHORED])
+def test_step_in_backward_is_refused(options: dict[str, Any] | None, before: bool) -> None:
+    """Both when it is asked for before wrapping and afterwards; the ranks would differ otherwise."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = sgdcore.torch.SGD([parameter], lr=0.1)
+
+    def wrap() -> Any:
+        if options is None:
+            return DataParallel(optimizer, Alone())
+        return LocalSGD(optimizer, Alone(), **options)
+
+    if before:
+        with (
+            sgdcore.torch.step_in_backward(optimizer),
+            pytest.raises(ValueError, match=r"optimizer: .* cannot go with step_in_backward"),
+        ):
+            wrap()
+        return
+    wrapped = wrap()
+    with (
+        sgdcore.torch.step_in_backward(optimizer),
+        pytest.raises(RuntimeError, match=r"optimizer: .* cannot go with step_in_backward"),
+    ):
+        wrapped.step()
+
+
 def test_a_schedule_that_answers_nonsense() -> None:
     class Nonsense:
         def period(self, progress: Progress) -> Any:

@@ -96,6 +96,10 @@ class Wrapper:
         """The process group."""
         return self._group
 
+    def _steps_in_backward(self) -> bool:
+        """Return whether `sgdcore.torch.step_in_backward` holds for the optimizer."""
+        return getattr(self._optimizer, "_in_backward", None) is not None
+
     def _inner_step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Let the inner optimizer step, as GradScaler wants it."""
         attributes = self.__dict__

@@ -47,6 +47,11 @@ __all__ = ["DataParallel"]
 _KEY = "data_parallel"  # in state dicts
 
 
+_STEPS_IN_BACKWARD = (
+    "DataParallel cannot go with step_in_backward, which steps with this rank's gradients alone"
+)
+
+
 class DataParallel(Wrapper):
     r"""Steps of an optimizer with the gradients' mean over all ranks, which keeps the ranks' parameters equal.
 
@@ -100,6 +105,8 @@ class DataParallel(Wrapper):
     ) -> None:
         self._slice_bytes = check_count("slice_bytes", slice_bytes, 8)
         self._wrap(optimizer, group)
+        if self._steps_in_backward():
+            raise ValueError(f"optimizer: {_STEPS_IN_BACKWARD}")
         self._wire = check_wire(wire_dtype, self._group)
         self._overlap = bool(overlap)
         self.weight = 1.0
@@ -200,6 +207,7 @@ class DataParallel(Wrapper):
         if not self._syncing:
             return
         if not self._in_backward:
+            self._refuse_step_in_backward()
             self._follow_changes()
             self._in_backward = True
             torch = sys.modules["torch"]
@@ -215,6 +223,10 @@ class DataParallel(Wrapper):
                 self._pending[0][2].test()  # MPI makes progress only when asked
         except Exception as error:
             raise self._failure(error) from error
+
+    def _refuse_step_in_backward(self) -> None:
+        if self._steps_in_backward():
+            raise RuntimeError(f"optimizer: {_STEPS_IN_BACKWARD}")
 
     def _finish_backward(self) -> None:
         self._average(self._gradients())
@@ -389,6 +401,7 @@ class DataParallel(Wrapper):
         Raises:
             RoundError: if the gradients cannot be averaged; before the step.
         """
+        self._refuse_step_in_backward()
         loss = None if closure is None else call_closure(closure, self._views.data[0])
         try:
             if not self._averaged and self._group.size > 1:

@@ -25,6 +25,10 @@ _KEY = "local_sgd"  # in state dicts
 _BROKEN, _NEW, _INTACT = 0, 1, 2
 
 
+# They need the parameters as they were before the round's first step.
+_STEPS_IN_BACKWARD = "outer, wire_dtype and transactional cannot go with step_in_backward"
+
+
 class LocalSGD(Wrapper):
     r"""Steps of an optimizer on each rank's own gradients, with the ranks' parameters averaged every few steps.
 
@@ -104,6 +108,8 @@ class LocalSGD(Wrapper):
         self._wrap(optimizer, group)
         self._wire = check_wire(wire_dtype, self._group)
         self._levels = _levels(levels)
+        if self._needs_anchor and self._steps_in_backward():
+            raise ValueError(f"optimizer: {_STEPS_IN_BACKWARD}")
 
         self._step = self._round = 0
         self._last_period = 0
@@ -264,8 +270,9 @@ class LocalSGD(Wrapper):
             RoundError: if the round ended here and could not be averaged.
         """
         self._refuse_broken()
-        if not self._anchored and self._needs_anchor:
-            self._take_anchor()
+        if self._needs_anchor and self._steps_in_backward():
+            raise RuntimeError(f"optimizer: {_STEPS_IN_BACKWARD}")
+        self._make_sure_of_anchor()
         try:
             result = self._inner_step(closure, kwargs)
         except BaseException:
@@ -297,8 +304,7 @@ class LocalSGD(Wrapper):
             RoundError: if a round failed.
         """
         self._refuse_broken()
-        if not self._anchored and self._needs_anchor:
-            self._take_anchor()
+        self._make_sure_of_anchor()
         training: int | None = None
         while training != 0:
             training = self._advance(self._until_next_average())
@@ -379,6 +385,7 @@ class LocalSGD(Wrapper):
         writing = False
         try:
             self._follow_moves()
+            self._make_sure_of_anchor()
             present = [momentum is not None for momentum in self._momentum.all()]
             header = [
                 float(self._steps_taken > 0),
@@ -434,6 +441,12 @@ class LocalSGD(Wrapper):
         self._outer.step(self._views.flats, lrs)
         for values, anchor in self._regions:
             values[...] = anchor
+
+    def _make_sure_of_anchor(self) -> None:
+        """Take the anchor where none is: this rank has taken no step since all were equal."""
+        if self._needs_anchor and not self._anchored:
+            self._follow_moves()
+            self._take_anchor()
 
     def _take_anchor(self) -> None:
         for values, anchor in self._regions:
