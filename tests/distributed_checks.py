@@ -1006,10 +1006,22 @@ def a_failure_before_the_first_step_changes_nothing(context: Context) -> None:
         local.sync()
 
 
+@check()
+def steps_are_counted_alike(context: Context) -> None:
+    """After a round that some ranks ended early, schedules choose the same period on all ranks."""
+    local = LocalSGD(make("numpy flat"), sync_every=PostLocal(4, after=5), warmup_steps=1)
+    train(context, local, 1)
+    local._schedule = 100
+    train(context, local, 4 * context.rank)
+    local.sync()
+    assert on_all(context, local._step) == [4 * context.size - 3] * context.size
+    assert on_all(context, local._last_period) == [4 * (context.size - 1)] * context.size
+
+
 @check(
     GLOO,
     cases={
-        "outer": {"options": {"outer": OuterSGD(1.0)}},
+        "outer": {"options": {"outer": OuterSGD(1.0, 0.5)}},
         "wire_dtype": {"options": {"wire_dtype": "bfloat16"}},
         "transactional": {"options": {"transactional": True}},
     },

@@ -381,7 +381,6 @@ class LocalSGD(Wrapper):
 
     def _average_all(self) -> int:
         """End the round; returns how many ranks stepped in it."""
-        warmup = self._step <= self._warmup_steps
         writing = False
         try:
             self._follow_moves()
@@ -391,11 +390,13 @@ class LocalSGD(Wrapper):
                 float(self._steps_taken > 0),
                 float(self._losses),
                 float(self._losses_count),
+                *self._on_my_place(self._step),
                 *(present if self._momentum_sync == "average" else ()),
             ]
             total = numbers(self._views.flats[0], header)
             self._group.all_reduce(total).wait()
-            training, losses, count, *has_momentum = total.tolist()
+            training, losses, count, *rest = total.tolist()
+            steps, has_momentum = rest[: self._group.size], rest[self._group.size :]
             if training > 0:
                 writing = True
                 self._averager.average(self._group)
@@ -409,7 +410,7 @@ class LocalSGD(Wrapper):
             self._broken = writing
             raise
         if training > 0:
-            self._commit(warmup)
+            self._commit(int(max(steps)))
             if count > 0:
                 self._last_loss = losses / count
                 if self._first_loss is None:
@@ -419,8 +420,19 @@ class LocalSGD(Wrapper):
         self._start_round()
         return int(training)
 
-    def _commit(self, warmup: bool) -> None:
-        """What follows the averaging on each rank by itself."""
+    def _on_my_place(self, value: float) -> list[float]:
+        """Return what adds up to the values of all ranks, in their order."""
+        return [float(value) if i == self._group.rank else 0.0 for i in range(self._group.size)]
+
+    def _commit(self, step: int) -> None:
+        """What follows the averaging on each rank by itself.
+
+        Args:
+            step: the most steps that a rank has taken; from here on all count so many.
+        """
+        self._step_in_round += step - self._step
+        self._step = step
+        warmup = step <= self._warmup_steps
         if self._outer is not None and not warmup and self._group.size > 1:
             self._take_outer_step()
         if self._momentum_sync == "reset" and self._group.size > 1:
