@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import sgdcore
@@ -468,6 +469,76 @@ def what_the_wire_rounds_away_comes_later(context: Context, kind: str) -> None:
             local.step()
         for value, first in zip(values_of(optimizer), start, strict=True):
             assert np.abs(value - (first - 20 * step)).max() < 2.0**-10 * ulp, wire
+
+
+class Failing(torch.autograd.Function):
+    """Does nothing forwards, and fails backwards if told so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fails: bool) -> Tensor:
+        ctx.fails = fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.fails:
+            raise MemoryError("out of memory")
+        return gradient, None
+
+
+@check(GLOO, cases={"nothing sent": {"slice_bytes": 1 << 20}, "part sent": {"slice_bytes": 64}})
+def a_backward_pass_that_raises(context: Context, slice_bytes: int) -> None:
+    """The next one starts anew, or is refused if part of it is on its way: the ranks could not know which part."""
+
+    def run(optimizer: Any, layers: nn.ModuleList, fails: bool) -> None:
+        optimizer.zero_grad()
+        x = torch.full((2, 4), 1.0 + context.rank)
+        x = Failing.apply(layers[0](x), fails)
+        layers[1](x).pow(2).sum().backward()
+
+    def layers() -> nn.ModuleList:
+        torch.manual_seed(0)
+        return nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    ours, theirs = layers(), layers()
+    data = DataParallel(sgd(ours), slice_bytes=slice_bytes)
+    plain = DataParallel(sgd(theirs), overlap=False)
+    with pytest.raises(MemoryError):
+        run(data, ours, fails=True)
+    if slice_bytes == 64:
+        for call in (lambda: run(data, ours, fails=False), data.step, data.finish):
+            with pytest.raises(RuntimeError, match="a backward pass failed when part of"):
+                call()
+        data.rebind()
+    for _ in range(2):
+        run(data, ours, fails=False)
+        data.step()
+        run(plain, theirs, fails=False)
+        plain.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        close(p, q)
+    assert_equal_on_all(context, list(ours.parameters()))
+
+
+@check(GLOO)
+def gradients_that_change_once_sent_are_refused(context: Context) -> None:
+    """Reentrant checkpoints accumulate into a parameter several times in a backward pass."""
+
+    def run(**options: Any) -> list[Any]:
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        data = DataParallel(sgd(layers), **options)
+        x = torch.full((2, 4), 1.0 + context.rank, requires_grad=True)
+        x = torch.utils.checkpoint.checkpoint(layers[1], layers[0](x), use_reentrant=True)
+        layers[1](x).pow(2).sum().backward()
+        data.average_gradients()
+        return [p.grad for p in layers.parameters()]
+
+    with pytest.raises(sgdcore.distributed.RoundError, match="changed after it was sent"):
+        run(slice_bytes=64)
+    # Where nothing was sent in between, the mean is that of the whole gradient.
+    for p, q in zip(run(), run(overlap=False), strict=True):
+        close(p, q)
 
 
 @check(GLOO, cases=KINDS)

@@ -137,6 +137,9 @@ class DataParallel(Wrapper):
                 error = alike([view], wide)[0]
                 error[...] = 0
                 self._errors.append(error)
+        self._waiting_for: list[set[int]] = [
+            {part.index for part in piece.parts} for piece in self._slices
+        ]
         self._begin()
         self._hook()
 
@@ -151,9 +154,6 @@ class DataParallel(Wrapper):
     def _hook(self) -> None:
         _remove(self._hooks)
         self._index = {id(p): i for i, p in enumerate(self._views.parameters)}
-        self._waiting_for: list[set[int]] = [
-            {part.index for part in piece.parts} for piece in self._slices
-        ]
         self._slices_of: list[list[int]] = [[] for _ in self._views.parameters]
         for number, indexes in enumerate(self._waiting_for):
             for i in indexes:
@@ -199,30 +199,51 @@ class DataParallel(Wrapper):
         """Start anew: nothing is on its way."""
         self._next = 0
         self._pending: list[tuple[int, Any, Work]] = []
-        self._ready: list[int] = [0] * len(self._slices)
+        self._missing = [set(indexes) for indexes in self._waiting_for]
         self._in_backward = False
+        self._at_the_end: Any = None  # a weak reference to what this backward pass calls then
 
     def _gradient_is_there(self, parameter: Any) -> None:
         """Called by torch in the backward pass."""
         if not self._syncing:
             return
+        if self._in_backward and self._at_the_end() is None:
+            self._give_up_backward()
         if not self._in_backward:
             self._refuse_step_in_backward()
             self._follow_changes()
             self._in_backward = True
             torch = sys.modules["torch"]
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
-        for number in self._slices_of[self._index[id(parameter)]]:
-            self._ready[number] += 1
+            at_the_end = partial(_call_end, weakref.WeakMethod(self._finish_backward))
+            self._at_the_end = weakref.ref(at_the_end)  # a pass that raises drops it
+            torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
+        i = self._index[id(parameter)]
         try:
-            while self._next < len(self._slices) and self._ready[self._next] >= len(
-                self._waiting_for[self._next]
-            ):
+            for number in self._slices_of[i]:
+                if number < self._next:
+                    raise RuntimeError(
+                        f"{self._label(i)} changed after it was sent, as it does where a parameter is used both inside and "
+                        "outside of a reentrant checkpoint; pass use_reentrant=False to it, or overlap=False here"
+                    )
+                self._missing[number].discard(i)
+            while self._next < len(self._slices) and not self._missing[self._next]:
                 self._send(self._next, self._gradients(), self.weight)
             if self._pending:
                 self._pending[0][2].test()  # MPI makes progress only when asked
         except Exception as error:
             raise self._failure(error) from error
+
+    def _give_up_backward(self) -> None:
+        """Forget a backward pass that raised, if the other ranks cannot have noticed.
+
+        Raises:
+            RuntimeError: if slices of it are on their way, which stand for another step on the other ranks.
+        """
+        if self._next > 0:
+            raise RuntimeError(
+                "a backward pass failed when part of its gradients had been sent; call rebind() on all ranks, or end them all"
+            )
+        self._begin()
 
     def _refuse_step_in_backward(self) -> None:
         if self._steps_in_backward():
@@ -387,6 +408,8 @@ class DataParallel(Wrapper):
         Raises:
             RoundError: if that failed.
         """
+        if self._in_backward:
+            self._give_up_backward()
         if not self._averaged and self._group.size > 1:
             self._average(self._gradients())
         self._averaged = True
@@ -402,6 +425,8 @@ class DataParallel(Wrapper):
             RoundError: if the gradients cannot be averaged; before the step.
         """
         self._refuse_step_in_backward()
+        if self._in_backward:  # of a pass that never came to its end
+            self._give_up_backward()
         loss = None if closure is None else call_closure(closure, self._views.data[0])
         try:
             if not self._averaged and self._group.size > 1:
@@ -451,6 +476,8 @@ class DataParallel(Wrapper):
         """
         if self._group.size == 1:
             return
+        if self._in_backward:
+            self._give_up_backward()
         gradients = [None] * len(self._views.parameters)
         while self._average(gradients, idle=True) > 0:
             pass
@@ -491,6 +518,7 @@ class DataParallel(Wrapper):
         """
         self._group = as_process_group(group)
         self._averaged = False
+        drain(work for _, _, work in self._pending)  # of a backward pass that raised
         self._set_up()
         self._join(self._steps + 1)
 
@@ -539,6 +567,12 @@ def _call(method: weakref.WeakMethod[Any], parameter: Any) -> None:
     target = method()
     if target is not None:
         target(parameter)
+
+
+def _call_end(method: weakref.WeakMethod[Any]) -> None:
+    target = method()
+    if target is not None:
+        target()
 
 
 def _remove(hooks: list[Any]) -> None:
