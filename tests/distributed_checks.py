@@ -766,6 +766,59 @@ def data_parallel_grads_argument(context: Context) -> None:
 
 
 @check()
+def data_parallel_weight_of_zero(context: Context) -> None:
+    """Counts for nothing, even where gradients are NaN, and is not the end of a rank; but not on all ranks."""
+    optimizer, single = make("numpy flat"), make("numpy flat")
+    data = DataParallel(optimizer)
+    last = context.size - 1
+    if context.rank != 0:
+        data.finish()
+    else:
+        for weight, value in ((2.0, 1.0), (5.0, 3.0)):
+            data.weight = weight
+            for p in params_of(optimizer):
+                put_gradient(p, np.full(p.shape, value, np.float32))
+            data.step()
+        data.finish()
+    for value in (1.0, 3.0):
+        for p in params_of(single):
+            put_gradient(p, np.full(p.shape, value, np.float32))
+        single.step()
+    for step, value in enumerate((np.nan, 2.0)):
+        data.weight = float(context.rank == last) if step == 0 else 1.0
+        for p in params_of(optimizer):
+            put_gradient(p, np.full(p.shape, value if context.rank != last else 2.0, np.float32))
+        data.step()
+        for p in params_of(single):
+            put_gradient(p, np.full(p.shape, 2.0, np.float32))
+        single.step()
+    for a, b in zip(params_of(optimizer), params_of(single), strict=True):
+        close(a, b)
+    data.weight = 0
+    with refused(
+        context,
+        sgdcore.distributed.RoundError,
+        "weight: expected more than 0 on some rank",
+        *params_of(optimizer),
+    ):
+        data.step()
+
+
+@check()
+def data_parallel_a_rank_of_weight_zero_goes_on(context: Context) -> None:
+    """The others' `finish` waits for it."""
+    optimizer = make("numpy flat")
+    data = DataParallel(optimizer)
+    for step in range(3 if context.rank == 0 else 1):
+        data.weight = float(step != 0 or context.rank != 0)
+        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
+        data.step()
+    data.finish()
+    assert on_all(context, data._steps) == [3] * context.size
+    assert_equal_on_all(context, params_of(optimizer))
+
+
+@check()
 def data_parallel_uneven_shards(context: Context) -> None:
     optimizer = make("numpy flat")
     with DataParallel(optimizer) as data:

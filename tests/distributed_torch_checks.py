@@ -565,6 +565,17 @@ def errors_of_the_wire_are_fed_back(context: Context, kind: str) -> None:
 
 
 @check(GLOO)
+def large_weights_stay_within_the_range_of_float16(context: Context) -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    data = DataParallel(torch.optim.SGD([parameter], lr=1.0), wire_dtype="float16")
+    for step in range(3):
+        data.weight = 4096.0
+        parameter.grad = torch.full((4,), 100.0)
+        data.step()
+        close(parameter, np.full(4, -100.0 * (step + 1), np.float32))
+
+
+@check(GLOO)
 def torch_groups_take_bfloat16_arrays(context: Context) -> None:
     array = np.full(5, 1.0 + context.rank, sgdcore._arrays.storage_dtype("bfloat16"))
     address = array.ctypes.data

@@ -373,6 +373,17 @@ def test_step_in_backward_is_refused(options: dict[str, Any] | None, before: boo
         wrapped.step()
 
 
+@pytest.mark.parametrize(
+    ("weight", "error"),
+    [(np.nan, ValueError), (np.inf, ValueError), (-1.0, ValueError), ("two", TypeError)],
+)
+def test_weights_are_numbers(weight: Any, error: type[Exception]) -> None:
+    data = DataParallel(sgd(), Alone())
+    with pytest.raises(error, match=f"weight: expected a .*number.*, got .*{weight}"):
+        data.weight = weight
+    assert data.weight == 1
+
+
 def test_a_schedule_that_answers_nonsense() -> None:
     class Nonsense:
         def period(self, progress: Progress) -> Any:

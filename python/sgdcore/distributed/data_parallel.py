@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +77,8 @@ class DataParallel(Wrapper):
 
     Attributes:
         weight: this rank's weight in the next mean, such as the number of examples in its batch; 1 unless set. Set it
-            before the backward pass.
+            before the backward pass. With 0 this rank's gradients count for nothing, whatever they hold; some rank's has
+            to be more.
 
     Raises:
         TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' layout; before
@@ -109,7 +111,9 @@ class DataParallel(Wrapper):
             raise ValueError(f"optimizer: {_STEPS_IN_BACKWARD}")
         self._wire = check_wire(wire_dtype, self._group)
         self._overlap = bool(overlap)
-        self.weight = 1.0
+        self._weight = 1.0
+        # The sum of weights by which what travels is divided: the last step's, of which all ranks know.
+        self._scale: float | None = None
         self._steps = 0
         self._hooks: list[Any] = []
         self._errors: list[Any] = []
@@ -177,6 +181,7 @@ class DataParallel(Wrapper):
             "requires_grad": str(self._trained),
         }
         compare(self._group, like, facts)
+        self._scale = None
         self._follow_first(status)
 
     def _follow_first(self, status: int) -> None:
@@ -192,6 +197,21 @@ class DataParallel(Wrapper):
         if max(everyone) > 0:
             self._momentum.broadcast(self._group, source)
             self._steps = int(max(everyone)) - 1
+
+    @property
+    def weight(self) -> float:
+        """Return the weight of this rank in the next mean."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        try:
+            weight = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"weight: expected a number, got {value!r}") from None
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight: expected a finite number >= 0, got {value}")
+        self._weight = weight
 
     # Averaging
 
@@ -283,13 +303,22 @@ class DataParallel(Wrapper):
 
     def _send(self, number: int, gradients: Sequence[Any], weight: float) -> None:
         """Put a slice on its way; gradients that are None count as zeros."""
+        if self._wire is not None and self._scale is None:
+            self._agree_on_scale(weight)
         array = self._memory(number, gradients)
         if array is None:
             array = self._pack(number, gradients, weight)
+        elif weight == 0:
+            array[...] = 0  # a product would keep NaN
         elif weight != 1:
             array *= weight
         self._pending.append((number, array, self._group.all_reduce(array)))
         self._next = number + 1
+
+    def _agree_on_scale(self, weight: float) -> None:
+        total = numbers(self._views.flats[0], [weight])
+        self._group.all_reduce(total).wait()
+        self._scale = total.tolist()[0] or 1.0
 
     def _memory(self, number: int, gradients: Sequence[Any]) -> Any:
         """Return the gradients' own memory, if a slice of it can travel as it is."""
@@ -317,7 +346,7 @@ class DataParallel(Wrapper):
             gradient, where = gradients[part.index], slice(part.start, part.stop)
             if self._wire is not None:
                 self._compress(part.index, where, gradient, weight, place)
-            elif gradient is None:
+            elif gradient is None or weight == 0:
                 place[...] = 0
             else:
                 place[...] = flat(gradient, self._label(part.index))[where]
@@ -331,14 +360,15 @@ class DataParallel(Wrapper):
         if gradient is not None and weight != 0:
             share = empty(error, len(error), dtype_name(error.dtype))
             share[...] = flat(gradient, self._label(i))[where]
-            share *= weight / self._group.size
+            assert self._scale is not None
+            share *= weight / self._scale
             error += share
         place[...] = error
         error -= place
         finite(error)  # an overflow is not carried into the steps that follow it
 
-    def _average(self, gradients: list[Any], idle: bool = False, given: bool = False) -> float:
-        """Send what is not on its way yet, and take the means; returns the sum of all weights.
+    def _average(self, gradients: list[Any], idle: bool = False, given: bool = False) -> int:
+        """Send what is not on its way yet, and take the means; returns how many ranks are not idle.
 
         Args:
             gradients: the parameters' gradients, changed in place, replaced where there are none.
@@ -352,18 +382,22 @@ class DataParallel(Wrapper):
         try:
             while self._next < len(self._slices):
                 self._send(self._next, sent, weight)
-            header = [weight, *(gradient is not None for gradient in sent)]
+            header = [weight, float(not idle), *(gradient is not None for gradient in sent)]
             total = numbers(self._views.flats[0], header)
             self._group.all_reduce(total).wait()
-            weights, *present = total.tolist()
+            weights, training, *present = total.tolist()
+            if training > 0 and weights == 0:
+                raise ValueError("weight: expected more than 0 on some rank")
             for number, array, work in self._pending:
                 work.wait()
-                if not idle and weights > 0:
+                if not idle:
                     self._take(number, array, weights, gradients, present, given)
         except Exception as error:
             raise self._failure(error) from error
         self._begin()
-        return float(weights)
+        if weights > 0:
+            self._scale = weights
+        return int(training)
 
     def _take(
         self,
@@ -380,7 +414,8 @@ class DataParallel(Wrapper):
             divide_into(array, array, weights)
             return
         if self._wire is not None:
-            weights /= self._group.size
+            assert self._scale is not None
+            weights /= self._scale
         for part, place in places(piece, array):
             i = part.index
             if present[i] == 0:
