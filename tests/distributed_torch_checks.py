@@ -565,6 +565,62 @@ def errors_of_the_wire_are_fed_back(context: Context, kind: str) -> None:
 
 
 @check(GLOO)
+def momenta_in_another_order(context: Context) -> None:
+    """torch.optim lays momentum out as the first gradient was, which may differ between ranks."""
+    gradient = torch.arange(12.0).reshape(3, 4)
+    transposed = gradient.t().contiguous().t()
+
+    def step(optimizer: Any) -> None:
+        optimizer.param_groups[0]["params"][0].grad = (
+            transposed if context.rank == 0 else gradient
+        ).clone()
+        optimizer.step()
+
+    inner = torch.optim.SGD([nn.Parameter(torch.zeros(3, 4))], lr=0.1, momentum=0.9)
+    step(LocalSGD(inner, sync_every=1, momentum_sync="average"))
+    assert torch.equal(momenta_of(inner)[0], gradient)
+
+    inner = torch.optim.SGD([nn.Parameter(torch.zeros(3, 4))], lr=0.1, momentum=0.9)
+    step(inner)
+    data = DataParallel(inner)
+    if context.rank == 0:
+        inner.state[params_of(inner)[0]]["momentum_buffer"] = transposed.clone()
+        step(data)
+    data.finish()
+    close(momenta_of(inner)[0], 1.9 * gradient)
+
+
+@check(GLOO)
+def parameters_that_were_moved(context: Context) -> None:
+    """What ``p.data = ...`` did after wrapping holds from then on."""
+    p = nn.Parameter(torch.zeros(4))
+    data = DataParallel(torch.optim.SGD([p], lr=0.25))
+    p.data = torch.ones(4)
+    for _ in range(2 if context.rank == 0 else 1):
+        data.zero_grad()
+        (p * p).sum().backward()  # type: ignore[no-untyped-call]
+        p.data = p.data.clone()
+        data.step()
+    data.finish()
+    assert p.tolist() == [0.25] * 4
+    assert_equal_on_all(context, [p])
+
+    results = []
+    for move in (True, False):
+        q = nn.Parameter(torch.zeros(4))
+        local = LocalSGD(torch.optim.SGD([q], lr=0.1), sync_every=1, outer=OuterSGD(1.0, 0.9))
+        if move:
+            q.data = torch.full((4,), 100.0)
+        else:
+            q.data.fill_(100.0)
+        for _ in range(3):
+            q.grad = torch.ones(4)
+            local.step()
+        results.append(q.tolist())
+    assert results[0] == results[1]
+
+
+@check(GLOO)
 def large_weights_stay_within_the_range_of_float16(context: Context) -> None:
     parameter = nn.Parameter(torch.zeros(4))
     data = DataParallel(torch.optim.SGD([parameter], lr=1.0), wire_dtype="float16")

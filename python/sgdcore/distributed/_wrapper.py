@@ -319,7 +319,13 @@ class Momenta:
         parameter = self._views.parameters[i]
         momentum = momentum_of(self._optimizer, parameter)
         if momentum is None:
-            momentum = set_zero_momentum(self._optimizer, parameter, self._group(i))
+            return set_zero_momentum(self._optimizer, parameter, self._group(i))
+        data = self._views.data[i]
+        if element_strides(momentum) != element_strides(data):
+            # A loaded one may be in another order, which the other ranks do not share.
+            ordered = zeros_like(data, momentum.dtype)
+            ordered[...] = momentum
+            momentum = self._optimizer.state[parameter]["momentum_buffer"] = ordered
         return momentum
 
     def _wire(self, i: int) -> str:

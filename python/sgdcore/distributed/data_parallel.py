@@ -151,8 +151,8 @@ class DataParallel(Wrapper):
         return [getattr(parameter, "requires_grad", True) for parameter in self._views.parameters]
 
     def _follow_changes(self) -> None:
-        """Start anew if parameters were frozen or unfrozen."""
-        if self._trained != self._requires_grad():
+        """Start anew if parameters were frozen or unfrozen, or were given other memory."""
+        if self._views.moved() or self._trained != self._requires_grad():
             self._set_up()
 
     def _hook(self) -> None:
@@ -186,6 +186,8 @@ class DataParallel(Wrapper):
 
     def _follow_first(self, status: int) -> None:
         """Take parameters, momentum and count of steps of the rank with the highest status."""
+        if self._views.moved():
+            self._set_up()
         statuses = numbers(self._views.flats[0], [0.0] * self._group.size)
         own = numbers(self._views.flats[0], [status])
         self._group.all_gather(statuses, own).wait()
