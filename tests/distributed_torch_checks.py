@@ -28,6 +28,7 @@ from distributed_checks import (
     make,
     momenta_of,
     momentum_that_some_ranks_lack,
+    on_all,
     outer_step_of_one_is_averaging,
     params_of,
     put_gradient,
@@ -588,6 +589,32 @@ def momenta_in_another_order(context: Context) -> None:
         step(data)
     data.finish()
     close(momenta_of(inner)[0], 1.9 * gradient)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgdcore.torch": {"build": lambda p: sgdcore.torch.SGD(p, lr=0.1, momentum=0.9)},
+    "SGD": {"build": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)},
+    "Adam": {"build": lambda p: torch.optim.Adam(p, lr=0.1)},
+}
+
+
+@check(GLOO, cases=OPTIMIZERS)
+def all_go_on_alike_after_an_uneven_end(context: Context, build: Any) -> None:
+    """With the state, whatever it is, and the learning rate of the rank with the most steps."""
+    p = nn.Parameter(torch.ones(5))
+    data = DataParallel(build([p]))
+    schedule = torch.optim.lr_scheduler.StepLR(data, 1, 0.5)
+    counts = [context.rank + 1, 2, 2]
+    for count in counts:
+        for _ in range(count):
+            data.zero_grad()
+            ((context.rank + 1) * p * p).sum().backward()  # type: ignore[no-untyped-call]
+            data.step()
+            schedule.step()
+        data.finish()
+        assert_equal_on_all(context, [p])
+        assert len(set(on_all(context, data.param_groups[0]["lr"]))) == 1
+    assert data.param_groups[0]["lr"] == 0.1 * 0.5 ** (context.size + 4)
 
 
 @check(GLOO)

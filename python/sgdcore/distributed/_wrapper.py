@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Self
+
+import numpy as np
 
 from sgdcore.distributed._flat import (
     address,
     dtype_name,
     element_strides,
+    empty,
     flat,
     is_torch,
     numbers,
@@ -26,6 +30,7 @@ __all__ = [
     "Momenta",
     "Views",
     "Wrapper",
+    "broadcast_settings",
     "call_closure",
     "compare",
     "momentum_of",
@@ -262,6 +267,56 @@ def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
             raise ValueError(
                 f"{name}: expected the same on all ranks, got on rank {group.rank}: {text}"
             )
+
+
+def broadcast_settings(group: ProcessGroup, optimizer: Any, views: Views, source: int) -> None:
+    """Give all ranks one rank's hyperparameters, and what its optimizer keeps beside momentum, such as Adam's moments."""
+    content = b""
+    if group.rank == source:
+        hyper = [
+            {k: v for k, v in each.items() if k not in ("params", "param_names")}
+            for each in optimizer.param_groups
+        ]
+        content = pickle.dumps((hyper, [_kept_of(optimizer, p) for p in views.parameters]))
+    like = views.flats[0]
+    size = numbers(like, [len(content)], "int64")
+    group.broadcast(size, source).wait()
+    count = int(size.tolist()[0])
+    words = np.frombuffer(content.ljust(-(-count // 8) * 8, b"\0"), np.int64)
+    if group.rank != source:
+        words = np.zeros(-(-count // 8), np.int64)
+    array = empty(like, len(words), "int64")
+    array[...] = sys.modules["torch"].from_numpy(words.copy()) if is_torch(like) else words
+    group.broadcast(array, source).wait()
+    if group.rank == source:
+        return
+    received = array.cpu().numpy() if is_torch(array) else array
+    hyper, kept = pickle.loads(received.tobytes()[:count])  # from a rank of this program
+    for own, theirs in zip(optimizer.param_groups, hyper, strict=True):
+        for key, value in theirs.items():
+            if is_torch(own.get(key)):
+                own[key].copy_(value)
+            else:
+                own[key] = value
+    for parameter, values in zip(views.parameters, kept, strict=True):
+        for key, (value, beside) in values.items():
+            if is_torch(value) and beside:  # the parameter's device may be another one here
+                value = value.to(parameter.device)
+            optimizer.state[parameter][key] = value
+
+
+def _kept_of(optimizer: Any, parameter: Any) -> dict[str, tuple[Any, bool]]:
+    """Return a parameter's state without momentum; for each value whether it is where the parameter is."""
+    if parameter not in optimizer.state:
+        return {}
+    return {
+        key: (
+            value.detach().cpu().clone() if is_torch(value) else value,
+            is_torch(value) and value.device == parameter.device,
+        )
+        for key, value in optimizer.state[parameter].items()
+        if key != "momentum_buffer"
+    }
 
 
 class Momenta:

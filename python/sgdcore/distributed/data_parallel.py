@@ -37,6 +37,7 @@ from sgdcore.distributed._wrapper import (
     Momenta,
     Views,
     Wrapper,
+    broadcast_settings,
     call_closure,
     compare,
 )
@@ -198,6 +199,7 @@ class DataParallel(Wrapper):
         Averager(self._views.flats, self._views.runs).broadcast(self._group, source)
         if max(everyone) > 0:
             self._momentum.broadcast(self._group, source)
+            broadcast_settings(self._group, self._optimizer, self._views, source)
             self._steps = int(max(everyone)) - 1
 
     @property
@@ -505,8 +507,9 @@ class DataParallel(Wrapper):
     def finish(self) -> None:
         """End training: take part in the others' averages until all ranks are here, whatever their numbers of steps.
 
-        A rank that has no more data weighs nothing in the means. In the end all take the parameters and the momentum of
-        the rank with the most steps.
+        A rank that has no more data weighs nothing in the means. In the end all take the parameters, the
+        optimizer's state and its hyperparameters of the rank with the most steps. (What a scheduler counts by itself stays
+        each rank's own.)
 
         Raises:
             RoundError: if an average failed.
