@@ -32,6 +32,7 @@ from distributed_checks import (
     outer_step_of_one_is_averaging,
     params_of,
     put_gradient,
+    refused,
     resuming,
     same_bits,
     train,
@@ -615,6 +616,20 @@ def all_go_on_alike_after_an_uneven_end(context: Context, build: Any) -> None:
         assert_equal_on_all(context, [p])
         assert len(set(on_all(context, data.param_groups[0]["lr"]))) == 1
     assert data.param_groups[0]["lr"] == 0.1 * 0.5 ** (context.size + 4)
+
+
+@check(GLOO)
+def gradients_of_frozen_parameters_are_refused(context: Context) -> None:
+    """On all ranks, though one alone has it: the others would not step with it."""
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    trained = nn.Parameter(torch.ones(3))
+    data = DataParallel(sgdcore.torch.SGD([frozen, trained], lr=0.1))
+    trained.grad = torch.ones(3)
+    frozen.grad = torch.ones(3) if context.rank == 0 else None
+    with refused(
+        context, sgdcore.distributed.RoundError, "expected None where requires_grad", frozen
+    ):
+        data.step()
 
 
 @check(GLOO)

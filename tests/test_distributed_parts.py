@@ -236,6 +236,8 @@ def test_postlocal_and_stagewise() -> None:
         (2, 101, 1.0, 1),
         (1, 100, 0.5, 1),
         (10, 105, 0.0, 1),
+        (10, 105, np.inf, 10),
+        (10, 105, np.nan, 10),
     ],
 )
 def test_adacomm(period: int, step: int, loss: float | None, expected: int) -> None:
@@ -382,6 +384,53 @@ def test_weights_are_numbers(weight: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"weight: expected a .*number.*, got .*{weight}"):
         data.weight = weight
     assert data.weight == 1
+
+
+@pytest.mark.parametrize("steps", [2, 3], ids=["between rounds", "within a round"])
+def test_resuming_with_transactional_a_state_saved_without(steps: int) -> None:
+    """Within a round the momentum to return to is unknown; between rounds it is that of the state."""
+
+    class Failing(Alone):
+        def all_reduce(self, array: Any, op: str = "sum") -> Done:
+            raise ConnectionError("gone")
+
+    def build(**options: Any) -> LocalSGD:
+        inner = sgdcore.SGD([np.zeros(3, np.float32)], lr=0.1, momentum=0.9)
+        return LocalSGD(inner, Alone(), sync_every=2, outer=OuterSGD(1.0), **options)
+
+    def step(local: LocalSGD, count: int) -> None:
+        for _ in range(count):
+            local.step(grads=[np.ones(3, np.float32)])
+
+    before, local = build(), build(transactional=True)
+    step(before, steps)
+    state = before.state_dict()
+    if steps == 3:
+        with pytest.raises(ValueError, match="it was saved with other options"):
+            local.load_state_dict(state)
+        return
+    local.load_state_dict(state)
+    step(local, 1)
+    local._group = Failing()
+    with pytest.raises(sgdcore.distributed.RoundError) as caught:
+        step(local, 1)
+    assert caught.value.restored
+    np.testing.assert_array_equal(local.param_groups[0]["params"][0].data, 0)
+
+
+def test_what_a_scaler_set_is_dropped_when_a_round_fails() -> None:
+    class Failing(Alone):
+        def all_reduce(self, array: Any, op: str = "sum") -> Done:
+            raise ConnectionError("gone")
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    local = LocalSGD(torch.optim.SGD([parameter], lr=0.1), Alone(), sync_every=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale((parameter * 1.0).sum()).backward()
+    local._group = Failing()
+    with pytest.raises(sgdcore.distributed.RoundError):
+        scaler.step(local)
+    assert not {"found_inf", "grad_scale"} & set(vars(local))
 
 
 def test_a_schedule_that_answers_nonsense() -> None:

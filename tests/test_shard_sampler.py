@@ -250,3 +250,18 @@ def test_huge_shuffle_needs_torch(no_torch: None) -> None:
     sampler = ShardSampler(2**32, 2**20, 0)
     with pytest.raises(ValueError, match="dataset: 4294967296 samples are shuffled by torch only"):
         iter(sampler)
+
+
+def test_positions_count_from_the_state_that_was_loaded() -> None:
+    """On another number of ranks a shard begins there; its indices are not those since the epoch began."""
+    four = ShardSampler(100, 4, 0, seed=1)
+    two = ShardSampler(100, 2, 0, seed=1)
+    two.load_state_dict(four.state_dict(position=10))
+    shard = two.batches(5)
+    next(shard)
+    assert two.state_dict(position=0)["seen"] == 40
+    assert two.state_dict(position=5) == two.state_dict()
+    with pytest.raises(ValueError, match="position: expected less than 31, got 31"):
+        two.state_dict(position=31)
+    two.set_epoch(1)
+    assert two.state_dict(position=5)["seen"] == 10

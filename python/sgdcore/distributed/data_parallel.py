@@ -392,6 +392,11 @@ class DataParallel(Wrapper):
             weights, training, *present = total.tolist()
             if training > 0 and weights == 0:
                 raise ValueError("weight: expected more than 0 on some rank")
+            for i, (trained, count) in enumerate(zip(self._trained, present, strict=True)):
+                if count > 0 and not trained:
+                    raise ValueError(
+                        f"{self._label(i)}: expected None where requires_grad is False, got one on some rank; it is not averaged"
+                    )
             for number, array, work in self._pending:
                 work.wait()
                 if not idle:

@@ -275,16 +275,18 @@ class LocalSGD(Wrapper):
         self._make_sure_of_anchor()
         try:
             result = self._inner_step(closure, kwargs)
+            self._count_loss(result if loss is None else loss)
+            self._steps_taken += 1
+            self._advance()
         except BaseException:
             self._forget_scaling()
             raise
-        loss = result if loss is None else loss
+        return result
+
+    def _count_loss(self, loss: Any) -> None:
         if loss is not None and not isinstance(self._schedule, int):
             self._losses = self._losses + (loss.detach() if hasattr(loss, "detach") else loss)
             self._losses_count += 1
-        self._steps_taken += 1
-        self._advance()
-        return result
 
     def sync(self) -> None:
         """End the round here, on all ranks: average, or take the outer step. Does nothing after no step.
@@ -413,7 +415,7 @@ class LocalSGD(Wrapper):
             self._commit(int(max(steps)))
             if count > 0:
                 self._last_loss = losses / count
-                if self._first_loss is None:
+                if self._first_loss is None and math.isfinite(self._last_loss):
                     self._first_loss = self._last_loss
         else:
             self._step -= self._step_in_round  # idle steps only
@@ -621,7 +623,8 @@ class LocalSGD(Wrapper):
         self._last_loss, self._first_loss = own["last_loss"], own["first_loss"]
         if own["anchors"] is not None:
             _copy(self._anchors, own["anchors"])
-            self._anchored = self._needs_anchor
+            complete = own["momenta"] is not None or not self._transactional
+            self._anchored = self._needs_anchor and complete
         if own["momenta"] is not None:
             self._keep_momenta(own["momenta"])
         _copy(self._errors, own["errors"])
@@ -638,6 +641,7 @@ class LocalSGD(Wrapper):
                 )
         in_round = own["step_in_round"] > 0
         lacks_anchor = in_round and self._needs_anchor and not own["anchors"]
+        lacks_anchor |= in_round and self._transactional and own["momenta"] is None
         if lacks_anchor or (self._outer is not None and own["outer"] is None):
             raise ValueError(
                 f"state_dict['{_KEY}']: it was saved with other options and lacks what outer, wire_dtype or transactional need"

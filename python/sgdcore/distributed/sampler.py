@@ -86,6 +86,7 @@ class ShardSampler:
         # from 0, unless a state was loaded.
         self._seen = 0
         self._start = 0
+        self._base = 0  # where this rank's shard begins in the order
 
     @property
     def num_samples(self) -> int:
@@ -115,7 +116,7 @@ class ShardSampler:
         batch_size = check_count("batch_size", batch_size, 1)
         start, self._start = self._start, 0
         shard = self._shard(start)
-        self._seen = start
+        self._seen = self._base = start
 
         def generate() -> Iterator[Indices]:
             for first in range(0, len(shard), batch_size):
@@ -136,23 +137,24 @@ class ShardSampler:
         """
         epoch = check_count("epoch", epoch, 0, below=2**63)
         if epoch != self.epoch:
-            self._seen = self._start = 0
+            self._seen = self._start = self._base = 0
         self.epoch = epoch
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
         """Return where the epoch stands: the same on every rank that is as far.
 
         Args:
-            position: indices of this rank's shard that have been trained on since the epoch began. Default:
-                those handed out. A DataLoader asks for batches ahead of their use, so count for it.
+            position: indices of this rank's shard that have been trained on since the epoch began, or since the
+                state that was loaded within it. Default: those handed out. A DataLoader asks for batches ahead of their use, so count for it.
 
         Raises:
-            TypeError, ValueError: `position` is not an integer from 0 to ``len(sampler)``.
+            TypeError, ValueError: `position` is not an integer from 0 to the number of indices in the shard.
         """
         seen = self._seen
         if position is not None:
-            below = self.num_samples + 1
-            seen = check_count("position", position, 0, below) * self.num_replicas
+            below = self._samples_after(self._base) + 1
+            position = check_count("position", position, 0, below)
+            seen = self._base + position * self.num_replicas
         return {
             "length": self._length,
             "seed": self.seed,
@@ -184,7 +186,7 @@ class ShardSampler:
                 )
         epoch = check_count("state_dict['epoch']", state_dict["epoch"], 0, below=2**63)
         seen = check_count("state_dict['seen']", state_dict["seen"], 0)
-        self.epoch, self._seen, self._start = epoch, seen, seen
+        self.epoch, self._seen, self._start, self._base = epoch, seen, seen, seen
 
     def _samples_after(self, seen: int) -> int:
         """Indices left for each rank when the first `seen` of the order are done."""

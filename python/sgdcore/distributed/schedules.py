@@ -102,6 +102,8 @@ class AdaComm:
         period = ceil(sqrt(F / F_first) * initial)      if that is less than the period before
         period = ceil(period / 2)                       otherwise
 
+    A loss that is not finite changes nothing.
+
     Needs the loss: ``step(loss=loss)``, or a closure that returns it.
 
     Args:
@@ -130,6 +132,8 @@ class AdaComm:
             raise ValueError(
                 "loss: AdaComm needs it; pass step(loss=...), or a closure that returns it"
             )
+        if not (math.isfinite(progress.loss) and math.isfinite(progress.first_loss)):
+            return progress.period  # says nothing about how far training is
         ratio = max(0.0, progress.loss / progress.first_loss) if progress.first_loss > 0 else 0.0
         period = max(1, math.ceil(math.sqrt(ratio) * self.initial))
         return period if period < progress.period else math.ceil(progress.period / 2)
