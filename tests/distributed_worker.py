@@ -59,9 +59,12 @@ def main(engine: str, rank: int, ranks: int, folder: Path) -> None:
                 results[name] = ""
             except BaseException:  # noqa: BLE001 (pytest's outcomes are no Exceptions)
                 results[name] = traceback.format_exc()
-            path.write_text(json.dumps(results))
+            # At once: where one rank ends, a launcher may end the others in the middle of this.
+            path.with_suffix(".new").write_text(json.dumps(results))
+            path.with_suffix(".new").replace(path)
             if results[name]:
                 os._exit(1)
+    context.group.barrier()
     # Not by sys.exit: now and then gloo aborts a process that is on its way out, and MPI waits for all ranks.
     os._exit(0)
 
