@@ -584,7 +584,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--quiet", action="store_true", help="no progress, only the results")
 
 
-def _import_extras(plot: bool) -> None:
+def import_extras(plot: bool) -> None:
     """Import what the demo needs beyond NumPy, or say in one line how to get it."""
     modules = {"sklearn": "scikit-learn", "tqdm": "tqdm"}
     if plot:
@@ -734,7 +734,7 @@ def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
         "weight_decay": args.weight_decay,
         "nesterov": _resolve_nesterov(args),
     }
-    _import_extras(plot=args.plot is not None)
+    import_extras(plot=args.plot is not None)
 
     rng = np.random.default_rng(args.seed)
     data = load_digits(args.dtype, args.seed)

@@ -87,6 +87,8 @@ def train_on_shards(
 
 def run(args: argparse.Namespace) -> int:
     """Join the other ranks and run the demo with them, and return the exit code."""
+    # What is missing is missing on all ranks; if one found out alone, the others would wait for it.
+    demo.import_extras(plot=args.plot is not None)
     with _join() as group:
         if group.rank == 0:
             return demo.run(args, group)
