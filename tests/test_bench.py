@@ -542,3 +542,17 @@ def test_the_page_says_what_is_missed(pages: Any, document: Path) -> None:
     assert "0 of 1 comparisons<br>0.750 [0.750, 0.750]: torch fused, tiny" in text
     assert "**missed**" in text
     assert "**missed**" not in "\n".join(list(pages.aims({Case.of(only): RESULTS}))[:3])
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [
+        (1.1, 1.0, 1.2, "reached"),
+        (0.9, 0.8, 1.1, "not shown: only its interval reaches that"),
+        (0.8, 0.7, 0.9, "**missed**"),
+    ],
+)
+def test_the_page_tells_what_is_reached_from_what_is_not_shown(
+    pages: Any, value: float, low: float, high: float, verdict: str
+) -> None:
+    assert pages.aim("it", pages.Ratio(value, low, high), 1).endswith(f"| {verdict} |")
