@@ -19,7 +19,7 @@ from typing import Any
 from sgdcore.bench import plot, report
 from sgdcore.bench.cases import TRAINING, WORKLOADS, Case
 from sgdcore.bench.measure import Result
-from sgdcore.bench.stats import NOISY, Ratio, ratio
+from sgdcore.bench.stats import NOISY, Ratio
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -157,7 +157,7 @@ def aims(found: Found) -> Iterator[str]:
             if best is not None and ours in results:
                 yield aim(
                     f"the smallest step, {ours}, {threads(case)}: 20 times as fast as torch's best",
-                    ratio(best.seconds, results[ours].seconds),
+                    best.over(results[ours]),
                     20,
                 )
 
@@ -178,7 +178,7 @@ def threads(case: Case) -> str:
 
 def share(results: dict[str, Result], of: str, ours: str) -> Ratio | None:
     a, b = results.get(of), results.get(ours)
-    return ratio(a.seconds, b.seconds) if a and b and a.seconds and b.seconds else None
+    return a.over(b) if a and b and a.seconds and b.seconds else None
 
 
 def aim(what: str, value: Ratio | None, least: float) -> str:
@@ -232,7 +232,7 @@ def cell(name: str, results: dict[str, Result]) -> str:
     base = results.get("sgdcore.torch" if result.kind == "torch" else "sgdcore")
     if base is None or not base.seconds:
         return report.duration(result.median) + noisy
-    return str(ratio(result.seconds, base.seconds)) + noisy
+    return str(result.over(base)) + noisy
 
 
 def main() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,20 @@ def test_ratio_interval_covers_what_the_samples_allow() -> None:
 
 def test_ratio_of_unequal_rounds_takes_the_shared_ones() -> None:
     assert stats.ratio([4.0, 4.0], [2.0, 2.0, 100.0, 100.0]).value == 2
+
+
+def test_ratio_draws_placements_before_rounds() -> None:
+    """Three placements, in each of which the ratio is the same in all rounds: 1, 2 and 3."""
+    base = [1.0] * 60
+    other = [1.0] * 20 + [2.0] * 20 + [3.0] * 20
+    assert stats.ratio(other, base, [20, 20, 20]) == (2, 1, 3)
+    assert stats.ratio(other, base) == (2, 2, 2)  # drawn one by one, rounds promise more
+
+
+def test_ratio_draws_from_each_placement_its_own_rounds() -> None:
+    """The second placement's three rounds vary, the first's two do not."""
+    found = stats.ratio([1.0, 1.0, 5.0, 6.0, 7.0], [1.0] * 5, [2, 3])
+    assert (found.value, found.low, found.high) == (5, 1, 7)
 
 
 def test_ratio_of_runs_draws_them_apart() -> None:
@@ -195,6 +211,62 @@ def test_ours_equal_the_oracle_in_every_dtype(dtype: str) -> None:
     )
 
 
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every case count as one whose memory's place matters."""
+    monkeypatch.setattr(measure, "cache_bytes", lambda: 0)
+
+
+def test_large_cases_are_set_up_in_orders_that_favour_nobody(large: None) -> None:
+    names = [f"contender {i}" for i in range(7)]
+    orders = measure._orders(case("mlp"), names)
+    assert all(sorted(order) == names for order in orders)
+    for first, second in itertools.combinations(names, 2):
+        assert sum(o.index(first) < o.index(second) for o in orders) == len(orders) / 2
+    assert len({order[0] for order in orders}) == len(orders)
+
+
+def test_each_placement_has_its_share_of_the_rounds(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_SLOW", 0.0)  # relative to the fastest; 20 ms still count
+    enter(monkeypatch, Slow)
+    names = ["other", "sgdcore", "torch fused"]
+    found = measure.run(case("mlp"), names, measure.Extent(16, 1e-4, 100.0)).results
+    assert {name: result.placements for name, result in found.items()} == {
+        "other": [3],
+        "sgdcore": [4, 4, 4, 4],
+        "torch fused": [4, 4, 4, 4],
+    }
+    assert {name: len(result.seconds) for name, result in found.items()} == {
+        "other": 3,
+        "sgdcore": 16,
+        "torch fused": 16,
+    }
+
+
+def test_one_that_starts_slowly_is_set_up_once(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_SLOW_TO_START", 0.0)
+    found = measure.run(case("mlp"), ["sgdcore"], SHORT).results
+    assert found["sgdcore"].placements == [3]
+
+
+def test_small_cases_are_set_up_once() -> None:
+    assert measure.run(case("tiny"), ["sgdcore"], SHORT).results["sgdcore"].placements == [3]
+
+
+def test_one_that_is_wrong_the_second_time_is_wrong(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(monkeypatch, Fickle)
+    monkeypatch.setattr(Fickle, "made", 0)
+    found = measure.run(case("mlp"), ["other", "sgdcore"], SHORT).results
+    assert (found["other"].check, found["other"].seconds) == ("wrong", [])
+    assert found["sgdcore"].placements == [3, 3, 3, 3]
+
+
 class Broken(contenders.NumPyInPlace):
     """Changes one element of its result."""
 
@@ -211,6 +283,25 @@ class Lazy(contenders.NumPyInPlace):
 
     def update(self, i: int, param: Any, grad: Any) -> None:
         pass
+
+
+class Slow(contenders.NumPyInPlace):
+    """Takes 30 ms a step."""
+
+    def update(self, i: int, param: Any, grad: Any) -> None:
+        time.sleep(0.03 if i == 0 else 0)
+        super().update(i, param, grad)
+
+
+class Fickle(Broken):
+    """Is right when it is made first, and wrong later."""
+
+    made = 0
+
+    def __init__(self, problem: contenders.Problem) -> None:
+        super().__init__(problem)
+        self.by = float(Fickle.made)
+        Fickle.made += 1
 
 
 class Raising(contenders.NumPyInPlace):
@@ -291,7 +382,7 @@ def test_training_steps(name: str) -> None:
     assert {n: r.check for n, r in found.items() if n != "torch fused"} == {
         n: "equal" for n in training.variants() if n != "torch fused"
     }
-    assert all(len(r.seconds) == 3 and r.allocated_bytes for r in found.values())
+    assert all(r.placements == [3] * 4 and r.allocated_bytes for r in found.values())
 
 
 def test_a_wrong_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,9 @@
-"""Check, then time: contenders take turns, round by round, in one process."""
+"""Check, then time: contenders take turns, round by round, in one process.
+
+Where a step's memory lies moves the time of a large one by more than contenders differ by: of three times the same step,
+set up one after the other, the first took 6 to 12 % longer (GPT-2's shapes; not if scattered pages were used up before
+it). So large cases are set up several times, in orders where each of two contenders comes first equally often.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ from sgdcore._arrays import Array
 from sgdcore.bench import training
 from sgdcore.bench.cases import DTYPES, Case
 from sgdcore.bench.contenders import CONTENDERS, Problem, Unsuitable
-from sgdcore.bench.stats import spread
+from sgdcore.bench.stats import Ratio, ratio, spread
 from sgdcore.reference import ReferenceSGD
 
 __all__ = ["Extent", "Measured", "Result", "fitting", "run"]
@@ -33,6 +38,7 @@ _STEPS = 3  # that are compared with the oracle
 _SAMPLE = 4096  # elements of each end of a large tensor, and of its middle, that are compared
 _SLOW = 2.5  # times the fastest
 _SLOW_ROUNDS = 3
+_SLOW_TO_START = 10.0  # seconds, beyond which a contender is set up only once
 
 
 class _Steps(Protocol):
@@ -51,7 +57,7 @@ class Extent:
     """How long to measure a case.
 
     Attributes:
-        rounds: samples of each contender, at most; slow ones over large arrays get three.
+        rounds: samples of each contender; slow ones over large arrays get three.
         turn: seconds that the repeats of a short step take in a round.
         budget: seconds for all rounds of a case; three are taken all the same.
     """
@@ -59,6 +65,11 @@ class Extent:
     rounds: int
     turn: float
     budget: float
+
+    def part(self, parts: int) -> Extent:
+        """Return one of so many parts, of three rounds or more."""
+        rounds = max(min(self.rounds, _SLOW_ROUNDS), -(-self.rounds // parts))
+        return Extent(rounds, self.turn, self.budget / parts)
 
 
 @dataclass
@@ -72,6 +83,7 @@ class Result:
         detail: why, in words.
         roundings: the largest difference from the oracle, in units of the dtype's eps times max(1, abs(p)).
         seconds: of one step, one sample for each round it took part in.
+        placements: how many of those were taken each time that the contenders were set up.
         repeats: how many steps each sample is the mean of.
         page_faults: per step, the median.
         allocated_bytes: the most that one step held at a time beyond what it found, of Python's, NumPy's and torch's
@@ -83,6 +95,7 @@ class Result:
     detail: str = ""
     roundings: float | None = None
     seconds: list[float] = field(default_factory=list)
+    placements: list[int] = field(default_factory=list)
     repeats: int = 1
     page_faults: float | None = None
     allocated_bytes: int | None = None
@@ -96,6 +109,11 @@ class Result:
     def spread(self) -> float:
         """Their interquartile range over their median."""
         return spread(self.seconds)
+
+    def over(self, base: Result) -> Ratio:
+        """Return the ratio of the times, of rounds in which both took part."""
+        both = self.placements if self.placements == base.placements else ()
+        return ratio(self.seconds, base.seconds, both)
 
 
 @dataclass
@@ -143,23 +161,56 @@ def run(case: Case, names: Sequence[str], extent: Extent, asked: Sequence[str] =
         extent: how long.
         asked: contenders that take part even where they take long to start.
     """
-    _release_memory()
     _set_threads(case.threads)
+    orders = _orders(case, names)
+    part = extent.part(len(orders))
     results: dict[str, Result] = {}
+    faults: dict[str, list[float]] = {name: [] for name in names}
+    others = _Others()
+    again = set(names)
+    for order in orders:
+        _release_memory()
+        order = [name for name in order if name in again]
+        if order:
+            again = _place(case, order, asked, results, faults, part, others)
+    for name, result in results.items():
+        if result.seconds:
+            result.page_faults = round(statistics.median(faults[name]), 2)
+    return Measured(case, {name: results[name] for name in names if name in results}, others.share)
+
+
+def _place(
+    case: Case,
+    names: Sequence[str],
+    asked: Sequence[str],
+    results: dict[str, Result],
+    faults: dict[str, list[float]],
+    extent: Extent,
+    others: _Others,
+) -> set[str]:
+    """Set up, check and time contenders; return those that are to be set up again."""
     present: dict[str, _Steps] = {}
     once: dict[str, float] = {}
+    slow: set[str] = set()
     if case.is_training:
         _start_training(case, names, results, present, once)
     else:
-        _start(case, names, asked, results, present, once)
-    others = None
-    if present:
-        with _Others() as watch:
-            _time(case, present, results, once, extent)
-        others = watch.share
-        for name, each in present.items():
+        slow = _start(case, names, asked, results, present, once)
+    with others:
+        slow |= _time(case, present, results, once, faults, extent)
+    for name, each in present.items():
+        if results[name].allocated_bytes is None:
             results[name].allocated_bytes = _allocated(each)
-    return Measured(case, {name: results[name] for name in names if name in results}, others)
+    return set(present) - slow
+
+
+def _orders(case: Case, names: Sequence[str]) -> list[list[str]]:
+    """Return the order in which contenders are set up, each time: of any two, either is the first in half of them."""
+    order = random.Random(case.title).sample(list(names), len(names))
+    if not case.is_training and case.bytes < 4 * cache_bytes():
+        return [order]
+    turned = order[len(order) // 2 :] + order[: len(order) // 2]
+    return [order, order[::-1], turned, turned[::-1]]
 
 
 def _release_memory() -> None:
@@ -193,35 +244,39 @@ def _start(
     results: dict[str, Result],
     present: dict[str, _Steps],
     once: dict[str, float],
-) -> None:
-    """Set up and check each contender; note how long its last step took."""
+) -> set[str]:
+    """Set up and check each contender; note how long its last step took. Return those that took long to start."""
     problem = Problem(case)
     picks = [_pick(values) for values in problem.params]
     expected = _expected(problem, picks)
-    # Who starts first gets other memory than who starts last; the order differs from case to case.
-    for name in random.Random(case.title).sample(list(names), len(names)):
+    slow = set()
+    for name in names:
         cls = CONTENDERS.get(name)
         if cls is None:
             continue  # takes part in training only
         problem.patient = name in asked
+        began = time.perf_counter()
         try:
             each = cls(problem)
             if cls.kind == "ceiling":
-                results[name] = Result(cls.kind, "ceiling")
+                found = Result(cls.kind, "ceiling")
             else:
                 for step in range(_STEPS):
                     each.load(step % len(problem.gradients))
                     once[name] = _sample(each.step, 1)[0]
-                found = _picked(each.result(), picks)
-                results[name] = _checked(cls.kind, _difference(found, expected, case.dtype))
+                difference = _difference(_picked(each.result(), picks), expected, case.dtype)
+                found = _checked(cls.kind, difference)
         except Unsuitable as reason:
-            results[name] = Result(cls.kind, "unsuitable", str(reason))
+            found = Result(cls.kind, "unsuitable", str(reason))
         except Exception as error:  # noqa: BLE001 - the others go on
             first = str(error).strip().partition("\n")[0]
-            results[name] = Result(cls.kind, "failed", f"{type(error).__name__}: {first}")
-        if results[name].check in ("equal", "rounding", "ceiling"):
+            found = Result(cls.kind, "failed", f"{type(error).__name__}: {first}")
+        if _enter(results, name, found):
             present[name] = each
             each.load(0)
+        if time.perf_counter() - began > _SLOW_TO_START:
+            slow.add(name)
+    return slow
 
 
 def _start_training(
@@ -241,9 +296,16 @@ def _start_training(
         for _ in range(_STEPS):
             once[name] = _sample(each.step, 1)[0]
         found = np.concatenate([values.ravel() for values in each.result()])
-        results[name] = _checked("torch", _difference(found, expected, case.dtype))
-        if results[name].check != "wrong":
+        if _enter(results, name, _checked("torch", _difference(found, expected, case.dtype))):
             present[name] = each
+
+
+def _enter(results: dict[str, Result], name: str, found: Result) -> bool:
+    """Add the result of a check; return whether there is something to time."""
+    right = found.check in ("equal", "rounding", "ceiling")
+    if not right or name not in results:
+        results[name] = found  # where it is wrong now, also what was timed before is none
+    return right
 
 
 def _expected(problem: Problem, picks: Sequence[Array]) -> Array:
@@ -312,20 +374,24 @@ def _time(
     present: dict[str, _Steps],
     results: dict[str, Result],
     once: dict[str, float],
+    faults: dict[str, list[float]],
     extent: Extent,
-) -> None:
+) -> set[str]:
+    """Time those present; return those that took few rounds, since they are slow."""
     cold = case.grads == "cold"
     flush = _Flush() if cold else None
     steps = {name: _seconds(each, once.get(name)) for name, each in present.items()}
     fastest = min((t for n, t in steps.items() if results[n].check != "ceiling"), default=0.0)
-    last = {}  # the number of rounds of each
+    last = dict.fromkeys(present, extent.rounds)  # of the rounds of each
+    slow = set()
     for name, seconds in steps.items():
         count = 1 if cold else max(1, int(extent.turn / max(seconds, 1e-8)))
         # Momentum that no gradient feeds must stay far from subnormal numbers.
         results[name].repeats = min(count, 50) if case.clear else count
-        slow = seconds > max(_SLOW * fastest, 0.02)
-        last[name] = min(extent.rounds, _SLOW_ROUNDS) if slow else extent.rounds
-    faults: dict[str, list[float]] = {name: [] for name in present}
+        if seconds > max(_SLOW * fastest, 0.02) and not results[name].placements:
+            last[name] = min(extent.rounds, _SLOW_ROUNDS)
+            slow.add(name)
+    taken = {name: len(results[name].seconds) for name in present}
     order = random.Random(0)
     started = time.perf_counter()
     gc.collect()
@@ -349,8 +415,9 @@ def _time(
                 break
     finally:
         gc.enable()
-    for name, counts in faults.items():
-        results[name].page_faults = round(statistics.median(counts), 2)
+    for name, before in taken.items():
+        results[name].placements.append(len(results[name].seconds) - before)
+    return slow
 
 
 def _seconds(each: _Steps, once: float | None) -> float:
@@ -392,20 +459,27 @@ def cache_bytes() -> int:
 
 
 class _Others:
-    """Measures how much of the machine other programs used within a with block."""
+    """Measures how much of the machine other programs used within with blocks."""
 
-    share: float | None = None
+    def __init__(self) -> None:
+        self._spent = np.zeros(
+            3
+        )  # processor seconds: the machine's, those not idle, this process's
 
     def __enter__(self) -> Self:
         self._before = self._read()
         return self
 
     def __exit__(self, *_: object) -> None:
-        before, after = self._before, self._read()
-        if before is None or after is None or after[0] <= before[0]:
-            return
-        total, busy, own = (b - a for a, b in zip(before, after, strict=True))
-        self.share = round(max(0.0, busy - own) / total, 4)
+        after = self._read()
+        if self._before is not None and after is not None:
+            self._spent += np.subtract(after, self._before)
+
+    @property
+    def share(self) -> float | None:
+        """Of all cores, by other programs; None where unknown."""
+        total, busy, own = self._spent.tolist()
+        return round(max(0.0, busy - own) / total, 4) if total > 0 else None
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:

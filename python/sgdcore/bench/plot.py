@@ -10,7 +10,6 @@ from sgdcore.bench.cases import TRAINING, WORKLOADS, Case
 from sgdcore.bench.contenders import RIVAL_OF
 from sgdcore.bench.measure import Result
 from sgdcore.bench.report import results_of
-from sgdcore.bench.stats import ratio
 
 __all__ = ["bars", "plot", "roofline"]
 
@@ -143,7 +142,7 @@ def _draw_panel(axes: Any, shown: Cases, title: str, base: str, kinds: Sequence[
             result, ours = found.get(name), found.get(base)
             if result is None or ours is None or not result.seconds or not ours.seconds:
                 continue
-            value, low, high = ratio(result.seconds, ours.seconds)
+            value, low, high = result.over(ours)
             y = row + (i - (len(rivals) - 1) / 2) * height
             axes.barh(y, value, height * 0.9, color=_COLOURS[name])
             axes.plot([low, high], [y, y], color="#222222", linewidth=0.8)

@@ -23,7 +23,7 @@ import sgdcore
 from sgdcore.bench.cases import Case
 from sgdcore.bench.contenders import CONTENDERS, RIVAL_OF
 from sgdcore.bench.measure import Measured, Result
-from sgdcore.bench.stats import NOISY, Ratio, ratio, ratio_of_runs
+from sgdcore.bench.stats import NOISY, Ratio, ratio_of_runs
 
 __all__ = [
     "SCHEMA",
@@ -101,8 +101,7 @@ def _contender(result: Result, results: dict[str, Result]) -> dict[str, Any]:
         found["median"] = float(f"{result.median:.5g}")
         found["spread"] = round(result.spread, 4)
         found["ratios"] = {
-            name: [float(f"{x:.4g}") for x in ratio(result.seconds, base.seconds)]
-            for name, base in bases.items()
+            name: [float(f"{x:.4g}") for x in result.over(base)] for name, base in bases.items()
         }
     return found
 
@@ -116,7 +115,7 @@ def results_of(case: dict[str, Any]) -> dict[str, Result]:
     """Return the results in a document's case."""
     names = Result.__dataclass_fields__
     return {
-        contender: Result(**{name: found[name] for name in names})
+        contender: Result(**{name: found[name] for name in names if name in found})
         for contender, found in case["contenders"].items()
     }
 
@@ -209,7 +208,7 @@ def print_case(console: Console, measured: Measured) -> None:
             name,
             duration(result.median),
             f"{result.spread:.0%}" + ("!" if result.spread > NOISY else ""),
-            *["1" if name == b else str(ratio(result.seconds, results[b].seconds)) for b in bases],
+            *["1" if name == b else str(result.over(results[b])) for b in bases],
             f"{case.bytes / result.median / 1e9:.3g}" if moves else "",
             f"{result.page_faults:g}",
             _size(result.allocated_bytes),
@@ -265,7 +264,7 @@ def rivalries(case: Case, results: dict[str, Result]) -> list[Rivalry]:
     for name, result in results.items():
         ours = results.get(RIVAL_OF.get(result.kind, ""))
         if result.seconds and ours is not None and ours.seconds and not name.startswith("sgdcore"):
-            found.append(Rivalry(ratio(result.seconds, ours.seconds), name, case))
+            found.append(Rivalry(result.over(ours), name, case))
     return found
 
 

@@ -36,15 +36,35 @@ def spread(seconds: Sequence[float]) -> float:
     return (high - low) / middle
 
 
-def ratio(other: Sequence[float], base: Sequence[float]) -> Ratio:
+def ratio(other: Sequence[float], base: Sequence[float], placements: Sequence[int] = ()) -> Ratio:
     """Return median(other) / median(base) of samples that were taken round by round, in turn.
 
-    Rounds are drawn with replacement, both contenders' together, so that what slowed a whole round cancels. A contender
-    that took part in the first rounds only is compared with the other's same rounds.
+    Rounds are drawn with replacement, both contenders' together, so that what slowed a whole round cancels. Where both
+    were set up several times, these placements are drawn first, and then rounds within each. A contender that took part
+    in the first rounds only is compared with the other's same rounds.
+
+    Args:
+        other: the samples of one.
+        base: those of what it is compared with.
+        placements: how many of them were taken each time that the contenders were set up; () for once.
     """
     count = min(len(other), len(base))
-    drawn = np.random.default_rng(0).integers(count, size=(_DRAWS, count))
+    rng = np.random.default_rng(0)
+    if count == sum(placements) and len(placements) > 1:
+        drawn = _drawn_from(placements, rng)
+    else:
+        drawn = rng.integers(count, size=(_DRAWS, count))
     return _ratio(other[:count], base[:count], drawn, drawn)
+
+
+def _drawn_from(placements: Sequence[int], rng: np.random.Generator) -> Array:
+    """Return the indices of rounds, first drawn by placement."""
+    counts, starts = np.asarray(placements), np.cumsum([0, *placements[:-1]])
+    picked = np.repeat(
+        rng.integers(len(counts), size=(_DRAWS, len(counts))), max(placements), axis=1
+    )
+    within: Array = starts[picked] + rng.integers(counts[picked])
+    return within
 
 
 def ratio_of_runs(after: Sequence[float], before: Sequence[float]) -> Ratio:
