@@ -745,6 +745,22 @@ def test_found_inf_on_the_first_step_leaves_no_state() -> None:
     assert not optimizer.state[p]
 
 
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+def test_what_a_scaler_sets_is_an_attribute_like_others(name: str) -> None:
+    """Of this optimizer only, and copies do not have it."""
+    optimizer, other = (SGD([torch.ones(3, requires_grad=True)], lr=0.1) for _ in range(2))
+    value = torch.tensor(1.0)
+    assert not hasattr(optimizer, name)
+    setattr(optimizer, name, value)
+    assert getattr(optimizer, name) is value
+    assert not hasattr(other, name)
+    assert not hasattr(copy.deepcopy(optimizer), name)
+    delattr(optimizer, name)
+    assert getattr(optimizer, name, None) is None
+    with pytest.raises(AttributeError, match=name):
+        delattr(optimizer, name)
+
+
 def test_found_inf_of_two_devices_skips_the_step() -> None:
     """torch: fused compares found_inf with 1; GradScaler adds up the devices' flags."""
     p = parameter(torch.ones(4), torch.full((4,), torch.inf))

@@ -118,8 +118,9 @@ class Wrapper:
             try:
                 return inner.step(**kwargs)
             finally:
-                inner.__dict__.pop("found_inf", None)
-                inner.__dict__.pop("grad_scale", None)
+                for name in ("found_inf", "grad_scale"):
+                    if hasattr(inner, name):
+                        delattr(inner, name)
         if found_inf is not None and float(found_inf) != 0:
             return None
         if scale is not None:

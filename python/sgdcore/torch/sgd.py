@@ -31,6 +31,32 @@ class _Kept:
         self.tensor = tensor
 
 
+class _OfOneStep:
+    """An attribute that GradScaler sets before a step and removes after it.
+
+    All of them are kept in one dict, so that a step sees at a glance that there are none, and without asking for the
+    optimizer's ``__dict__``: Python makes that when first asked for, and finds attributes more slowly ever after.
+    """
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: SGD | None, _: type) -> Any:
+        if optimizer is None:
+            return self
+        try:
+            return optimizer._of_one_step[self._name]
+        except KeyError:
+            raise AttributeError(f"no step under a GradScaler sets {self._name} now") from None
+
+    def __set__(self, optimizer: SGD, value: Any) -> None:
+        optimizer._of_one_step[self._name] = value
+
+    def __delete__(self, optimizer: SGD) -> None:
+        if optimizer._of_one_step.pop(self._name, self) is self:
+            raise AttributeError(self._name)
+
+
 class SGD(torch.optim.SGD):
     """Stochastic gradient descent for torch parameters on the CPU and CUDA; takes the place of torch.optim.SGD.
 
@@ -70,6 +96,9 @@ class SGD(torch.optim.SGD):
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013,
     in the form that torch.optim.SGD gave it.
     """
+
+    found_inf = _OfOneStep()
+    grad_scale = _OfOneStep()
 
     def __init__(
         self,
@@ -131,16 +160,18 @@ class SGD(torch.optim.SGD):
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         # The first one is torch's, in __init__, which keeps no reference to it.
-        self._plan.state_exposed = "_state" in self.__dict__
+        self._plan.state_exposed = hasattr(self, "_state")
         self._state = state
 
     def _start(self) -> None:
         """Set up what is not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api())
+        self._run = self._plan.run  # one look-up less in each step
+        self._of_one_step: dict[str, Any] = {}
         # Momentum buffers that may hold nothing yet, with the flags on their device that say so.
         self._pending: dict[Tensor, Tensor] = {}
         # The StepInBackward that steps for us; loading a state dict changes nothing about that.
-        self._in_backward: Any = self.__dict__.get("_in_backward")
+        self._in_backward: Any = getattr(self, "_in_backward", None)
         # Subclasses with a step() of their own are wrapped by torch, hooks and all.
         self._observed_outside = type(self).step is not SGD.step
 
@@ -184,7 +215,6 @@ class SGD(torch.optim.SGD):
         Raises:
             TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
         """
-        attributes = self.__dict__
         observed = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -192,15 +222,9 @@ class SGD(torch.optim.SGD):
             or _global_post_hooks
             or _profiler_enabled()
         )
-        if (
-            closure is None
-            and not observed
-            and self._in_backward is None
-            and "found_inf" not in attributes
-            and "grad_scale" not in attributes
-        ):
+        if closure is None and not (observed or self._of_one_step or self._in_backward):
             # What `_update` does in the usual case; the call to it would be a tenth of the time of a small step.
-            if not self._plan.run(self.param_groups, self._state, zero_grad, 1.0, None):
+            if not self._run(self.param_groups, self._state, zero_grad, 1.0, None):
                 self._update_irregular(1.0)
                 if zero_grad:
                     self.zero_grad(set_to_none=False)
@@ -211,8 +235,7 @@ class SGD(torch.optim.SGD):
             return self._observed_step(closure, zero_grad)
         except BaseException:
             # GradScaler removes what it set for one step only where that succeeds.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
+            self._of_one_step.clear()
             raise
 
     # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
@@ -255,11 +278,10 @@ class SGD(torch.optim.SGD):
     def _update(self, zero_grad: bool) -> None:
         if self._in_backward is not None:
             self._in_backward.finish_round()  # and then the parameters that did not step in it
-        attributes = self.__dict__
         grad_factor, scaling = 1.0, None
-        if "found_inf" in attributes or "grad_scale" in attributes:
-            # GradScaler's, for the time of one step.
-            found_inf, scale = attributes.get("found_inf"), attributes.get("grad_scale")
+        if self._of_one_step:
+            found_inf = self._of_one_step.get("found_inf")
+            scale = self._of_one_step.get("grad_scale")
             scaling = _scaling_on_device(found_inf, scale)
             if scaling is None:
                 if found_inf is not None and float(found_inf) != 0:
@@ -270,7 +292,7 @@ class SGD(torch.optim.SGD):
                     grad_factor = _irregular.factor_of(scale)
         # What the device decides not to do would not clear the gradients either.
         clear_later = zero_grad and scaling is not None
-        if not self._plan.run(
+        if not self._run(
             self.param_groups, self._state, zero_grad and not clear_later, grad_factor, scaling
         ):
             self._update_irregular(grad_factor, scaling)
