@@ -26,6 +26,7 @@ from sgdcore.distributed import (
     PostLocal,
     ProcessGroup,
     Progress,
+    RoundError,
     SlowMo,
     Stagewise,
     as_process_group,
@@ -797,7 +798,7 @@ def data_parallel_weight_of_zero(context: Context) -> None:
     data.weight = 0
     with refused(
         context,
-        sgdcore.distributed.RoundError,
+        RoundError,
         "weight: expected more than 0 on some rank",
         *params_of(optimizer),
     ):
@@ -806,13 +807,23 @@ def data_parallel_weight_of_zero(context: Context) -> None:
 
 @check()
 def data_parallel_a_rank_of_weight_zero_goes_on(context: Context) -> None:
-    """The others' `finish` waits for it."""
+    """It is not done: the others' `finish` neither ends nor divides by its weight, and waits for its next step."""
     optimizer = make("numpy flat")
     data = DataParallel(optimizer)
-    for step in range(3 if context.rank == 0 else 1):
-        data.weight = float(step != 0 or context.rank != 0)
-        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
-        data.step()
+    train(context, data, 1)
+    if context.rank == 0:
+        data.weight = 0
+        with refused(
+            context, RoundError, "weight: expected more than 0 on some rank", *params_of(optimizer)
+        ):
+            train(context, data, 1, first=1)
+        data.weight = 1
+        train(context, data, 2, first=1)
+    else:
+        with refused(
+            context, RoundError, "weight: expected more than 0 on some rank", *params_of(optimizer)
+        ):
+            data.finish()
     data.finish()
     assert on_all(context, data._steps) == [3] * context.size
     assert_equal_on_all(context, params_of(optimizer))
@@ -1007,9 +1018,7 @@ def ranks_that_completed_a_round_lead(context: Context) -> None:
                 if options["transactional"]
                 else "are left in the middle"
             )
-            with pytest.raises(
-                sgdcore.distributed.RoundError, match=f"round 2 .* rank 1 .* parameters .*{outcome}"
-            ):
+            with pytest.raises(RoundError, match=f"round 2 .* rank 1 .* parameters .*{outcome}"):
                 train(context, local, 2, first=2)
             if options["transactional"]:
                 assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), end, strict=True))
@@ -1053,9 +1062,7 @@ def a_failure_before_the_first_step_changes_nothing(context: Context) -> None:
     optimizer = make("numpy flat")
     local = LocalSGD(optimizer, transactional=True)
     local._group = Gone(context.group)
-    with refused(
-        context, sgdcore.distributed.RoundError, "round 1 .* all are gone", *params_of(optimizer)
-    ):
+    with refused(context, RoundError, "round 1 .* all are gone", *params_of(optimizer)):
         local.sync()
 
 
@@ -1094,6 +1101,22 @@ def a_round_without_a_step_here(context: Context, options: dict[str, Any]) -> No
     for a, b in zip(params_of(optimizer), params_of(plain), strict=True):
         close(a, b, 64 if "wire_dtype" not in options else 1 << 16)
     assert_equal_on_all(context, params_of(optimizer))
+
+
+@check()
+def a_failed_round_without_a_step_here(context: Context) -> None:
+    """With `transactional` a rank that has not stepped, and was written to, is back where it was, too."""
+    group = Failing(context.group)
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, group, sync_every=100, transactional=True)
+    if context.rank == 0:
+        train(context, local, 1)
+    group.armed = True
+    if context.rank == 1:
+        with refused(context, RoundError, "are those of the end of round 0", *params_of(optimizer)):
+            local.sync()
+    else:
+        local.sync()
 
 
 @check()

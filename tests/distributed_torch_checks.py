@@ -38,7 +38,7 @@ from distributed_checks import (
     train,
     values_of,
 )
-from sgdcore.distributed import DataParallel, LocalSGD, OuterSGD, SlowMo
+from sgdcore.distributed import DataParallel, LocalSGD, OuterSGD, RoundError, SlowMo
 
 # Four MPI processes that all import torch take longer than they tell more than two.
 TORCH = (*GLOO, "mpi-2")
@@ -488,9 +488,16 @@ class Failing(torch.autograd.Function):
         return gradient, None
 
 
-@check(GLOO, cases={"nothing sent": {"slice_bytes": 1 << 20}, "part sent": {"slice_bytes": 64}})
-def a_backward_pass_that_raises(context: Context, slice_bytes: int) -> None:
-    """The next one starts anew, or is refused if part of it is on its way: the ranks could not know which part."""
+@check(
+    GLOO,
+    cases={
+        "nothing sent": {"options": {"slice_bytes": 1 << 20}},
+        "part sent": {"options": {"slice_bytes": 64}},
+        "weights sent": {"options": {"slice_bytes": 32, "wire_dtype": "float16"}},
+    },
+)
+def a_backward_pass_that_raises(context: Context, options: dict[str, Any]) -> None:
+    """The next one starts anew; if part of it was sent, then only once the other ranks have heard of it."""
 
     def run(optimizer: Any, layers: nn.ModuleList, fails: bool) -> None:
         optimizer.zero_grad()
@@ -503,15 +510,30 @@ def a_backward_pass_that_raises(context: Context, slice_bytes: int) -> None:
         return nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
 
     ours, theirs = layers(), layers()
-    data = DataParallel(sgd(ours), slice_bytes=slice_bytes)
-    plain = DataParallel(sgd(theirs), overlap=False)
-    with pytest.raises(MemoryError):
-        run(data, ours, fails=True)
-    if slice_bytes == 64:
-        for call in (lambda: run(data, ours, fails=False), data.step, data.finish):
-            with pytest.raises(RuntimeError, match="a backward pass failed when part of"):
-                call()
-        data.rebind()
+    data = DataParallel(sgd(ours), **options)
+    plain = DataParallel(sgd(theirs), overlap=False, **options)
+    last = context.rank == context.size - 1
+    if options["slice_bytes"] > 64:
+        with pytest.raises(MemoryError):
+            run(data, ours, fails=True)
+    else:
+        calls = [
+            lambda: run(data, ours, fails=False),
+            data.step,
+            data.average_gradients,
+            data.finish,
+        ]
+        for call in calls:
+            if last:
+                with pytest.raises(MemoryError):
+                    run(data, ours, fails=True)
+            with refused(
+                context,
+                RoundError,
+                "of step 1 could not be averaged .* a backward pass failed on some rank",
+                *ours.parameters(),
+            ):
+                call() if last else run(data, ours, fails=False)
     for _ in range(2):
         run(data, ours, fails=False)
         data.step()
@@ -520,6 +542,22 @@ def a_backward_pass_that_raises(context: Context, slice_bytes: int) -> None:
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         close(p, q)
     assert_equal_on_all(context, list(ours.parameters()))
+
+
+@check(TORCH)
+def step_in_backward_after_wrapping_is_refused(context: Context) -> None:
+    """Before a parameter has changed: the ranks would have stepped with gradients of their own."""
+    module = network()
+    data = DataParallel(sgd(module))
+    with (
+        sgdcore.torch.step_in_backward(data.optimizer),
+        refused(context, RuntimeError, "cannot go with step_in_backward", *module.parameters()),
+    ):
+        backward(module, *batch(context.rank, 0))
+    data.zero_grad()
+    backward(module, *batch(context.rank, 0))
+    data.step()
+    assert_equal_on_all(context, list(module.parameters()))
 
 
 @check(GLOO)
@@ -536,7 +574,7 @@ def gradients_that_change_once_sent_are_refused(context: Context) -> None:
         data.average_gradients()
         return [p.grad for p in layers.parameters()]
 
-    with pytest.raises(sgdcore.distributed.RoundError, match="changed after it was sent"):
+    with pytest.raises(RoundError, match="changed after it was sent"):
         run(slice_bytes=64)
     # Where nothing was sent in between, the mean is that of the whole gradient.
     for p, q in zip(run(), run(overlap=False), strict=True):
@@ -626,9 +664,7 @@ def gradients_of_frozen_parameters_are_refused(context: Context) -> None:
     data = DataParallel(sgdcore.torch.SGD([frozen, trained], lr=0.1))
     trained.grad = torch.ones(3)
     frozen.grad = torch.ones(3) if context.rank == 0 else None
-    with refused(
-        context, sgdcore.distributed.RoundError, "expected None where requires_grad", frozen
-    ):
+    with refused(context, RoundError, "expected None where requires_grad", frozen):
         data.step()
 
 
@@ -647,6 +683,22 @@ def parameters_that_were_moved(context: Context) -> None:
     assert p.tolist() == [0.25] * 4
     assert_equal_on_all(context, [p])
 
+    # In the middle of a backward pass: what travels is gradients, wherever the parameters are.
+    results = []
+    for move in (True, False):
+        first, second = (nn.Parameter(torch.ones(4)) for _ in range(2))
+        data = DataParallel(sgdcore.torch.SGD([first, second], lr=0.25), slice_bytes=16)
+        for _ in range(2):
+            data.zero_grad()
+            x = first * (1.0 + context.rank)
+            if move:
+                x.register_hook(lambda _, q=second: setattr(q, "data", q.data.clone()))
+            (x * second).sum().backward()  # type: ignore[no-untyped-call]
+            data.step()
+        assert_equal_on_all(context, [first, second])
+        results.append([first.tolist(), second.tolist()])
+    assert results[0] == results[1]
+
     results = []
     for move in (True, False):
         q = nn.Parameter(torch.zeros(4))
@@ -664,13 +716,20 @@ def parameters_that_were_moved(context: Context) -> None:
 
 @check(GLOO)
 def large_weights_stay_within_the_range_of_float16(context: Context) -> None:
-    parameter = nn.Parameter(torch.zeros(4))
-    data = DataParallel(torch.optim.SGD([parameter], lr=1.0), wire_dtype="float16")
-    for step in range(3):
-        data.weight = 4096.0
-        parameter.grad = torch.full((4,), 100.0)
+    """Also where they grow from one step to the next, on one rank alone, and in slices that are sent early."""
+    parameters = [nn.Parameter(torch.zeros(100)) for _ in range(2)]
+    data = DataParallel(torch.optim.SGD(parameters, lr=1.0), wire_dtype="float16", slice_bytes=64)
+    for step, weight in enumerate((1.0, 4096.0, 1e9, 1e-9)):
+        data.weight = weight if context.rank == 0 else 1.0
+        data.zero_grad()
+        if step % 2:
+            sum(100 * p.sum() for p in parameters).backward()
+        else:
+            for p in parameters:
+                p.grad = torch.full_like(p, 100.0)
         data.step()
-        close(parameter, np.full(4, -100.0 * (step + 1), np.float32))
+        for p in parameters:
+            close(p, np.full(100, -100.0 * (step + 1), np.float32), 1 << 13)
 
 
 @check(GLOO)

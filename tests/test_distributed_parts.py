@@ -263,6 +263,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         "optimizer: it is distributed already",
     ),
+    "no parameters": (
+        lambda: DataParallel(sgdcore.SGD([{"params": []}], lr=0.1), Alone()),
+        ValueError,
+        "optimizer: expected at least one parameter, got none",
+    ),
     "group": (
         lambda: LocalSGD(sgd(), "gloo"),
         TypeError,

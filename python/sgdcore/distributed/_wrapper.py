@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -59,6 +60,7 @@ class Wrapper:
 
     _optimizer: Any
     _group: ProcessGroup
+    _errors: list[Any]
 
     param_groups = _Inner()
     state = _Inner()
@@ -88,6 +90,8 @@ class Wrapper:
             raise TypeError(
                 f"optimizer: expected one of sgdcore or torch.optim, got {type(optimizer).__name__}"
             )
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError("optimizer: expected at least one parameter, got none")
         self._group = as_process_group(group)
         self._optimizer = optimizer
 
@@ -100,6 +104,27 @@ class Wrapper:
     def group(self) -> ProcessGroup:
         """The process group."""
         return self._group
+
+    def finish(self) -> None:
+        """End training on this rank."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            self.finish()
+
+    def _forget_errors(self) -> None:
+        """Start anew with what rounding to the wire's dtype leaves over."""
+        for error in self._errors:
+            error[...] = 0
 
     def _steps_in_backward(self) -> bool:
         """Return whether `sgdcore.torch.step_in_backward` holds for the optimizer."""
@@ -190,14 +215,18 @@ class Views:
         self.data = [data_of(parameter) for parameter in self.parameters]
         self.flats = [flat(d, label) for d, label in zip(self.data, self.labels, strict=True)]
         self.runs = [part for run in runs(self.flats) for part in _split(run, self.group_of)]
-        self._addresses = self._where()
+        self._places = self._where()
 
     def _where(self) -> list[int]:
-        return [address(data_of(parameter)) for parameter in self.parameters]
+        """Return what tells other memory from that in `data`: a tensor's address, an array's identity."""
+        # Each step looks here, so that it has to be quick.
+        if is_torch(self.data[0]):
+            return [parameter.data_ptr() for parameter in self.parameters]
+        return [id(parameter.data) for parameter in self.parameters]
 
     def moved(self) -> bool:
         """Return whether a parameter was given other memory since."""
-        return self._where() != self._addresses
+        return self._where() != self._places
 
     def layout(self) -> str:
         """Return what has to be equal on all ranks, as text."""

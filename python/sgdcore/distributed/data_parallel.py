@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sgdcore.distributed._checks import check_count, check_wire
 from sgdcore.distributed._flat import (
@@ -113,8 +112,6 @@ class DataParallel(Wrapper):
         self._wire = check_wire(wire_dtype, self._group)
         self._overlap = bool(overlap)
         self._weight = 1.0
-        # The sum of weights by which what travels is divided: the last step's, of which all ranks know.
-        self._scale: float | None = None
         self._steps = 0
         self._hooks: list[Any] = []
         self._errors: list[Any] = []
@@ -149,7 +146,10 @@ class DataParallel(Wrapper):
         self._hook()
 
     def _requires_grad(self) -> list[bool]:
-        return [getattr(parameter, "requires_grad", True) for parameter in self._views.parameters]
+        parameters = self._views.parameters
+        if not is_torch(self._views.flats[0]):
+            return [True] * len(parameters)
+        return [parameter.requires_grad for parameter in parameters]
 
     def _follow_changes(self) -> None:
         """Start anew if parameters were frozen or unfrozen, or were given other memory."""
@@ -182,7 +182,6 @@ class DataParallel(Wrapper):
             "requires_grad": str(self._trained),
         }
         compare(self._group, like, facts)
-        self._scale = None
         self._follow_first(status)
 
     def _follow_first(self, status: int) -> None:
@@ -226,6 +225,9 @@ class DataParallel(Wrapper):
         self._missing = [set(indexes) for indexes in self._waiting_for]
         self._in_backward = False
         self._at_the_end: Any = None  # a weak reference to what this backward pass calls then
+        # The sum of all ranks' weights, by which what a wire dtype rounds is divided: on its way, and when it is known.
+        self._weighing: tuple[Any, Work] | None = None
+        self._scale: float | None = None
 
     def _gradient_is_there(self, parameter: Any) -> None:
         """Called by torch in the backward pass."""
@@ -250,7 +252,11 @@ class DataParallel(Wrapper):
                         "outside of a reentrant checkpoint; pass use_reentrant=False to it, or overlap=False here"
                     )
                 self._missing[number].discard(i)
-            while self._next < len(self._slices) and not self._missing[self._next]:
+            while (
+                self._next < len(self._slices)
+                and not self._missing[self._next]
+                and self._weighed(self.weight)
+            ):
                 self._send(self._next, self._gradients(), self.weight)
             if self._pending:
                 self._pending[0][2].test()  # MPI makes progress only when asked
@@ -258,16 +264,15 @@ class DataParallel(Wrapper):
             raise self._failure(error) from error
 
     def _give_up_backward(self) -> None:
-        """Forget a backward pass that raised, if the other ranks cannot have noticed.
+        """Forget a backward pass that raised.
 
         Raises:
-            RuntimeError: if slices of it are on their way, which stand for another step on the other ranks.
+            RoundError: on all ranks, if part of it was sent, which stands for another step on the others.
         """
-        if self._next > 0:
-            raise RuntimeError(
-                "a backward pass failed when part of its gradients had been sent; call rebind() on all ranks, or end them all"
-            )
-        self._begin()
+        if self._next == 0 and self._weighing is None:
+            self._begin()
+        else:
+            self._average([None] * len(self._views.parameters), idle=True, failed=True)
 
     def _refuse_step_in_backward(self) -> None:
         if self._steps_in_backward():
@@ -307,8 +312,6 @@ class DataParallel(Wrapper):
 
     def _send(self, number: int, gradients: Sequence[Any], weight: float) -> None:
         """Put a slice on its way; gradients that are None count as zeros."""
-        if self._wire is not None and self._scale is None:
-            self._agree_on_scale(weight)
         array = self._memory(number, gradients)
         if array is None:
             array = self._pack(number, gradients, weight)
@@ -319,10 +322,19 @@ class DataParallel(Wrapper):
         self._pending.append((number, array, self._group.all_reduce(array)))
         self._next = number + 1
 
-    def _agree_on_scale(self, weight: float) -> None:
-        total = numbers(self._views.flats[0], [weight])
-        self._group.all_reduce(total).wait()
+    def _weighed(self, weight: float, wait: bool = False) -> bool:
+        """Return whether slices can be packed: for a wire dtype the sum of weights, which is asked for here, has to be there."""
+        if self._wire is None or self._scale is not None:
+            return True
+        if self._weighing is None:
+            total = numbers(self._views.flats[0], [weight])
+            self._weighing = total, self._group.all_reduce(total)
+        total, work = self._weighing
+        if not wait and not work.test():
+            return False
+        work.wait()
         self._scale = total.tolist()[0] or 1.0
+        return True
 
     def _memory(self, number: int, gradients: Sequence[Any]) -> Any:
         """Return the gradients' own memory, if a slice of it can travel as it is."""
@@ -371,25 +383,35 @@ class DataParallel(Wrapper):
         error -= place
         finite(error)  # an overflow is not carried into the steps that follow it
 
-    def _average(self, gradients: list[Any], idle: bool = False, given: bool = False) -> int:
+    def _average(
+        self,
+        gradients: list[Any],
+        idle: bool = False,
+        given: bool = False,
+        failed: bool = False,
+    ) -> int:
         """Send what is not on its way yet, and take the means; returns how many ranks are not idle.
 
         Args:
             gradients: the parameters' gradients, changed in place, replaced where there are none.
             idle: take part with the weight 0, and leave the gradients alone.
             given: new gradients are not the parameters' own.
+            failed: raise on all ranks.
         """
-        if self._next == 0:
-            self._follow_changes()
         weight = 0.0 if idle else float(self.weight)
         sent: Sequence[Any] = [None] * len(gradients) if idle else gradients
         try:
+            self._weighed(weight, wait=True)
             while self._next < len(self._slices):
                 self._send(self._next, sent, weight)
-            header = [weight, float(not idle), *(gradient is not None for gradient in sent)]
+            header = [weight, not idle, failed, *(gradient is not None for gradient in sent)]
             total = numbers(self._views.flats[0], header)
             self._group.all_reduce(total).wait()
-            weights, training, *present = total.tolist()
+            weights, training, failures, *present = total.tolist()
+            if failures > 0:
+                raise RuntimeError(
+                    "a backward pass failed on some rank when part of its gradients had been sent"
+                )
             if training > 0 and weights == 0:
                 raise ValueError("weight: expected more than 0 on some rank")
             for i, (trained, count) in enumerate(zip(self._trained, present, strict=True)):
@@ -404,8 +426,6 @@ class DataParallel(Wrapper):
         except Exception as error:
             raise self._failure(error) from error
         self._begin()
-        if weights > 0:
-            self._scale = weights
         return int(training)
 
     def _take(
@@ -424,7 +444,7 @@ class DataParallel(Wrapper):
             return
         if self._wire is not None:
             assert self._scale is not None
-            weights /= self._scale
+            weights /= self._scale  # 1, but for the rounding of sums
         for part, place in places(piece, array):
             i = part.index
             if present[i] == 0:
@@ -455,8 +475,12 @@ class DataParallel(Wrapper):
         if self._in_backward:
             self._give_up_backward()
         if not self._averaged and self._group.size > 1:
-            self._average(self._gradients())
+            self._average_own()
         self._averaged = True
+
+    def _average_own(self) -> None:
+        self._follow_changes()
+        self._average(self._gradients())
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Average the gradients, unless that was done, and let the inner optimizer step.
@@ -482,7 +506,7 @@ class DataParallel(Wrapper):
                 if kwargs.get("grads") is not None:
                     kwargs["grads"] = self._average_given(kwargs["grads"])
                 else:
-                    self._average(self._gradients())
+                    self._average_own()
             self._inner_step(None, kwargs)
         except BaseException:
             self._forget_scaling()
@@ -496,6 +520,7 @@ class DataParallel(Wrapper):
             raise ValueError(
                 f"grads: expected {len(self._views.parameters)} gradients, one for each parameter, got {len(grads)}"
             )
+        self._follow_changes()
         gradients = [self._laid_out(i, gradient) for i, gradient in enumerate(grads)]
         self._average(gradients, given=True)
         return gradients
@@ -523,22 +548,10 @@ class DataParallel(Wrapper):
             return
         if self._in_backward:
             self._give_up_backward()
-        gradients = [None] * len(self._views.parameters)
-        while self._average(gradients, idle=True) > 0:
+        self._follow_changes()
+        while self._average([None] * len(self._views.parameters), idle=True) > 0:
             pass
         self._follow_first(self._steps + 1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc is None:
-            self.finish()
 
     # Groups
 
@@ -563,7 +576,7 @@ class DataParallel(Wrapper):
         """
         self._group = as_process_group(group)
         self._averaged = False
-        drain(work for _, _, work in self._pending)  # of a backward pass that raised
+        self._drain()  # of a backward pass that raised
         self._set_up()
         self._join(self._steps + 1)
 
@@ -594,11 +607,17 @@ class DataParallel(Wrapper):
         if own is not None:
             self._steps = own["steps"]
 
+    def _drain(self) -> None:
+        drain(work for _, _, work in self._pending)
+        if self._weighing is not None:
+            drain([self._weighing[1]])
+
     def _failure(self, error: Exception) -> RoundError:
         """Return what to raise, once nothing is on its way any more."""
-        drain(work for _, _, work in self._pending)
+        self._drain()
         self._begin()
         self._averaged = False
+        self._forget_errors()  # some are of this step's gradients
         group = self._group
         return RoundError(
             f"the gradients of step {self._steps + 1} could not be averaged on rank {group.rank} of {group.size}; "

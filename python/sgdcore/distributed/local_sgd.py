@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sgdcore.distributed._checks import check_count, check_wire
 from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
@@ -176,10 +175,6 @@ class LocalSGD(Wrapper):
             wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
             self._averager = Averager(views.flats, views.runs, codec, wires)
 
-    def _forget_errors(self) -> None:
-        for error in self._errors:
-            error[...] = 0
-
     def _facts(self) -> dict[str, str]:
         options = {
             "sync_every": _text(self._schedule),
@@ -310,18 +305,6 @@ class LocalSGD(Wrapper):
         training: int | None = None
         while training != 0:
             training = self._advance(self._until_next_average())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc is None:
-            self.finish()
 
     def _refuse_broken(self) -> None:
         if self._broken:
