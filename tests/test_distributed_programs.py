@@ -19,13 +19,13 @@ MPIEXEC = shutil.which("mpiexec", path=PATH)
 needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec: pip install mpi4py mpich")
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, seconds: float = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=seconds,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
@@ -96,6 +96,44 @@ def test_synchronous_demo_and_divergence(tmp_path: Path) -> None:
     assert re.search(r"training diverged: the loss is (inf|nan) in epoch 1 ", error)
 
 
+FAILING = """
+import sys
+from mpi4py import MPI
+from sgdcore import demo
+from sgdcore.__main__ import main
+
+def fails(*_):
+    raise {"RuntimeError": RuntimeError, "KeyboardInterrupt": KeyboardInterrupt}[sys.argv[1]]("on one rank")
+
+if MPI.COMM_WORLD.Get_rank() == 1:
+    if sys.argv[1] == "ImportError":
+        sys.modules["sklearn"] = None
+    else:
+        demo.MLP.backward = fails
+sys.exit(main(["demo", "--distributed", "--no-plot"]))
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        ("ImportError", 1, "sgdcore demo: error: needs scikit-learn"),
+        ("RuntimeError", 1, "RuntimeError: on one rank"),
+        ("KeyboardInterrupt", 130, "sgdcore demo: interrupted"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(
+    error: str, code: int, message: str, tmp_path: Path
+) -> None:
+    """MPI would let them wait for it for ever."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = run([*mpiexec(), sys.executable, str(script), error], tmp_path, seconds=60)
+    assert done.returncode == code
+    assert message in done.stderr
+
+
 def test_demo_needs_a_launcher(tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "sgdcore", "demo", "--distributed"], tmp_path)
     assert done.returncode == 2
@@ -114,7 +152,7 @@ def test_demo_needs_a_launcher(tmp_path: Path) -> None:
     ],
 )
 def test_examples(launcher: list[str] | None, script: str, tmp_path: Path) -> None:
-    start = [*mpiexec(), sys.executable] if launcher is None else launcher
+    start = [*mpiexec(), sys.executable, "-m", "mpi4py"] if launcher is None else launcher
     done = run([*start, str(ROOT / "examples" / script), "--epochs", "8"], tmp_path)
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(r"2 ranks, 8 epochs: test accuracy (\d+\.\d)%\n", done.stdout)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 
@@ -87,37 +87,43 @@ def train_on_shards(
 
 def run(args: argparse.Namespace) -> int:
     """Join the other ranks and run the demo with them, and return the exit code."""
-    # What is missing is missing on all ranks; if one found out alone, the others would wait for it.
-    demo.import_extras(plot=args.plot is not None)
-    with _join() as group:
-        if group.rank == 0:
-            return demo.run(args, group)
-        silent = argparse.Namespace(**{**vars(args), "quiet": True, "plot": None})
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            try:
-                return demo.run(silent, group)
-            except demo.DemoError as error:  # which the first rank reports
-                return error.exit_code
+    with _join(plot=args.plot is not None) as group:
+        code = demo.run(args, group) if group.rank == 0 else _run_silently(args, group)
+        if code == demo.INTERRUPTED:
+            # The others may be waiting for this rank, where no Ctrl-C gets through to them.
+            if group.rank > 0:
+                sleep(1)  # for the first one to say how far it came
+            raise KeyboardInterrupt
+        return code
+
+
+def _run_silently(args: argparse.Namespace, group: ProcessGroup) -> int:
+    silent = argparse.Namespace(**{**vars(args), "quiet": True, "plot": None})
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        try:
+            return demo.run(silent, group)
+        except demo.DemoError as error:  # which the first rank reports
+            return error.exit_code
 
 
 @contextmanager
-def _join() -> Iterator[ProcessGroup]:
-    """Use the engine of the launcher that started this process.
+def _join(plot: bool) -> Iterator[ProcessGroup]:
+    """Use the engine of the launcher that started this process, once the demo's extras are there.
 
     Raises:
-        DemoError: There was no launcher, or its engine is not installed.
+        DemoError: There was no launcher, or something is not installed.
     """
     try:
         if _TORCHRUN in os.environ:
             import torch.distributed as dist
 
+            demo.import_extras(plot)
             dist.init_process_group("gloo")
             yield as_process_group(dist.group.WORLD)
             dist.destroy_process_group()
         elif any(name in os.environ for name in _MPIEXEC):
-            from mpi4py import MPI
-
-            yield as_process_group(MPI.COMM_WORLD)
+            with _join_mpi(plot) as group:
+                yield group
         else:
             raise demo.DemoError(
                 "argument --distributed: needs a launcher, such as\n"
@@ -127,3 +133,21 @@ def _join() -> Iterator[ProcessGroup]:
             )
     except ImportError as error:
         raise demo.DemoError(f"--distributed: {error}") from error
+
+
+@contextmanager
+def _join_mpi(plot: bool) -> Iterator[ProcessGroup]:
+    """Use MPI. An exception on one rank ends all of them, as with torchrun: the others would wait for it."""
+    from mpi4py import MPI
+    from mpi4py.run import set_abort_status
+
+    joined = False
+    try:
+        demo.import_extras(plot)
+        joined = True
+        yield as_process_group(MPI.COMM_WORLD)
+    except BaseException as error:
+        # Afterwards all ranks have a DemoError, or the first one has it when all are done.
+        if not (joined and isinstance(error, demo.DemoError)):
+            set_abort_status(error)  # at the end of this process, which says first what happened
+        raise
