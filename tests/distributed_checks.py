@@ -630,6 +630,10 @@ def ranks_that_disagree_are_refused(context: Context) -> None:
             context, ValueError, "parameters: expected the same on all ranks", *params_of(optimizer)
         ):
             cls(optimizer)
+    optimizer = make("numpy flat", seed=context.rank)
+    match = f"optimizer: expected the same on all ranks, got on rank {context.rank}"
+    with refused(context, ValueError, match, *params_of(optimizer)):
+        (LocalSGD if odd else DataParallel)(optimizer)
     for name, (one, other) in {
         "sync_every": (4, 5),
         "warmup_steps": (0, 1),
@@ -766,10 +770,10 @@ def data_parallel_grads_argument(context: Context) -> None:
         data.step(grads=[own])
 
 
-@check()
-def data_parallel_weight_of_zero(context: Context) -> None:
+@check(cases=KINDS)
+def data_parallel_weight_of_zero(context: Context, kind: str) -> None:
     """Counts for nothing, even where gradients are NaN, and is not the end of a rank; but not on all ranks."""
-    optimizer, single = make("numpy flat"), make("numpy flat")
+    optimizer, single = make(kind), make(kind)
     data = DataParallel(optimizer)
     last = context.size - 1
     if context.rank != 0:
@@ -1064,6 +1068,19 @@ def a_failure_before_the_first_step_changes_nothing(context: Context) -> None:
     local._group = Gone(context.group)
     with refused(context, RoundError, "round 1 .* all are gone", *params_of(optimizer)):
         local.sync()
+
+
+@check()
+def groups_without_parameters(context: Context) -> None:
+    """The first one may have none yet."""
+    for outer in (None, OuterSGD(0.7, 0.9), SlowMo(0.5)):
+        params = params_of(make("numpy separate"))
+        optimizer = sgdcore.SGD([{"params": []}, {"params": params}], **HYPER)
+        other = make("numpy separate")
+        train(context, LocalSGD(optimizer, sync_every=2, outer=outer), 4)
+        train(context, LocalSGD(other, sync_every=2, outer=outer), 4)
+        for a, b in zip(params, params_of(other), strict=True):
+            assert same_bits(a, b)
 
 
 @check()

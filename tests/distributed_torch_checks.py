@@ -714,6 +714,35 @@ def parameters_that_were_moved(context: Context) -> None:
     assert results[0] == results[1]
 
 
+@check(TORCH)
+def layouts_that_changed_on_one_rank_are_refused(context: Context) -> None:
+    """By all ranks, at the next average: elements of different places would be added up."""
+    wrappers: list[Any] = [
+        DataParallel,
+        lambda o: LocalSGD(o, sync_every=1),
+        lambda o: LocalSGD(o, sync_every=9, levels=[(context.group, 1)]),
+    ]
+    for wrap in wrappers:
+        module = network()
+        optimizer = wrap(sgd(module))
+        if context.rank == 0:
+            module.to(memory_format=torch.channels_last)
+        with refused(context, RoundError, "expected the same layout in memory on all ranks"):
+            backward(module, *batch(context.rank, 0))
+            optimizer.step()
+        module.to(memory_format=torch.channels_last)
+        optimizer.zero_grad()
+        backward(module, *batch(context.rank, 1))
+        optimizer.step()
+        assert_equal_on_all(context, list(module.parameters()))
+
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    data = DataParallel(sgd(layers))
+    layers[context.rank % 2].requires_grad_(False)
+    with refused(context, RoundError, "and the same ones frozen", *layers.parameters()):
+        layers[0](layers[1](torch.ones(2, 4))).sum().backward()
+
+
 @check(GLOO)
 def large_weights_stay_within_the_range_of_float16(context: Context) -> None:
     """Also where they grow from one step to the next, on one rank alone, and in slices that are sent early."""

@@ -20,6 +20,7 @@ from sgdcore.distributed import (
     OuterSGD,
     PostLocal,
     Progress,
+    ShardSampler,
     SlowMo,
     Stagewise,
     as_process_group,
@@ -320,6 +321,16 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "slice_bytes: expected at least 8, got 4",
     ),
+    "levels, one": (
+        lambda: LocalSGD(sgd(), Alone(), levels=3),  # type: ignore[arg-type]
+        TypeError,
+        r"levels: expected a list of pairs \(group, every\), got 3",
+    ),
+    "sync_every=True": (
+        lambda: LocalSGD(sgd(), Alone(), sync_every=True),
+        TypeError,
+        "sync_every: expected an integer .*, got True",
+    ),
     "levels": (
         lambda: LocalSGD(sgd(), Alone(), levels=[Alone()]),
         TypeError,
@@ -344,6 +355,18 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 def test_refusals(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_integers_of_numpy_and_torch_are_integers() -> None:
+    assert LocalSGD(sgd(), Alone(), sync_every=np.int64(4))._facts()["sync_every"] == "4"  # type: ignore[arg-type]
+    sampler = ShardSampler(np.int64(10), num_replicas=np.int32(2), rank=torch.tensor(1), seed=np.uint8(3))  # type: ignore[arg-type]
+    same = ShardSampler(10, num_replicas=2, rank=1, seed=3)
+    assert [b.tolist() for b in sampler.batches(np.int64(2))] == [
+        b.tolist() for b in same.batches(2)
+    ]
+    for value in (np.bool_(True), 2.0, np.float64(2), "2", None):
+        with pytest.raises(TypeError, match="batch_size: expected an integer, got"):
+            same.batches(value)  # type: ignore[arg-type]
 
 
 ANCHORED: dict[str, dict[str, Any]] = {

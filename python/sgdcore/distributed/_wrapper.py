@@ -33,8 +33,11 @@ __all__ = [
     "Wrapper",
     "broadcast_settings",
     "call_closure",
+    "check_fingerprints",
     "compare",
+    "fingerprint",
     "momentum_of",
+    "on_my_place",
     "set_zero_momentum",
 ]
 
@@ -194,6 +197,7 @@ class Views:
         group_of: for each, the position of its group.
         flats: for each, its values as a flat view.
         runs: the positions of those that lie side by side, together; never across groups.
+        fingerprint: of the layout.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -216,6 +220,7 @@ class Views:
         self.flats = [flat(d, label) for d, label in zip(self.data, self.labels, strict=True)]
         self.runs = [part for run in runs(self.flats) for part in _split(run, self.group_of)]
         self._places = self._where()
+        self.fingerprint = fingerprint(self.layout())
 
     def _where(self) -> list[int]:
         """Return what tells other memory from that in `data`: a tensor's address, an array's identity."""
@@ -287,7 +292,7 @@ def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
     """
     hashes = []
     for text in facts.values():
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        number = fingerprint(text)
         hashes += [number, -number]
     extremes = numbers(like, hashes, "int64")
     group.all_reduce(extremes, "max").wait()
@@ -297,6 +302,25 @@ def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
             raise ValueError(
                 f"{name}: expected the same on all ranks, got on rank {group.rank}: {text}"
             )
+
+
+def fingerprint(text: str) -> int:
+    """Return a hash that is the same in all processes, and a number that float64 holds."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def on_my_place(group: ProcessGroup, value: float) -> list[float]:
+    """Return what adds up to the values of all ranks, in their order."""
+    return [float(value) if i == group.rank else 0.0 for i in range(group.size)]
+
+
+def check_fingerprints(everyone: Sequence[float]) -> None:
+    """Raise a ValueError if ranks have laid out what they are about to average in different ways."""
+    if min(everyone) != max(everyone):
+        raise ValueError(
+            "parameters: expected the same layout in memory on all ranks, and the same ones frozen; since they were wrapped, "
+            "some ranks have changed that and others have not"
+        )
 
 
 def broadcast_settings(group: ProcessGroup, optimizer: Any, views: Views, source: int) -> None:

@@ -38,7 +38,10 @@ from sgdcore.distributed._wrapper import (
     Wrapper,
     broadcast_settings,
     call_closure,
+    check_fingerprints,
     compare,
+    fingerprint,
+    on_my_place,
 )
 from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import Work, as_process_group
@@ -126,6 +129,7 @@ class DataParallel(Wrapper):
         self._momentum = Momenta(self._optimizer, views)
         self._wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
         self._trained = self._requires_grad()
+        self._fingerprint = fingerprint(f"{views.layout()}\n{self._trained}")
         # Frozen parameters get no gradients, and are left out.
         sizes = [
             len(view) if trained else 0
@@ -181,6 +185,7 @@ class DataParallel(Wrapper):
             "wire_dtype": str(self._wire),
             "requires_grad": str(self._trained),
         }
+        compare(self._group, like, {"optimizer": type(self).__name__})
         compare(self._group, like, facts)
         self._follow_first(status)
 
@@ -404,10 +409,18 @@ class DataParallel(Wrapper):
             self._weighed(weight, wait=True)
             while self._next < len(self._slices):
                 self._send(self._next, sent, weight)
-            header = [weight, not idle, failed, *(gradient is not None for gradient in sent)]
+            header = [
+                weight,
+                not idle,
+                failed,
+                *on_my_place(self._group, self._fingerprint),
+                *(gradient is not None for gradient in sent),
+            ]
             total = numbers(self._views.flats[0], header)
             self._group.all_reduce(total).wait()
-            weights, training, failures, *present = total.tolist()
+            weights, training, failures, *rest = total.tolist()
+            fingerprints, present = rest[: self._group.size], rest[self._group.size :]
+            check_fingerprints(fingerprints)
             if failures > 0:
                 raise RuntimeError(
                     "a backward pass failed on some rank when part of its gradients had been sent"

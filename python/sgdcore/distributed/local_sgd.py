@@ -7,10 +7,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sgdcore.distributed._checks import check_count, check_wire
+from sgdcore.distributed._checks import check_count, check_wire, integer
 from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
 from sgdcore.distributed._traffic import Averager, Differences, wire_name
-from sgdcore.distributed._wrapper import Momenta, Views, Wrapper, compare
+from sgdcore.distributed._wrapper import (
+    Momenta,
+    Views,
+    Wrapper,
+    check_fingerprints,
+    compare,
+    on_my_place,
+)
 from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.distributed.outer import Outer, OuterSGD, SlowMo
@@ -190,6 +197,7 @@ class LocalSGD(Wrapper):
     def _join(self, status: int) -> None:
         """Meet the other ranks: see that all agree, and bring those behind to where the first one is."""
         like = self._views.flats[0]
+        compare(self._group, like, {"optimizer": type(self).__name__})
         compare(self._group, like, self._facts())
         statuses = numbers(like, [0.0] * self._group.size)
         self._group.all_gather(statuses, numbers(like, [status])).wait()
@@ -352,9 +360,12 @@ class LocalSGD(Wrapper):
         writing = False
         try:
             self._follow_moves()
-            taken = numbers(self._views.flats[0], [self._steps_taken])
-            group.all_reduce(taken).wait()
-            if taken.tolist()[0] > 0:
+            header = [self._steps_taken, *on_my_place(group, self._views.fingerprint)]
+            total = numbers(self._views.flats[0], header)
+            group.all_reduce(total).wait()
+            taken, *fingerprints = total.tolist()
+            check_fingerprints(fingerprints)
+            if taken > 0:
                 writing = True
                 self._plain.average(group)
         except Exception as error:
@@ -375,13 +386,16 @@ class LocalSGD(Wrapper):
                 float(self._steps_taken > 0),
                 float(self._losses),
                 float(self._losses_count),
-                *self._on_my_place(self._step),
+                *on_my_place(self._group, self._views.fingerprint),
+                *on_my_place(self._group, self._step),
                 *(present if self._momentum_sync == "average" else ()),
             ]
             total = numbers(self._views.flats[0], header)
             self._group.all_reduce(total).wait()
             training, losses, count, *rest = total.tolist()
-            steps, has_momentum = rest[: self._group.size], rest[self._group.size :]
+            size = self._group.size
+            fingerprints, steps, has_momentum = rest[:size], rest[size : 2 * size], rest[2 * size :]
+            check_fingerprints(fingerprints)
             if training > 0:
                 writing = True
                 self._averager.average(self._group)
@@ -404,10 +418,6 @@ class LocalSGD(Wrapper):
             self._step -= self._step_in_round  # idle steps only
         self._start_round()
         return int(training)
-
-    def _on_my_place(self, value: float) -> list[float]:
-        """Return what adds up to the values of all ranks, in their order."""
-        return [float(value) if i == self._group.rank else 0.0 for i in range(self._group.size)]
 
     def _commit(self, step: int) -> None:
         """What follows the averaging on each rank by itself.
@@ -640,7 +650,7 @@ def _copy(targets: Sequence[Any], sources: Sequence[Any]) -> None:
 def _schedule(sync_every: Any) -> int | Schedule:
     if isinstance(sync_every, Schedule) and not isinstance(sync_every, type):
         return sync_every
-    if not isinstance(sync_every, int) or isinstance(sync_every, bool):
+    if integer(sync_every) is None:
         raise TypeError(
             f"sync_every: expected an integer or an object with a method period(progress), got {sync_every!r}"
         )
@@ -654,6 +664,8 @@ def _text(schedule: int | Schedule) -> str:
 
 
 def _levels(levels: Sequence[tuple[Any, int]] | None) -> list[tuple[ProcessGroup, int]]:
+    if levels is not None and not isinstance(levels, Sequence):
+        raise TypeError(f"levels: expected a list of pairs (group, every), got {levels!r}")
     result = []
     for i, level in enumerate(levels or ()):
         try:

@@ -85,7 +85,7 @@ class Outer:
     def __init__(self, spec: OuterSGD | SlowMo, anchors: Sequence[Sequence[Any]]) -> None:
         self._spec = spec
         self._lrs = [0.0] * len(anchors)  # of the last round
-        self._torch = is_torch(anchors[0][0])
+        self._torch = any(is_torch(anchor) for each in anchors for anchor in each)
         hyper: dict[str, Any] = {"lr": spec.lr, "momentum": spec.momentum}
         if isinstance(spec, OuterSGD):
             hyper["nesterov"] = spec.nesterov

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sgdcore.distributed._checks import check_count
+from sgdcore.distributed._checks import check_count, integer
 from sgdcore.distributed.groups import as_process_group
 
 __all__ = ["ShardSampler"]
@@ -231,7 +231,7 @@ def _permutation(count: int, seed: int) -> Indices:
 
 def _length(dataset: Any) -> int:
     """Return a data set's length, or the integer that stands for one."""
-    if isinstance(dataset, int) and not isinstance(dataset, bool):
+    if integer(dataset) is not None:
         return check_count("dataset", dataset, 0)
     try:
         return len(dataset)
