@@ -634,17 +634,24 @@ def ranks_that_disagree_are_refused(context: Context) -> None:
     match = f"optimizer: expected the same on all ranks, got on rank {context.rank}"
     with refused(context, ValueError, match, *params_of(optimizer)):
         (LocalSGD if odd else DataParallel)(optimizer)
-    for name, (one, other) in {
-        "sync_every": (4, 5),
-        "warmup_steps": (0, 1),
-        "momentum_sync": ("keep", "reset"),
-        "outer": (None, SlowMo(0.5)),
-        "transactional": (False, True),
-    }.items():
-        optimizer = make("numpy flat", seed=context.rank)
-        match = f"{name}: expected the same on all ranks, got on rank {context.rank}"
-        with refused(context, ValueError, match, *params_of(optimizer)):
-            LocalSGD(optimizer, **{name: other if odd else one})
+    options: dict[Any, dict[str, Any]] = {
+        LocalSGD: {
+            "sync_every": (4, 5),
+            "warmup_steps": (0, 1),
+            "momentum_sync": ("keep", "reset"),
+            "outer": (None, SlowMo(0.5)),
+            "levels": (None, [(context.group, 2)]),
+            "wire_dtype": (None, "float32"),
+            "transactional": (False, True),
+        },
+        DataParallel: {"slice_bytes": (1 << 20, 1 << 21), "wire_dtype": (None, "float32")},
+    }
+    for cls, each in options.items():
+        for name, (one, other) in each.items():
+            optimizer = make("numpy flat", seed=context.rank)
+            match = f"{name}: expected the same on all ranks, got on rank {context.rank}"
+            with refused(context, ValueError, match, *params_of(optimizer)):
+                cls(optimizer, **{name: other if odd else one})
 
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -858,6 +865,33 @@ def data_parallel_average_before_the_step(context: Context) -> None:
     before = [g.copy() for g in gradients]
     data.step()
     assert all(same_bits(a, b) for a, b in zip(gradients, before, strict=True))
+    put_gradients(optimizer, np.random.default_rng(context.rank))
+    data.step()  # averages again
+    assert_equal_on_all(context, params_of(optimizer))
+
+
+@check()
+def data_parallel_starts_from_one_state(context: Context) -> None:
+    """Where an optimizer has state already, that of the first rank; else ranks would differ after a step."""
+    for first in (True, False):
+        optimizer = make("numpy separate")
+        optimizer.param_groups[0]["lr"] = 0.1 + context.rank
+        if first or context.rank > 0:
+            train(context, optimizer, 2)
+        data = DataParallel(optimizer)
+        assert data.param_groups[0]["lr"] == 0.1
+        train(context, data, 2)
+        assert_equal_on_all(context, params_of(optimizer))
+        assert_equal_on_all(context, momenta_of(optimizer))
+
+
+@check()
+def data_parallel_refuses_gradients_of_another_shape(context: Context) -> None:
+    arrays = [np.zeros((3, 2), np.float32)]
+    data = DataParallel(sgdcore.SGD(arrays, lr=1.0))
+    match = r"the gradient of .*\[0\]: expected shape \(3, 2\), the parameter's, got \(2, 3\)"
+    with refused(context, ValueError, match, *arrays):
+        data.step(grads=[np.ones((2, 3), np.float32)])
 
 
 @check()

@@ -263,6 +263,7 @@ def the_last_wrapper_counts(context: Context) -> None:
     backward(module, *batch(context.rank, 0))
     assert_equal_on_all(context, [p.grad for p in module.parameters()])
     del data
+    assert not any(p._post_accumulate_grad_hooks for p in module.parameters())
     module.zero_grad()
     backward(module, *batch(context.rank, 0))
 
@@ -604,6 +605,32 @@ def errors_of_the_wire_are_fed_back(context: Context, kind: str) -> None:
     assert all(error.isfinite().all() for error in data._errors)
 
 
+@check(GLOO, cases=KINDS)
+def data_parallel_resumes(context: Context, kind: str) -> None:
+    """With the same bits: steps are counted, and leftovers of the wire are kept."""
+
+    def run(data: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            data.weight = 1 + (step + context.rank) % 3
+            train(context, data, 1, first=step)
+
+    unbroken = DataParallel(make(kind), wire_dtype="bfloat16")
+    run(unbroken, 0, 5)
+    values, state = values_of(unbroken), copy.deepcopy(unbroken.state_dict())
+    run(unbroken, 5, 8)
+    resumed = DataParallel(make(kind, seed=5), wire_dtype="bfloat16")
+    for p, value in zip(params_of(resumed), values, strict=True):
+        p.data.copy_(torch.from_numpy(value))
+    resumed.load_state_dict(state)
+    run(resumed, 5, 8)
+    for a, b in zip(params_of(resumed), params_of(unbroken), strict=True):
+        assert same_bits(a, b)
+    assert resumed._steps == 8
+    state["data_parallel"]["errors"] = state["data_parallel"]["errors"][1:]
+    with refused(context, ValueError, r"\['errors'\]: expected sizes", *params_of(resumed)):
+        resumed.load_state_dict(state)
+
+
 @check(GLOO)
 def momenta_in_another_order(context: Context) -> None:
     """torch.optim lays momentum out as the first gradient was, which may differ between ranks."""
@@ -741,6 +768,7 @@ def layouts_that_changed_on_one_rank_are_refused(context: Context) -> None:
     layers[context.rank % 2].requires_grad_(False)
     with refused(context, RoundError, "and the same ones frozen", *layers.parameters()):
         layers[0](layers[1](torch.ones(2, 4))).sum().backward()
+    data.zero_grad()
 
 
 @check(GLOO)

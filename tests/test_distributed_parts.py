@@ -359,7 +359,9 @@ def test_refusals(call: Any, error: type[Exception], match: str) -> None:
 
 def test_integers_of_numpy_and_torch_are_integers() -> None:
     assert LocalSGD(sgd(), Alone(), sync_every=np.int64(4))._facts()["sync_every"] == "4"  # type: ignore[arg-type]
-    sampler = ShardSampler(np.int64(10), num_replicas=np.int32(2), rank=torch.tensor(1), seed=np.uint8(3))  # type: ignore[arg-type]
+    sampler = ShardSampler(
+        np.int64(10), num_replicas=np.int32(2), rank=torch.tensor(1), seed=np.uint8(3)
+    )  # type: ignore[arg-type]
     same = ShardSampler(10, num_replicas=2, rank=1, seed=3)
     assert [b.tolist() for b in sampler.batches(np.int64(2))] == [
         b.tolist() for b in same.batches(2)
@@ -446,19 +448,20 @@ def test_resuming_with_transactional_a_state_saved_without(steps: int) -> None:
     np.testing.assert_array_equal(local.param_groups[0]["params"][0].data, 0)
 
 
-def test_what_a_scaler_set_is_dropped_when_a_round_fails() -> None:
-    class Failing(Alone):
-        def all_reduce(self, array: Any, op: str = "sum") -> Done:
-            raise ConnectionError("gone")
-
+@pytest.mark.parametrize("cls", [LocalSGD, DataParallel])
+def test_what_a_scaler_set_is_dropped_when_a_step_fails(cls: Any) -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    local = LocalSGD(torch.optim.SGD([parameter], lr=0.1), Alone(), sync_every=1)
+    optimizer = cls(torch.optim.SGD([parameter], lr=0.1), Alone())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale((parameter * 1.0).sum()).backward()
-    local._group = Failing()
-    with pytest.raises(sgdcore.distributed.RoundError):
-        scaler.step(local)
-    assert not {"found_inf", "grad_scale"} & set(vars(local))
+
+    def fails(*_: Any) -> None:
+        raise ConnectionError("gone")
+
+    optimizer.register_step_pre_hook(fails)
+    with pytest.raises(ConnectionError):
+        scaler.step(optimizer)
+    assert not {"found_inf", "grad_scale"} & set(vars(optimizer))
 
 
 def test_a_schedule_that_answers_nonsense() -> None:

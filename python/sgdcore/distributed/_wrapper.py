@@ -353,6 +353,8 @@ def broadcast_settings(group: ProcessGroup, optimizer: Any, views: Views, source
             else:
                 own[key] = value
     for parameter, values in zip(views.parameters, kept, strict=True):
+        for key in _kept_of(optimizer, parameter).keys() - values.keys():
+            del optimizer.state[parameter][key]
         for key, (value, beside) in values.items():
             if is_torch(value) and beside:  # the parameter's device may be another one here
                 value = value.to(parameter.device)
@@ -413,10 +415,15 @@ class Momenta:
         return self._averager[1]
 
     def broadcast(self, group: ProcessGroup, source: int) -> None:
-        """Give all ranks the momentum of one of them."""
-        present = numbers(self._views.flats[0], [momentum is not None for momentum in self.all()])
+        """Give all ranks the momentum of one of them, and none where it has none."""
+        own = self.all()
+        present = numbers(self._views.flats[0], [momentum is not None for momentum in own])
         group.broadcast(present, source).wait()
-        averager = self.averager([each > 0 for each in present.tolist()])
+        wanted = [each > 0 for each in present.tolist()]
+        for parameter, momentum, there in zip(self._views.parameters, own, wanted, strict=True):
+            if momentum is not None and not there:
+                del self._optimizer.state[parameter]["momentum_buffer"]
+        averager = self.averager(wanted)
         if averager is not None:
             averager.broadcast(group, source)
 

@@ -190,7 +190,7 @@ class DataParallel(Wrapper):
         self._follow_first(status)
 
     def _follow_first(self, status: int) -> None:
-        """Take parameters, momentum and count of steps of the rank with the highest status."""
+        """Take parameters, the optimizer's state and count of steps of the rank with the highest status."""
         if self._views.moved():
             self._set_up()
         statuses = numbers(self._views.flats[0], [0.0] * self._group.size)
@@ -201,9 +201,9 @@ class DataParallel(Wrapper):
             return  # all took the same steps
         source = everyone.index(max(everyone))
         Averager(self._views.flats, self._views.runs).broadcast(self._group, source)
+        self._momentum.broadcast(self._group, source)
+        broadcast_settings(self._group, self._optimizer, self._views, source)
         if max(everyone) > 0:
-            self._momentum.broadcast(self._group, source)
-            broadcast_settings(self._group, self._optimizer, self._views, source)
             self._steps = int(max(everyone)) - 1
 
     @property

@@ -7,6 +7,7 @@ on memory that the caller keeps; a NumPy array reaches torch.distributed, and a 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from time import monotonic, sleep
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,7 +77,66 @@ class ProcessGroup(Protocol):
         """Wait until all ranks are here."""
 
 
-class TorchGroup:
+class _Engine(ABC):
+    """What the engines have in common: they check their arguments alike, and then start an operation each in its way."""
+
+    _rank: int
+    _size: int
+
+    @property
+    def rank(self) -> int:
+        """The number of this process in the group."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self._size
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Work:
+        """See `ProcessGroup.all_reduce`."""
+        view = self._view("array", array)
+        if op not in _OPERATIONS:
+            raise ValueError(f"op: expected one of {', '.join(_OPERATIONS)}, got {op!r}")
+        return self._all_reduce(view, op)
+
+    def broadcast(self, array: Any, source: int = 0) -> Work:
+        """See `ProcessGroup.broadcast`."""
+        view = self._view("array", array)
+        if not 0 <= source < self.size:
+            raise ValueError(f"source: expected a rank from 0 to {self.size - 1}, got {source}")
+        return self._broadcast(view, source)
+
+    def reduce_scatter(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.reduce_scatter`."""
+        target, view = self._view("output", output), self._view("array", array)
+        _check_sizes("array", view, "output", target, self.size)
+        return self._reduce_scatter(target, view)
+
+    def all_gather(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.all_gather`."""
+        target, view = self._view("output", output), self._view("array", array)
+        _check_sizes("output", target, "array", view, self.size)
+        return self._all_gather(target, view)
+
+    @abstractmethod
+    def _view(self, argument: str, array: Any) -> Any:
+        """Return what the engine takes, over the same memory."""
+
+    @abstractmethod
+    def _all_reduce(self, view: Any, op: str) -> Work: ...
+
+    @abstractmethod
+    def _broadcast(self, view: Any, source: int) -> Work: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, target: Any, view: Any) -> Work: ...
+
+    @abstractmethod
+    def _all_gather(self, target: Any, view: Any) -> Work: ...
+
+
+class TorchGroup(_Engine):
     """A process group of torch.distributed: gloo for memory of the CPU, NCCL for that of CUDA devices.
 
     Args:
@@ -102,30 +162,19 @@ class TorchGroup:
         if self._rank < 0:
             raise RuntimeError("group: this process is not one of its ranks")
         self._size = dist.get_world_size(group)
-        self._sum, self._max = dist.ReduceOp.SUM, dist.ReduceOp.MAX
+        self._operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
         # torch 2.13 renamed them.
         names = ("all_gather_single", "reduce_scatter_single")
         if not hasattr(dist, names[0]):
             names = ("all_gather_into_tensor", "reduce_scatter_tensor")
-        self._all_gather, self._reduce_scatter = (getattr(dist, name) for name in names)
-
-    @property
-    def rank(self) -> int:
-        """The number of this process in the group."""
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
-        return self._size
+        self._gather, self._scatter = (getattr(dist, name) for name in names)
 
     @property
     def backend(self) -> str:
         """The engine's name, such as ``"gloo"``."""
         return str(self._dist.get_backend(self._group))
 
-    def _tensor(self, array: Any, argument: str = "array") -> Any:
-        """Return a tensor over the same memory."""
+    def _view(self, argument: str, array: Any) -> Any:
         torch = self._torch
         if isinstance(array, torch.Tensor):
             if not array.is_contiguous():
@@ -133,41 +182,27 @@ class TorchGroup:
                     f"{argument}: expected a contiguous tensor, got strides {array.stride()}"
                 )
             return array.detach()
-        array = _contiguous(array, argument)
+        array = _contiguous(argument, array)
         if array.dtype.name == "bfloat16":  # which NumPy does not know by itself
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    def all_reduce(self, array: Any, op: str = "sum") -> Work:
-        """See `ProcessGroup.all_reduce`."""
-        torch_op = self._sum if _operation(op) == "sum" else self._max
-        tensor = self._tensor(array)
-        return _TorchWork(
-            self._dist.all_reduce(tensor, torch_op, self._group, async_op=True), tensor
-        )
+    def _all_reduce(self, view: Any, op: str) -> Work:
+        work = self._dist.all_reduce(view, self._operations[op], self._group, async_op=True)
+        return _TorchWork(work, view)
 
-    def broadcast(self, array: Any, source: int = 0) -> Work:
-        """See `ProcessGroup.broadcast`."""
-        tensor = self._tensor(array)
-        source = _rank("source", source, self.size)
+    def _broadcast(self, view: Any, source: int) -> Work:
         if self._group is not None:
             source = self._dist.get_global_rank(self._group, source)
-        return _TorchWork(self._dist.broadcast(tensor, source, self._group, async_op=True), tensor)
+        return _TorchWork(self._dist.broadcast(view, source, self._group, async_op=True), view)
 
-    def reduce_scatter(self, output: Any, array: Any) -> Work:
-        """See `ProcessGroup.reduce_scatter`."""
-        target, tensor = self._tensor(output, "output"), self._tensor(array)
-        _check_sizes("array", tensor, "output", target, self.size)
-        work = self._reduce_scatter(target, tensor, self._sum, self._group, async_op=True)
-        return _TorchWork(work, target, tensor)
+    def _reduce_scatter(self, target: Any, view: Any) -> Work:
+        operation = self._operations["sum"]
+        work = self._scatter(target, view, operation, self._group, async_op=True)
+        return _TorchWork(work, target, view)
 
-    def all_gather(self, output: Any, array: Any) -> Work:
-        """See `ProcessGroup.all_gather`."""
-        target, tensor = self._tensor(output, "output"), self._tensor(array)
-        _check_sizes("output", target, "array", tensor, self.size)
-        return _TorchWork(
-            self._all_gather(target, tensor, self._group, async_op=True), target, tensor
-        )
+    def _all_gather(self, target: Any, view: Any) -> Work:
+        return _TorchWork(self._gather(target, view, self._group, async_op=True), target, view)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
@@ -201,7 +236,7 @@ class _TorchWork:
         return self._work is None or bool(self._work.is_completed())
 
 
-class MpiGroup:
+class MpiGroup(_Engine):
     """An mpi4py communicator.
 
     16-bit types are refused: MPI has none, and some implementations return garbage for them without an error.
@@ -228,18 +263,7 @@ class MpiGroup:
         self._rank: int = self._comm.Get_rank()
         self._size: int = self._comm.Get_size()
 
-    @property
-    def rank(self) -> int:
-        """The number of this process in the communicator."""
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
-        return self._size
-
-    def _array(self, array: Any, argument: str = "array") -> Array:
-        """Return a NumPy array over the same memory, of a dtype that MPI knows."""
+    def _view(self, argument: str, array: Any) -> Array:
         if is_torch(array):
             if array.device.type != "cpu":
                 raise ValueError(
@@ -252,35 +276,21 @@ class MpiGroup:
             raise TypeError(
                 f"{argument}: expected one of {expected} for MPI, got {dtype_name(array.dtype)}"
             )
-        return _contiguous(array.detach().numpy() if is_torch(array) else array, argument)
+        return _contiguous(argument, array.detach().numpy() if is_torch(array) else array)
 
-    def all_reduce(self, array: Any, op: str = "sum") -> Work:
-        """See `ProcessGroup.all_reduce`."""
-        buffer = self._array(array)
-        return _MpiWork(
-            self._comm.Iallreduce(self._in_place, buffer, self._operations[_operation(op)]), buffer
-        )
+    def _all_reduce(self, view: Any, op: str) -> Work:
+        return _MpiWork(self._comm.Iallreduce(self._in_place, view, self._operations[op]), view)
 
-    def broadcast(self, array: Any, source: int = 0) -> Work:
-        """See `ProcessGroup.broadcast`."""
-        buffer = self._array(array)
-        return _MpiWork(self._comm.Ibcast(buffer, _rank("source", source, self.size)), buffer)
+    def _broadcast(self, view: Any, source: int) -> Work:
+        return _MpiWork(self._comm.Ibcast(view, source), view)
 
-    def reduce_scatter(self, output: Any, array: Any) -> Work:
-        """See `ProcessGroup.reduce_scatter`."""
-        target, buffer = self._array(output, "output"), self._array(array)
-        _check_sizes("array", buffer, "output", target, self.size)
-        return _MpiWork(
-            self._comm.Ireduce_scatter_block(buffer, target, self._operations["sum"]),
-            target,
-            buffer,
-        )
+    def _reduce_scatter(self, target: Any, view: Any) -> Work:
+        operation = self._operations["sum"]
+        request = self._comm.Ireduce_scatter_block(view, target, operation)
+        return _MpiWork(request, target, view)
 
-    def all_gather(self, output: Any, array: Any) -> Work:
-        """See `ProcessGroup.all_gather`."""
-        target, buffer = self._array(output, "output"), self._array(array)
-        _check_sizes("output", target, "array", buffer, self.size)
-        return _MpiWork(self._comm.Iallgather(buffer, target), target, buffer)
+    def _all_gather(self, target: Any, view: Any) -> Work:
+        return _MpiWork(self._comm.Iallgather(view, target), target, view)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
@@ -352,7 +362,7 @@ def _initialised_group() -> ProcessGroup:
     )
 
 
-def _contiguous(array: Any, argument: str) -> Array:
+def _contiguous(argument: str, array: Any) -> Array:
     if not isinstance(array, np.ndarray):
         raise TypeError(_KINDS.format(argument, type(array).__name__))
     if not array.flags.c_contiguous or not array.flags.writeable:
@@ -360,18 +370,6 @@ def _contiguous(array: Any, argument: str) -> Array:
             f"{argument}: expected a contiguous and writable array, got flags {array.flags}"
         )
     return array
-
-
-def _operation(op: str) -> str:
-    if op not in _OPERATIONS:
-        raise ValueError(f"op: expected one of {', '.join(_OPERATIONS)}, got {op!r}")
-    return op
-
-
-def _rank(argument: str, rank: int, size: int) -> int:
-    if not 0 <= rank < size:
-        raise ValueError(f"{argument}: expected a rank from 0 to {size - 1}, got {rank}")
-    return rank
 
 
 def _elements(array: Any) -> int:
