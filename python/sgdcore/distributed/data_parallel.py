@@ -67,8 +67,9 @@ class DataParallel(Wrapper):
     complete, and ``p.grad`` holds the mean when ``backward()`` returns, ready for clipping and GradScaler. For
     arrays it happens in `step`, in place, or before it in `average_gradients`.
 
-    A parameter without a gradient on some ranks counts as zero there, and gets the mean; one that has none on any rank is
-    left alone, as an optimizer does: its momentum does not decay. On one rank nothing is changed.
+    All ranks start with the parameters, state and hyperparameters of the first one. A parameter without a gradient on some
+    ranks counts as zero there, and gets the mean; one that has none on any rank is left alone, as an optimizer does: its
+    momentum does not decay. On one rank nothing is changed.
 
     Args:
         optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim.
