@@ -213,12 +213,12 @@ def put_gradients(optimizer: Any, rng: np.random.Generator, scale: float = 1.0) 
 
 
 def train(
-    context: Context, optimizer: Any, steps: int, rank: int | None = None, first: int = 0
+    context: Context, optimizer: Any, steps: int, first: int = 0, losses: bool = False
 ) -> None:
-    rank = context.rank if rank is None else rank
+    """Take steps with a gradient for each of rank and step, and perhaps tell a loss for each."""
     for step in range(first, first + steps):
-        put_gradients(optimizer, np.random.default_rng([rank, step]))
-        optimizer.step()
+        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
+        optimizer.step(**({"loss": (1 + context.rank / 8) * 0.8**step} if losses else {}))
 
 
 class Counting:
@@ -529,12 +529,12 @@ def sync_ends_a_round(context: Context) -> None:
 class Recording:
     """A schedule of one method."""
 
-    def __init__(self) -> None:
-        self.seen: list[Progress] = []
+    def __init__(self, first: int = 1) -> None:
+        self.first, self.seen = first, list[Progress]()
 
     def period(self, progress: Progress) -> int:
         self.seen.append(progress)
-        return progress.round + 1
+        return self.first + progress.round
 
 
 @check()
@@ -610,6 +610,17 @@ def levels(context: Context) -> None:
         assert (len(set(digests)) == 1) == (step == 5), step
     assert inner.reductions == 2 * group.reductions > 0
 
+    # Where two levels are due, the wider one alone.
+    wide = Counting(context.group)
+    local = LocalSGD(make("numpy flat"), group, sync_every=100, levels=[(inner, 2), (wide, 4)])
+    inner.reductions = wide.reductions = 0
+    for step in range(4):
+        train(context, local, 1, first=step)
+        digests = on_all(context, digest(params_of(local)))
+        assert (digests[0] == digests[1]) == (step in (1, 3)), step
+        assert (len(set(digests)) == 1) == (step == 3), step
+    assert inner.reductions == wide.reductions > 0
+
 
 @check()
 def different_starts_are_evened_out(context: Context) -> None:
@@ -659,7 +670,8 @@ RESUMED: dict[str, dict[str, Any]] = {
     "outer": {"outer": OuterSGD(0.7, 0.9, nesterov=True), "momentum_sync": "average"},
     "slowmo": {"outer": SlowMo(0.5), "warmup_steps": 5},
     "transactional": {"transactional": True, "momentum_sync": "reset"},
-    "schedule": {"sync_every": Stagewise({0: 3, 9: 4})},
+    "schedule": {"sync_every": Stagewise({0: 3, 10: 4})},
+    "losses": {"sync_every": Recording(2)},
     "wire": {"wire_dtype": "bfloat16"},
 }
 
@@ -670,23 +682,38 @@ def resuming(context: Context, kind: str) -> None:
     for name, options in RESUMED.items():
         if "wire_dtype" in options and context.engine == "mpi":
             continue
-        options = {"sync_every": 4, **options}
-        unbroken = LocalSGD(make(kind), **options)
-        train(context, unbroken, 19)
-        first = LocalSGD(make(kind), **options)
-        train(context, first, 10)
+
+        def build(seed: int = 0, options: dict[str, Any] = options) -> LocalSGD:
+            return LocalSGD(make(kind, seed=seed), **{"sync_every": 4, **copy.deepcopy(options)})
+
+        unbroken, first = build(), build()
+        train(context, unbroken, 19, losses=True)
+        train(context, first, 10, losses=True)
         values, state = values_of(first), copy.deepcopy(first.state_dict())
-        train(context, first, 1)  # what is saved is not touched any more
-        second = LocalSGD(make(kind, seed=5), **options)
-        for p, value in zip(params_of(second), values, strict=True):
-            _assign(p, value)
-        second.load_state_dict(state)
-        train(context, second, 9, first=10)
+        train(context, first, 1, losses=True)  # what is saved is not touched any more
+        second, third = build(seed=5), build(seed=6)
+        for resumed in (second, third):
+            for p, value in zip(params_of(resumed), values, strict=True):
+                _assign(p, value)
+            resumed.load_state_dict(state)
+        train(context, second, 9, first=10, losses=True)
         for ours, theirs in zip(params_of(second), params_of(unbroken), strict=True):
             assert same_bits(ours, theirs), name
         for ours, theirs in zip(momenta_of(second), momenta_of(unbroken), strict=True):
             assert same_bits(ours, theirs), name
         assert (second._step, second._round) == (unbroken._step, unbroken._round)
+        if name == "losses":
+            seen = second._schedule.seen
+            assert seen
+            assert seen == unbroken._schedule.seen[-len(seen) :]
+        third.sync()  # ends the round that was begun
+        assert_equal_on_all(context, params_of(third))
+        if name == "losses":  # and at the start of one, when the schedule is asked
+            fourth = build()
+            fourth.load_state_dict(third.state_dict())
+            for resumed in (third, fourth):
+                train(context, resumed, 1)
+            assert fourth._schedule.seen == third._schedule.seen[-1:]
 
 
 def _assign(p: Any, value: Any) -> None:
@@ -976,6 +1003,13 @@ def results_to_compare(context: Context) -> None:
         np.savez(context.folder / f"{context.engine}-{context.size}.npz", **results)
 
 
+class Four:
+    """A schedule, so that losses are counted."""
+
+    def period(self, progress: Progress) -> int:
+        return 4
+
+
 @check()
 def going_on_with_other_ranks(context: Context) -> None:
     """Some leave, the rest goes on; they come back as new ranks and get what the others have."""
@@ -986,22 +1020,25 @@ def going_on_with_other_ranks(context: Context) -> None:
         {"outer": SlowMo(0.5), "momentum_sync": "average"},
     ):
         optimizer = make("numpy flat")
-        local = LocalSGD(optimizer, sync_every=4, **options)
-        train(context, local, 10)
+        local = LocalSGD(optimizer, sync_every=Four(), **options)
+        train(context, local, 10, losses=True)
         local.sync()
         smaller = context.split(stay)
         if smaller is None:
             optimizer = make("numpy flat", seed=77)  # a new process
-            local = LocalSGD(optimizer, sync_every=4, **options)
+            local = LocalSGD(optimizer, sync_every=Four(), **options)
         else:
             local.rebind(smaller)
-            train(context, local, 6, first=10)
+            train(context, local, 6, first=10, losses=True)
             assert local.round == 4
             local.rebind(context.group)
         assert_equal_on_all(context, params_of(optimizer))
         # With `transactional` back at the end of the round.
         assert set(on_all(context, local._step)) == {14.0 if options.get("transactional") else 16.0}
-        train(context, local, 4, first=20)
+        for loss in (local._last_loss, local._first_loss):
+            assert loss is not None
+            assert len(set(on_all(context, loss))) == 1
+        train(context, local, 4, first=20, losses=True)
         assert_equal_on_all(context, params_of(optimizer))
     data = DataParallel(make("numpy flat"))
     train(context, data, 3)
@@ -1016,6 +1053,20 @@ def going_on_with_other_ranks(context: Context) -> None:
     assert data._steps == 8
     assert_equal_on_all(context, params_of(data))
     assert_equal_on_all(context, momenta_of(data))
+
+
+@check(cases={"plain": {}, "transactional": {"transactional": True}})
+def ranks_that_trained_apart(context: Context, **options: Any) -> None:
+    """After as many rounds, but each by itself: equal once they are together."""
+    alone = [context.split([rank]) for rank in range(context.size)][context.rank]
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, alone, sync_every=2, **options)
+    train(context, local, 2)
+    assert len(set(on_all(context, digest(params_of(optimizer))))) == context.size
+    local.rebind(context.group)
+    assert_equal_on_all(context, params_of(optimizer))
+    train(context, local, 2)
+    assert_equal_on_all(context, params_of(optimizer))
 
 
 class Failing(Counting):
@@ -1061,10 +1112,11 @@ def ranks_that_completed_a_round_lead(context: Context) -> None:
             if options["transactional"]:
                 assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), end, strict=True))
             else:
-                with pytest.raises(
-                    RuntimeError, match="a round failed and left the parameters in the middle"
-                ):
-                    local.step()
+                for call in (local.step, local.sync, local.finish):
+                    with pytest.raises(
+                        RuntimeError, match="a round failed and left the parameters in the middle"
+                    ):
+                        call()
         else:
             with pytest.MonkeyPatch.context() as patch:
                 # Rank 1 does not get to the momentum.
@@ -1154,18 +1206,22 @@ def a_round_without_a_step_here(context: Context, options: dict[str, Any]) -> No
     assert_equal_on_all(context, params_of(optimizer))
 
 
-@check()
-def a_failed_round_without_a_step_here(context: Context) -> None:
-    """With `transactional` a rank that has not stepped, and was written to, is back where it was, too."""
+@check(cases={"no step here": {"steps": 0}, "first round": {"steps": 1}})
+def a_failed_first_round(context: Context, steps: int) -> None:
+    """With `transactional` a rank that was written to is back where it began, also if it has not stepped."""
     group = Failing(context.group)
     optimizer = make("numpy flat")
+    start = values_of(optimizer)
     local = LocalSGD(optimizer, group, sync_every=100, transactional=True)
-    if context.rank == 0:
+    if context.rank == 0 or steps:
         train(context, local, 1)
     group.armed = True
     if context.rank == 1:
-        with refused(context, RoundError, "are those of the end of round 0", *params_of(optimizer)):
+        with pytest.raises(RoundError, match="are those of the end of round 0"):
             local.sync()
+        assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), start, strict=True))
+        assert all(momentum is None for momentum in momenta_of(optimizer))
+        assert (local._step, local.step_in_round) == (0, 0)
     else:
         local.sync()
 

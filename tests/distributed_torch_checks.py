@@ -268,6 +268,25 @@ def the_last_wrapper_counts(context: Context) -> None:
     backward(module, *batch(context.rank, 0))
 
 
+@check(TORCH)
+def one_rank_may_become_several(context: Context) -> None:
+    """Alone nothing is averaged; with others it is, within the backward pass."""
+    alone = [context.split([rank]) for rank in range(context.size)][context.rank]
+    module = network()
+    data = DataParallel(sgd(module), alone)
+    for step in range(2):
+        data.zero_grad()
+        backward(module, *batch(context.rank, step))
+        assert (
+            len(set(on_all(context, float(params_of(data)[0].grad.sum()))))
+            == [context.size, 1][step]
+        )
+        data.step()
+        if step == 0:
+            data.rebind(context.group)
+    assert_equal_on_all(context, list(module.parameters()))
+
+
 @check(TORCH, cases=KINDS)
 def grad_scaler(context: Context, kind: str) -> None:
     """A step that GradScaler skips on one rank counts as one of the round, with the bits of torch alone otherwise."""

@@ -416,36 +416,67 @@ def test_weights_are_numbers(weight: Any, error: type[Exception]) -> None:
     assert data.weight == 1
 
 
+class Failing(Alone):
+    def all_reduce(self, array: Any, op: str = "sum") -> Done:
+        raise ConnectionError("gone")
+
+
+def outer_local(**options: Any) -> LocalSGD:
+    inner = sgdcore.SGD([np.zeros(3, np.float32)], lr=0.1, momentum=0.9)
+    return LocalSGD(inner, Alone(), sync_every=2, outer=OuterSGD(1.0), **options)
+
+
+def take(local: LocalSGD, steps: int) -> None:
+    for _ in range(steps):
+        local.step(grads=[np.ones(3, np.float32)])
+
+
+def momentum(local: LocalSGD) -> Any:
+    return local.state[local.param_groups[0]["params"][0]]["momentum_buffer"]
+
+
 @pytest.mark.parametrize("steps", [2, 3], ids=["between rounds", "within a round"])
 def test_resuming_with_transactional_a_state_saved_without(steps: int) -> None:
     """Within a round the momentum to return to is unknown; between rounds it is that of the state."""
-
-    class Failing(Alone):
-        def all_reduce(self, array: Any, op: str = "sum") -> Done:
-            raise ConnectionError("gone")
-
-    def build(**options: Any) -> LocalSGD:
-        inner = sgdcore.SGD([np.zeros(3, np.float32)], lr=0.1, momentum=0.9)
-        return LocalSGD(inner, Alone(), sync_every=2, outer=OuterSGD(1.0), **options)
-
-    def step(local: LocalSGD, count: int) -> None:
-        for _ in range(count):
-            local.step(grads=[np.ones(3, np.float32)])
-
-    before, local = build(), build(transactional=True)
-    step(before, steps)
+    before, local = outer_local(), outer_local(transactional=True)
+    take(before, steps)
     state = before.state_dict()
     if steps == 3:
         with pytest.raises(ValueError, match="it was saved with other options"):
             local.load_state_dict(state)
         return
     local.load_state_dict(state)
-    step(local, 1)
+    take(local, 1)
     local._group = Failing()
     with pytest.raises(sgdcore.distributed.RoundError) as caught:
-        step(local, 1)
+        take(local, 1)
     assert caught.value.restored
     np.testing.assert_array_equal(local.param_groups[0]["params"][0].data, 0)
+
+
+def test_resuming_with_transactional_within_a_round() -> None:
+    """A failure returns to the momentum of the round's start, which the state has."""
+    before, local = outer_local(transactional=True), outer_local(transactional=True)
+    take(before, 2)
+    start = momentum(before).copy()
+    take(before, 1)
+    local.load_state_dict(before.state_dict())
+    assert not np.array_equal(momentum(local), start)
+    local._group = Failing()
+    with pytest.raises(sgdcore.distributed.RoundError):
+        take(local, 1)
+    assert_same_bits(momentum(local), start)
+
+
+def test_a_checkpoint_mends_what_a_failed_round_left() -> None:
+    local = outer_local()
+    state = local.state_dict()
+    local._broken = True
+    with pytest.raises(RuntimeError, match="load a checkpoint"):
+        take(local, 1)
+    local.load_state_dict(state)
+    take(local, 1)
+    assert local.step_in_round == 1
 
 
 @pytest.mark.parametrize("cls", [LocalSGD, DataParallel])

@@ -190,16 +190,21 @@ class DataParallel(Wrapper):
         compare(self._group, like, facts)
         self._follow_first(status)
 
-    def _follow_first(self, status: int) -> None:
-        """Take parameters, the optimizer's state and count of steps of the rank with the highest status."""
+    def _follow_first(self, status: int, together: bool = False) -> None:
+        """Take parameters, the optimizer's state and count of steps of the rank with the highest status.
+
+        Args:
+            status: 0 on a new rank, else the number of steps taken, plus 1.
+            together: ranks that took as many steps took them together, and are equal.
+        """
         if self._views.moved():
             self._set_up()
         statuses = numbers(self._views.flats[0], [0.0] * self._group.size)
         own = numbers(self._views.flats[0], [status])
         self._group.all_gather(statuses, own).wait()
         everyone = statuses.tolist()
-        if min(everyone) == max(everyone) > 0:
-            return  # all took the same steps
+        if together and min(everyone) == max(everyone):
+            return
         source = everyone.index(max(everyone))
         Averager(self._views.flats, self._views.runs).broadcast(self._group, source)
         self._momentum.broadcast(self._group, source)
@@ -565,7 +570,7 @@ class DataParallel(Wrapper):
         self._follow_changes()
         while self._average([None] * len(self._views.parameters), idle=True) > 0:
             pass
-        self._follow_first(self._steps + 1)
+        self._follow_first(self._steps + 1, together=True)
 
     # Groups
 
@@ -578,7 +583,6 @@ class DataParallel(Wrapper):
         self._optimizer.add_param_group(param_group)
         self._set_up()
         self._join(self._steps + 1)
-        Averager(self._views.flats, self._views.runs).broadcast(self._group)
 
     def rebind(self, group: Any = None) -> None:
         """Go on with other ranks: those that are left after a failure, and new ones that construct their DataParallel now.

@@ -207,11 +207,10 @@ class LocalSGD(Wrapper):
             raise RuntimeError(
                 "rebind: every rank's parameters are left in the middle of a round; load a checkpoint on all ranks, then rebind"
             )
-        if best >= _INTACT and min(everyone) == best:  # nobody is behind
-            if not self._transactional:
-                self._average_all()
-        else:
-            self._plain.broadcast(self._group, everyone.index(best))
+        if best >= _INTACT and min(everyone) == best and not self._transactional:
+            self._average_all()  # nobody is behind
+        # Also where all took as many rounds: not necessarily with each other.
+        self._plain.broadcast(self._group, everyone.index(best))
         if best >= _INTACT:
             self._receive(everyone.index(best))
         self._forget_errors()
@@ -543,7 +542,7 @@ class LocalSGD(Wrapper):
         """Go on with other ranks: those that are left after a failure, and new ones that construct their LocalSGD now.
 
         With `transactional`, all ranks return to the end of the last round that any of them completed. Otherwise ranks whose
-        round failed get the parameters of one that is intact; if all are, they average. All parameters are then equal in every bit,
+        round failed get the parameters of one that is intact; if all are, they average their steps since. All parameters are then equal in every bit,
         and a new round begins.
 
         Args:
