@@ -234,6 +234,7 @@ def test_postlocal_and_stagewise() -> None:
         (10, 105, 1.0, 5),  # sqrt(1) * 10 is not less than 10: halved
         (10, 105, 0.25, 5),
         (10, 105, 0.04, 2),
+        (10, 105, 0.05, 3),  # rounded up
         (2, 101, 1.0, 1),
         (1, 100, 0.5, 1),
         (10, 105, 0.0, 1),
@@ -244,6 +245,12 @@ def test_postlocal_and_stagewise() -> None:
 def test_adacomm(period: int, step: int, loss: float | None, expected: int) -> None:
     progress = Progress(step, 0, period, 0.1, loss, None if loss is None else 1.0)
     assert AdaComm(initial=10, interval=100).period(progress) == expected
+
+
+def test_adacomm_where_the_first_loss_is_not_positive() -> None:
+    for first in (0.0, -2.0):
+        progress = Progress(105, 0, 10, 0.1, -1.0, first)
+        assert AdaComm(initial=10, interval=100).period(progress) == 1
 
 
 # Refusals
