@@ -289,14 +289,19 @@ def group_operations(context: Context, dtype: str) -> None:
 @check()
 def group_refusals(context: Context) -> None:
     group = context.group
-    array = np.zeros((4, 4))
+    array, frozen = np.zeros((4, 4)), np.zeros(4)
+    frozen.flags.writeable = False
     for argument, call in {
         "array: expected a contiguous": lambda: group.all_reduce(array.T[:2]),
         "array: expected a NumPy array or a torch tensor, got list": lambda: group.all_reduce(
             [1.0]
         ),  # type: ignore[list-item]
         "op: expected one of sum, max, got 'mean'": lambda: group.all_reduce(array, "mean"),
-        r"source: expected a rank from 0 to \d, got 9": lambda: group.broadcast(array, 9),
+        r"source: expected a rank from 0 to \d, got \d": lambda: group.broadcast(array, group.size),
+        "array: expected a contiguous and writable": lambda: group.all_reduce(frozen),
+        "array: expected dtype .*float64, that of output, got .*float32": lambda: group.all_gather(
+            np.zeros(16 * group.size), np.zeros(16, np.float32)
+        ),
         "output: expected .* times the elements of array": lambda: group.all_gather(array, array),
         "array: expected .* times the elements of output": lambda: group.reduce_scatter(
             array, array
@@ -641,6 +646,10 @@ def ranks_that_disagree_are_refused(context: Context) -> None:
             context, ValueError, "parameters: expected the same on all ranks", *params_of(optimizer)
         ):
             cls(optimizer)
+        params = [np.full(2, context.rank, np.float32) for _ in range(2)]
+        groups = [{"params": [p]} for p in params] if odd else [{"params": params}]
+        with refused(context, ValueError, "parameters: expected the same on all ranks", *params):
+            cls(sgdcore.SGD(groups, lr=0.1))
     optimizer = make("numpy flat", seed=context.rank)
     match = f"optimizer: expected the same on all ranks, got on rank {context.rank}"
     with refused(context, ValueError, match, *params_of(optimizer)):
@@ -883,18 +892,27 @@ def data_parallel_uneven_shards(context: Context) -> None:
 
 @check()
 def data_parallel_average_before_the_step(context: Context) -> None:
+    """Once, until the next step, or until other ranks are there."""
     optimizer = make("numpy flat")
-    data = DataParallel(optimizer)
-    put_gradients(optimizer, np.random.default_rng(context.rank))
-    data.average_gradients()
-    gradients = [p.grad for p in params_of(optimizer)]
-    assert_equal_on_all(context, gradients)
-    before = [g.copy() for g in gradients]
-    data.step()
-    assert all(same_bits(a, b) for a, b in zip(gradients, before, strict=True))
-    put_gradients(optimizer, np.random.default_rng(context.rank))
-    data.step()  # averages again
-    assert_equal_on_all(context, params_of(optimizer))
+    group = Counting(context.group)
+    data = DataParallel(optimizer, group)
+    for rebound in (False, True):
+        put_gradients(optimizer, np.random.default_rng(context.rank))
+        data.average_gradients()
+        gradients = [p.grad for p in params_of(optimizer)]
+        assert_equal_on_all(context, gradients)
+        before = [g.copy() for g in gradients]
+        group.reductions = 0
+        data.average_gradients()
+        if rebound:
+            data.rebind(group)
+            put_gradients(optimizer, np.random.default_rng(context.rank))
+        data.step()
+        assert (group.reductions > 0) == rebound
+        assert rebound or all(same_bits(a, b) for a, b in zip(gradients, before, strict=True))
+        put_gradients(optimizer, np.random.default_rng(context.rank))
+        data.step()  # averages again
+        assert_equal_on_all(context, params_of(optimizer))
 
 
 @check()
@@ -1055,36 +1073,109 @@ def going_on_with_other_ranks(context: Context) -> None:
     assert_equal_on_all(context, momenta_of(data))
 
 
-@check(cases={"plain": {}, "transactional": {"transactional": True}})
+@check(
+    cases={
+        "plain": {},
+        "transactional": {"transactional": True},
+        "wire_dtype": {"wire_dtype": "float32"},
+    }
+)
 def ranks_that_trained_apart(context: Context, **options: Any) -> None:
-    """After as many rounds, but each by itself: equal once they are together."""
+    """After as many rounds, but each by itself: equal once they are together, and from then on as any others."""
     alone = [context.split([rank]) for rank in range(context.size)][context.rank]
-    optimizer = make("numpy flat")
+    optimizer, plain = make("numpy flat", "float64"), make("numpy flat", "float64")
     local = LocalSGD(optimizer, alone, sync_every=2, **options)
     train(context, local, 2)
     assert len(set(on_all(context, digest(params_of(optimizer))))) == context.size
     local.rebind(context.group)
     assert_equal_on_all(context, params_of(optimizer))
-    train(context, local, 2)
+    reference = LocalSGD(plain, context.group, sync_every=2)
+    for ours, theirs in zip(params_of(optimizer), params_of(plain), strict=True):
+        theirs.data[...] = ours.data
+    plain.load_state_dict(optimizer.state_dict())
+    for each in (local, reference):
+        train(context, each, 2)
     assert_equal_on_all(context, params_of(optimizer))
+    for ours, theirs in zip(params_of(optimizer), params_of(plain), strict=True):
+        np.testing.assert_allclose(ours.data, theirs.data, atol=1e-6)
+
+
+@check()
+def rebinding_averages_the_steps_since(context: Context) -> None:
+    rebound, synced = (LocalSGD(make("numpy flat"), sync_every=4) for _ in range(2))
+    for local in (rebound, synced):
+        train(context, local, 5)
+    rebound.rebind(context.group)
+    synced.sync()
+    for a, b in zip(params_of(rebound), params_of(synced), strict=True):
+        assert same_bits(a, b)
+
+
+@check()
+def momentum_that_was_loaded_is_averaged(context: Context) -> None:
+    """In its new memory."""
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, sync_every=2, momentum_sync="average")
+    train(context, local, 3)
+    local.load_state_dict(copy.deepcopy(local.state_dict()))
+    train(context, local, 1, first=3)
+    assert_equal_on_all(context, momenta_of(optimizer))
+
+
+@check()
+def momentum_of_several_dtypes(context: Context) -> None:
+    """Parameters side by side in memory, in groups whose momentum is not; each is averaged in its own dtype."""
+    buffer = sgdcore.ParameterBuffer({"a": (3,), "b": (4,)})
+    groups = [
+        {"params": [buffer["a"]], "momentum_dtype": "float32"},
+        {"params": [buffer["b"]], "momentum_dtype": "float64"},
+    ]
+    local = LocalSGD(sgdcore.SGD(groups, lr=0.1, momentum=0.9), momentum_sync="average")
+    buffer.grad[:] = np.float32(0.1) * (context.rank + 1)
+    train(context, local, 3)
+    mean = momenta_of(local)[1].copy()
+    assert mean.dtype == np.float64
+    context.group.all_reduce(mean).wait()
+    local.sync()
+    close(momenta_of(local)[1], mean / context.size, 4)
 
 
 class Failing(Counting):
     """A group whose rank 1 hears of a failure at the end of its last operation, as a dying peer may leave it."""
 
     armed = False
+    error: BaseException = ConnectionError("the peer is gone")
 
     def all_reduce(self, array: Any, op: str = "sum") -> Any:
         work = super().all_reduce(array, op)
         if not (self.armed and self.rank == 1 and array.shape[0] > 50):
             return work
 
+        error = self.error
+
         class Broken:
             def wait(self) -> None:
                 work.wait()
-                raise ConnectionError("the peer is gone")
+                raise error
 
         return Broken()
+
+
+@check()
+def an_interrupt_within_a_round(context: Context) -> None:
+    """Ctrl-C goes through, and the parameters count as lost: what is under way still writes to them."""
+    group = Failing(context.group)
+    group.error = KeyboardInterrupt()
+    local = LocalSGD(make("numpy flat"), group, sync_every=2)
+    train(context, local, 1)
+    group.armed = True
+    if context.rank == 1:
+        with pytest.raises(KeyboardInterrupt):
+            train(context, local, 1)
+        with pytest.raises(RuntimeError, match="a round failed and left the parameters"):
+            local.step()
+    else:
+        train(context, local, 1)
 
 
 @check()
@@ -1231,6 +1322,7 @@ def groups_are_added_between_rounds(context: Context) -> None:
     for options in (
         {},
         {"outer": OuterSGD(0.7, 0.9), "momentum_sync": "average", "transactional": True},
+        {"outer": SlowMo(0.5)},
     ):
         optimizer = make("numpy flat")
         local = LocalSGD(optimizer, sync_every=2, **options)
@@ -1246,6 +1338,9 @@ def groups_are_added_between_rounds(context: Context) -> None:
         train(context, local, 4, first=2)
         assert len(params_of(local)) == len(SHAPES) + 1
         assert_equal_on_all(context, params_of(local))
+    different = sgdcore.Parameter(np.zeros(3 + context.rank, np.float32))
+    with pytest.raises(ValueError, match="parameters: expected the same on all ranks"):
+        local.add_param_group({"params": [different]})
     data = DataParallel(make("numpy flat"))
     data.add_param_group({"params": [sgdcore.Parameter(np.full(3, context.rank, np.float32))]})
     train(context, data, 2)

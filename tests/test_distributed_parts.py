@@ -475,6 +475,20 @@ def test_resuming_with_transactional_within_a_round() -> None:
     assert_same_bits(momentum(local), start)
 
 
+def test_an_exception_in_a_with_block_goes_through_at_once() -> None:
+    """The others may be elsewhere, so that `finish` would wait for them."""
+    local = outer_local()
+
+    def train() -> None:
+        with local:
+            take(local, 1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        train()
+    assert (local.round, local.step_in_round) == (0, 1)
+
+
 def test_a_checkpoint_mends_what_a_failed_round_left() -> None:
     local = outer_local()
     state = local.state_dict()
