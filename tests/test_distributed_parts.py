@@ -307,6 +307,8 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         "outer: expected an OuterSGD, a SlowMo or None, got 0.7",
     ),  # type: ignore[arg-type]
     "outer lr": (lambda: OuterSGD(-1.0), ValueError, "lr: expected a number >= 0, got -1.0"),
+    "outer lr, nan": (lambda: OuterSGD(np.nan), ValueError, "lr: expected a number >= 0, got nan"),
+    "outer lr, bool": (lambda: OuterSGD(True), TypeError, "lr: expected a number, got True"),
     "outer nesterov": (
         lambda: OuterSGD(1.0, nesterov=True),
         ValueError,

@@ -197,8 +197,6 @@ class DataParallel(Wrapper):
             status: 0 on a new rank, else the number of steps taken, plus 1.
             together: ranks that took as many steps took them together, and are equal.
         """
-        if self._views.moved():
-            self._set_up()
         statuses = numbers(self._views.flats[0], [0.0] * self._group.size)
         own = numbers(self._views.flats[0], [status])
         self._group.all_gather(statuses, own).wait()
@@ -461,9 +459,6 @@ class DataParallel(Wrapper):
         if array is not self._staging.get(number):
             divide_into(array, array, weights)
             return
-        if self._wire is not None:
-            assert self._scale is not None
-            weights /= self._scale  # 1, but for the rounding of sums
         for part, place in places(piece, array):
             i = part.index
             if present[i] == 0:
@@ -474,11 +469,10 @@ class DataParallel(Wrapper):
                     self._views.parameters[i].grad = gradients[i]
                     gradients[i] = self._views.parameters[i].grad  # a buffer's own memory
             target = flat(gradients[i], self._label(i))[part.start : part.stop]
-            if self._wire is not None and place.dtype != target.dtype:
-                wide = empty(place, len(place), dtype_name(self._errors[i].dtype))
-                wide[...] = place
-                place = wide
-            divide_into(target, place, weights)
+            if self._wire is not None:
+                target[...] = place  # was divided before it was rounded
+            else:
+                divide_into(target, place, weights)
 
     # Training
 
