@@ -3,10 +3,11 @@
     python benchmarks/distributed.py [--ranks 2 4] [--engines gloo mpi] [--rounds N] [--json FILE]
 
 ResNet-50's 161 parameters (25.6 million elements, float32), on ranks of this machine, started anew for each engine and number of
-ranks. Every contender averages once first, and the results are compared; then all take turns, each begun together by a
-barrier, timed by the slowest rank. "flat" contenders have their parameters in one allocation, as a ParameterBuffer; for
-torch, torch.nn.utils.vector_to_parameters makes one. The base is one all-reduce of a flat array and a pass that
-divides it. Needs torch; for MPI, mpi4py and mpiexec.
+ranks. Every contender averages once first, and the results are compared; then all take turns, in an order drawn anew for each
+round, each begun together by a barrier, timed by the slowest rank. "flat" contenders have their parameters in one allocation, as
+a ParameterBuffer; for torch, torch.nn.utils.vector_to_parameters makes one. The base is one all-reduce of a flat array and
+a pass that divides it: a ParameterBuffer's, which lies on huge pages, and for comparison a tensor's, which does not. Needs
+torch; for MPI, mpi4py and mpiexec.
 """
 
 from __future__ import annotations
@@ -69,6 +70,19 @@ def one_flat(group: ProcessGroup) -> Contender:
     return Contender([p.data for p in buffer.values()], average)
 
 
+def one_tensor(group: ProcessGroup) -> Contender:
+    tensor = torch.cat([torch.from_numpy(array).flatten() for array in values(group.rank)])
+
+    def average() -> None:
+        group.all_reduce(tensor).wait()
+        tensor.div_(group.size)
+
+    ends = np.cumsum([np.prod(shape) for shape in SHAPES])
+    parts = np.split(tensor.numpy(), ends[:-1])
+    views = [part.reshape(shape) for part, shape in zip(parts, SHAPES, strict=True)]
+    return Contender(views, average)
+
+
 def one_flat_alone(group: ProcessGroup) -> Contender:
     flat = buffer_of(group.rank).data * 0
     return Contender([], lambda: group.all_reduce(flat).wait())
@@ -127,6 +141,7 @@ def ours_torch(group: ProcessGroup, flat: bool) -> Contender:
 def contenders_of(group: ProcessGroup, engine: str) -> dict[str, Contender]:
     contenders = {
         BASE: one_flat(group),
+        "one all-reduce of a tensor, divided": one_tensor(group),
         "one flat all-reduce": one_flat_alone(group),
         "tensor after tensor": per_tensor(group),
         "sgdcore flat": ours_flat(group),
@@ -160,8 +175,10 @@ def run(engine: str, rounds: int, path: Path) -> None:
     group = as_process_group()
     contenders = contenders_of(group, engine)
     check(contenders, group.size)
-    for _ in range(rounds):
-        for contender in contenders.values():
+    for number in range(rounds):
+        # In another order each round, the same on all ranks: what runs before leaves its traces.
+        for i in np.random.default_rng(number).permutation(len(contenders)):
+            contender = list(contenders.values())[i]
             contender.prepare()
             group.barrier()
             start = time.perf_counter()
@@ -205,7 +222,7 @@ def report(title: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
             "ratio": median / statistics.median(base),
             "ratio_by_rounds": statistics.median(a / b for a, b in zip(own, base, strict=True)),
         }
-        text = f"  {name:<30} {median * 1e3:8.1f} ms   IQR {result['iqr']:4.0%}   {result['ratio']:5.2f} x base"
+        text = f"  {name:<36} {median * 1e3:8.1f} ms   IQR {result['iqr']:4.0%}   {result['ratio']:5.2f} x base"
         text += f" (by rounds {result['ratio_by_rounds']:.2f})"
         if theirs is not None:
             result["ratio_to_averager"] = median / statistics.median(theirs)

@@ -239,7 +239,7 @@ def test_a_line_through_the_best_two() -> None:
     falling = [(1.0, 3.0), (2.0, 2.0)]  # a message does not take less for being longer
     assert planning._fit_line(falling) in ((0, 3), (0, 1))
     steep = [(1.0, 0.5), (2.0, 2.5), (3.0, 4.5)]  # nor less than nothing for being short
-    assert planning._fit_line(steep) == (0, 0.5)
+    assert planning._fit_line(steep) == (0, 1.25)
 
 
 # Refusals

@@ -6,6 +6,7 @@ once; what differs is here. Every piece is a view: nothing is moved, nothing is 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from sgdcore import _core
 from sgdcore._arrays import storage_dtype
 
 __all__ = [
     "address",
     "alike",
     "copied",
+    "copy_into",
     "divide_into",
     "dtype_name",
     "element_strides",
@@ -29,6 +32,7 @@ __all__ = [
     "item_bytes",
     "join",
     "numbers",
+    "operations",
     "runs",
     "zeros_like",
 ]
@@ -94,11 +98,17 @@ def _flat_tensor(tensor: Any, label: str) -> Any:
 
 
 def empty(like: Any, size: int, dtype: str) -> Any:
-    """Return new memory of the same kind, on the same device."""
+    """Return new memory of the same kind, on the same device; on huge pages if it is large."""
+    large = size * item_bytes(dtype) >= 2 * _core.huge_page
     if is_torch(like):
         torch = sys.modules["torch"]
-        return torch.empty(size, dtype=getattr(torch, dtype), device=like.device)
-    return np.empty(size, np.dtype(dtype) if dtype == "int64" else storage_dtype(dtype))
+        kind = getattr(torch, dtype)
+        if large and like.device.type == "cpu":
+            words = _core.allocate(-(-size * item_bytes(dtype) // 8), np.dtype(np.int64))
+            return torch.from_numpy(words).view(kind)[:size]
+        return torch.empty(size, dtype=kind, device=like.device)
+    numpy_dtype = np.dtype(dtype) if dtype == "int64" else storage_dtype(dtype)
+    return _core.allocate(size, numpy_dtype) if large else np.empty(size, numpy_dtype)
 
 
 def zeros_like(array: Any, dtype: Any = None) -> Any:
@@ -139,17 +149,29 @@ def numbers(like: Any, values: Sequence[float], dtype: str = "float64") -> Any:
     return array
 
 
+def operations(array: Any) -> Any:
+    """Return the module with ``add``, ``subtract``, ``multiply`` and ``divide`` for arrays of this kind."""
+    return sys.modules["torch"] if is_torch(array) else np
+
+
+def copy_into(target: Any, source: Any) -> None:
+    """``target[...] = source``, at less cost for a small tensor."""
+    if is_torch(target):
+        target.copy_(source)
+    else:
+        target[...] = source
+
+
 def divide_into(target: Any, source: Any, divisor: float) -> None:
     """``target[...] = source / divisor``, where the source may be overwritten; rounds once to the target's dtype."""
-    if target is not source and target.dtype == source.dtype:
-        if is_torch(source):
-            sys.modules["torch"].div(source, divisor, out=target)
-        else:
-            np.divide(source, source.dtype.type(divisor), out=target)
-        return
-    source /= divisor
-    if target is not source:
-        target[...] = source
+    result = target if target.dtype == source.dtype else source
+    operation, number = operations(source).divide, divisor
+    if 1 <= divisor <= 1 << 14 and math.frexp(divisor)[0] == 0.5:
+        # A power of two, small enough for float16: the same bits in less time.
+        operation, number = operations(source).multiply, 1 / divisor
+    operation(source, number if is_torch(source) else source.dtype.type(number), out=result)
+    if result is not target:
+        copy_into(target, result)
 
 
 def runs(views: Sequence[Any]) -> list[list[int]]:

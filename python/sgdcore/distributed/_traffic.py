@@ -8,19 +8,21 @@ The cutting depends on shapes and dtypes only, which all ranks have in common.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sgdcore.distributed._flat import (
+    copy_into,
     divide_into,
     dtype_name,
     empty,
     item_bytes,
     join,
+    operations,
 )
-from sgdcore.distributed.groups import ProcessGroup, Work
+from sgdcore.distributed.groups import MpiGroup, ProcessGroup, Work
 
 __all__ = [
     "Averager",
@@ -38,7 +40,32 @@ __all__ = [
 SLICE_BYTES = 16 << 20
 # From this size on, an operation of its own costs less than copying into a bucket and back (benchmarks/distributed.py).
 DIRECT_BYTES = 3 << 20
-IN_FLIGHT = 8  # slices; keeps the engine busy while the next one is prepared
+# Elements that are encoded at a time: what they pass through stays in the processor's cache.
+CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much travels at a time. All ranks use the same engine, and so the same pace.
+
+    Attributes:
+        slice_bytes: the most bytes in a slice that travels from where it is.
+        bucket_bytes: the most bytes in one that is copied.
+        in_flight: slices under way at once, while another one is prepared or taken back.
+    """
+
+    slice_bytes: int
+    bucket_bytes: int
+    in_flight: int
+
+
+# An operation of gloo's costs its threads more than it wins by being cut and overlapped (benchmarks/distributed.py).
+PACE = Pace(256 << 20, 16 << 20, 8)
+# MPICH allocates up to as much memory as a slice has for each operation. What is small enough comes back from the last
+# operation; what is large comes from the system anew, page after page.
+MPI_PACE = Pace(28 << 20, 28 << 20, 2)
+# Encoding costs the processor as much as a fast link takes to send: the sooner the first slice leaves, the better.
+ENCODED_PACE = Pace(4 << 20, 4 << 20, 8)
 
 
 @dataclass(frozen=True)
@@ -75,6 +102,7 @@ def plan_slices(
     sizes: Sequence[int],
     dtypes: Sequence[str],
     slice_bytes: int = SLICE_BYTES,
+    bucket_bytes: int | None = None,
 ) -> list[Slice]:
     """Cut arrays into slices.
 
@@ -83,18 +111,20 @@ def plan_slices(
         sizes: their numbers of elements.
         dtypes: what they are on the wire.
         slice_bytes: the most bytes in a slice.
+        bucket_bytes: the most bytes in one that holds small arrays together, if less.
     """
+    bucket_bytes = min(slice_bytes, bucket_bytes or slice_bytes)
     slices: list[Slice] = []
     buckets: dict[str, list[Part]] = {}
     for run in runs:
         dtype = dtypes[run[0]]
-        limit = max(1, slice_bytes // item_bytes(dtype))
         size = sum(sizes[i] for i in run)
-        if size * item_bytes(dtype) >= min(DIRECT_BYTES, slice_bytes):
+        if size * item_bytes(dtype) >= min(DIRECT_BYTES, bucket_bytes):
+            limit = max(1, slice_bytes // item_bytes(dtype))
             count = -(-size // limit)
             slices += [Slice(parts, dtype) for parts in _cut(run, sizes, -(-size // count))]
             continue
-        bucket = buckets.setdefault(dtype, [])
+        bucket, limit = buckets.setdefault(dtype, []), bucket_bytes // item_bytes(dtype)
         if sum(part.stop - part.start for part in bucket) + size > limit:
             slices.append(Slice(tuple(bucket), dtype))
             bucket.clear()
@@ -123,28 +153,27 @@ def exchange(
     count: int,
     start: Callable[[int], Work],
     finish: Callable[[int], None],
-    in_flight: int = IN_FLIGHT,
+    in_flight: int,
 ) -> None:
-    """Run operations 0 to `count`, several at a time, each finished in its turn.
+    """Run operations 0 to `count`, several at a time, each finished in its turn, the next one started before.
 
     If one fails, returns (by raising) only once no other is under way: they write into memory until they are done.
     """
-    pending: deque[tuple[int, Work]] = deque()
+    pending: deque[Work] = deque()
+    started = 0
     try:
-        for i in range(count):
-            if len(pending) == in_flight:
-                number, work = pending[0]
-                work.wait()
-                pending.popleft()
-                finish(number)
-            pending.append((i, start(i)))
-        while pending:
-            number, work = pending[0]
-            work.wait()
+        for number in range(count):
+            while started < min(number + in_flight, count):
+                pending.append(start(started))
+                started += 1
+            pending[0].wait()
             pending.popleft()
+            if started < count:
+                pending.append(start(started))
+                started += 1
             finish(number)
     except Exception:
-        drain(work for _, work in pending)
+        drain(pending)
         raise
 
 
@@ -172,7 +201,7 @@ class Plain:
         self.views = views
 
     def pack(self, part: Part, target: Any) -> None:
-        target[...] = self.views[part.index][part.start : part.stop]
+        copy_into(target, self.views[part.index][part.start : part.stop])
 
     def unpack(self, part: Part, source: Any, ranks: int) -> None:
         divide_into(self.views[part.index][part.start : part.stop], source, ranks)
@@ -188,31 +217,77 @@ class Differences:
         views: the arrays.
         anchors: their values when they were equal.
         errors: what is left over, in float32 or float64.
+        ranks: how many there are.
+        renew: the anchors are not needed any more once the mean is there, and become it.
     """
 
     def __init__(
-        self, views: Sequence[Any], anchors: Sequence[Any], errors: Sequence[Any], ranks: int
+        self,
+        views: Sequence[Any],
+        anchors: Sequence[Any],
+        errors: Sequence[Any],
+        ranks: int,
+        renew: bool,
     ) -> None:
-        self.views, self.anchors, self.errors, self.ranks = views, anchors, errors, ranks
+        self.views, self.anchors, self.errors = views, anchors, errors
+        self.ranks, self.renew = ranks, renew
+        self._memory: dict[str, Any] = {}
 
     def pack(self, part: Part, target: Any) -> None:
-        where = slice(part.start, part.stop)
-        error = self.errors[part.index][where]
-        # Divided before the sum, which could leave float16's range.
-        difference = error * self.ranks  # new memory, of the error's dtype
-        difference += self.views[part.index][where]
-        difference -= self.anchors[part.index][where]
-        difference /= self.ranks
-        target[...] = difference
-        difference -= target
-        error[...] = difference
+        subtract = operations(target).subtract
+        for view, anchor, error, place, difference in self._chunks(part, target):
+            if view.dtype == difference.dtype:
+                subtract(view, anchor, out=difference)
+            else:
+                copy_into(difference, view)
+                difference -= anchor
+            # Divided before the sum, which could leave float16's range.
+            divide_into(difference, difference, self.ranks)
+            difference += error
+            copy_into(place, difference)
+            subtract(difference, place, out=error)
 
     def unpack(self, part: Part, source: Any, ranks: int) -> None:  # noqa: ARG002
-        where = slice(part.start, part.stop)
-        total = empty(source, len(source), dtype_name(self.errors[part.index].dtype))
-        total[...] = self.anchors[part.index][where]
-        total += source
-        self.views[part.index][where] = total
+        add = operations(source).add
+        for view, anchor, _, place, total in self._chunks(part, source):
+            if view.dtype == total.dtype:
+                add(anchor, place, out=view)
+            else:
+                copy_into(total, anchor)
+                total += place
+                copy_into(view, total)
+            if self.renew:
+                copy_into(anchor, view)
+
+    def _chunks(self, part: Part, wire: Any) -> Iterator[tuple[Any, ...]]:
+        """Return, chunk after chunk, a part's view, anchor, error and place on the wire, and memory to compute in."""
+        index = part.index
+        name = dtype_name(self.errors[index].dtype)
+        if name not in self._memory:
+            self._memory[name] = empty(wire, CHUNK, name)
+        for start in range(part.start, part.stop, CHUNK):
+            where = slice(start, min(start + CHUNK, part.stop))
+            size = where.stop - start
+            yield (
+                self.views[index][where],
+                self.anchors[index][where],
+                self.errors[index][where],
+                wire[start - part.start :][:size],
+                self._memory[name][:size],
+            )
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """A slice ready to travel.
+
+    Attributes:
+        array: what travels: the memory that the slice covers, or a copy's.
+        copies: each part with its place in the array; none where it travels from where it is.
+    """
+
+    array: Any
+    copies: tuple[tuple[Part, Any], ...]
 
 
 class Averager:
@@ -223,7 +298,6 @@ class Averager:
         runs: their positions, those together that lie side by side; the same on all ranks.
         codec: how they travel; `Plain` ones are reduced where they are if they can be.
         wires: the dtype of each on the wire; default: float32 for 16-bit arrays, else their own.
-        slice_bytes: the most bytes in a slice.
     """
 
     def __init__(
@@ -232,17 +306,33 @@ class Averager:
         runs: Sequence[Sequence[int]],
         codec: Codec | None = None,
         wires: Sequence[str] | None = None,
-        slice_bytes: int = SLICE_BYTES,
     ) -> None:
         self._plain = codec is None
         self._codec = Plain(views) if codec is None else codec
         if wires is None:
             wires = [wire_name(dtype_name(view.dtype)) for view in views]
-        self._slices = plan_slices(runs, [len(view) for view in views], wires, slice_bytes)
-        self._views = views
-        self._direct = [self._find(part) for part in self._slices]
-        self._staging: dict[tuple[str, int], Any] = {}
-        self._arrays: list[Any] = [None] * len(self._slices)
+        self._views, self._runs, self._wires = views, runs, wires
+        self._cargos: dict[Pace, list[Cargo]] = {}
+
+    def _pace(self, group: ProcessGroup) -> Pace:
+        if not self._plain:
+            return ENCODED_PACE
+        return MPI_PACE if isinstance(group, MpiGroup) else PACE
+
+    def _prepare(self, pace: Pace) -> list[Cargo]:
+        """Cut the arrays, and find or allocate the memory that travels; kept from round to round."""
+        if pace not in self._cargos:
+            sizes = [len(view) for view in self._views]
+            slices = plan_slices(
+                self._runs, sizes, self._wires, pace.slice_bytes, pace.bucket_bytes
+            )
+            direct = [self._find(piece) for piece in slices]
+            copied = [piece for piece, array in zip(slices, direct, strict=True) if array is None]
+            copies = iter(self._stage(copied, pace.in_flight + 1))
+            self._cargos[pace] = [
+                next(copies) if array is None else Cargo(array, ()) for array in direct
+            ]
+        return self._cargos[pace]
 
     def _find(self, piece: Slice) -> Any:
         """Return the memory that a slice covers as it stands, or None if it has to be copied."""
@@ -251,35 +341,32 @@ class Averager:
             return None
         return join(views)
 
-    def _load(self, number: int) -> Any:
+    def _stage(self, slices: Sequence[Slice], count: int) -> list[Cargo]:
+        """Give each slice memory for a copy; every so many slices share it, and are never under way together."""
+        largest: dict[tuple[str, int], int] = {}
+        for number, piece in enumerate(slices):
+            key = piece.dtype, number % count
+            largest[key] = max(largest.get(key, 0), piece.size)
+        like = self._views[0]
+        memory = {key: empty(like, size, key[0]) for key, size in largest.items()}
+        cargos = []
+        for number, piece in enumerate(slices):
+            array = memory[piece.dtype, number % count][: piece.size]
+            cargos.append(Cargo(array, tuple(places(piece, array))))
+        return cargos
+
+    def _load(self, cargo: Cargo) -> Any:
         """Return the array that travels."""
-        if self._direct[number] is not None:
-            array = self._direct[number]
-        else:
-            piece = self._slices[number]
-            array = self._bucket(number, piece)
-            for part, place in places(piece, array):
-                self._codec.pack(part, place)
-        self._arrays[number] = array
-        return array
+        for part, place in cargo.copies:
+            self._codec.pack(part, place)
+        return cargo.array
 
-    def _bucket(self, number: int, piece: Slice) -> Any:
-        # The slice that had this memory before is finished: no more than IN_FLIGHT are under way.
-        key = piece.dtype, number % IN_FLIGHT
-        memory = self._staging.get(key)
-        if memory is None or len(memory) < piece.size:
-            like = self._views[piece.parts[0].index]
-            memory = self._staging[key] = empty(like, piece.size, piece.dtype)
-        return memory[: piece.size]
-
-    def _average(self, number: int, ranks: int) -> None:
-        array, piece = self._arrays[number], self._slices[number]
-        if self._direct[number] is not None:
-            if ranks > 1:
-                divide_into(array, array, ranks)
-            return
-        for part, place in places(piece, array):
+    def _average(self, cargo: Cargo, ranks: int) -> None:
+        """Turn the sum into the mean, where the parameters are."""
+        for part, place in cargo.copies:
             self._codec.unpack(part, place, ranks)
+        if not cargo.copies and ranks > 1:
+            divide_into(cargo.array, cargo.array, ranks)
 
     def average(self, group: ProcessGroup) -> None:
         """Replace each array by its mean over the group; one rank alone changes nothing.
@@ -287,22 +374,22 @@ class Averager:
         Raises:
             Exception: the engine's, if a rank is gone; some of the arrays are then overwritten.
         """
-        if group.size == 1:
-            return
-        exchange(
-            len(self._slices),
-            lambda number: group.all_reduce(self._load(number)),
-            lambda number: self._average(number, group.size),
-        )
+        if group.size > 1:
+            self._exchange(group, group.all_reduce, group.size)
 
     def broadcast(self, group: ProcessGroup, source: int = 0) -> None:
         """Replace each array by that of the rank `source`."""
-        if group.size == 1:
-            return
+        if group.size > 1:
+            self._exchange(group, lambda array: group.broadcast(array, source), 1)
+
+    def _exchange(self, group: ProcessGroup, start: Callable[[Any], Work], ranks: int) -> None:
+        pace = self._pace(group)
+        cargos = self._prepare(pace)
         exchange(
-            len(self._slices),
-            lambda number: group.broadcast(self._load(number), source),
-            lambda number: self._average(number, 1),
+            len(cargos),
+            lambda number: start(self._load(cargos[number])),
+            lambda number: self._average(cargos[number], ranks),
+            pace.in_flight,
         )
 
 

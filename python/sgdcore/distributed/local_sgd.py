@@ -146,6 +146,12 @@ class LocalSGD(Wrapper):
     def _needs_anchor(self) -> bool:
         return self._transactional or self._outer_spec is not None or self._wire is not None
 
+    @property
+    def _renews_anchor(self) -> bool:
+        """Whether averaging leaves the anchor behind, too: nothing needs the last one any more."""
+        only_wire = self._wire is not None and self._outer_spec is None and not self._transactional
+        return only_wire and self._group.size > 1
+
     def _allocate(self) -> None:
         """Make what the options need beside the parameters, for those parameters that have none yet."""
         flats = self._views.flats
@@ -178,7 +184,9 @@ class LocalSGD(Wrapper):
                 for run in views.runs
             ]
         if self._wire is not None:
-            codec = Differences(views.flats, self._anchors, self._errors, self._group.size)
+            codec = Differences(
+                views.flats, self._anchors, self._errors, self._group.size, self._renews_anchor
+            )
             wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
             self._averager = Averager(views.flats, views.runs, codec, wires)
 
@@ -435,7 +443,9 @@ class LocalSGD(Wrapper):
                     momentum[...] = 0
         self._round += 1
         self._last_period = self._step_in_round
-        if self._needs_anchor:
+        if self._renews_anchor:
+            self._anchored = True
+        elif self._needs_anchor:
             self._take_anchor()
 
     def _take_outer_step(self) -> None:

@@ -31,7 +31,7 @@ __all__ = ["Link", "Plan", "Prediction", "measure", "plan"]
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # What is averaged in a round, in words per parameter.
 _WORDS = {"keep": 1, "reset": 1, "average": 2}
-# 4 KiB to 16 MiB, the slices that parameters are averaged in; closest together where the time goes.
+# 4 KiB to 16 MiB; closest together where the time goes.
 _SIZES = tuple(1 << power for power in (12, 14, 16, 18, 20, 21, 22, 23, 24))
 
 # Each time is that of a train of all-reduces, this many bytes or calls: what travels is slice after slice, and a link that
@@ -92,8 +92,8 @@ def measure(
     """Time all-reduces of several sizes and fit latency and bandwidth to them; every rank gets the same.
 
     Each size is timed `rounds` times, in turn with the others, and its median counts. The line through the medians is the
-    one with the least sum of relative deviations: a size that does not fit, because of caches or another algorithm, does not
-    bend it.
+    one with the least sum of relative deviations, weighted by the square root of the size: a size that does not fit, because
+    of caches or another algorithm, does not bend it.
 
     Args:
         group: what `as_process_group` takes; all ranks call this together.
@@ -152,9 +152,10 @@ def _mean_over_ranks(group: ProcessGroup, buffer: Any, seconds: Array) -> list[f
 
 
 def _fit_line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the a >= 0 and b > 0 that minimise the sum of ``|(a + b x) / y - 1|`` over the samples (x, y).
+    """Return the a >= 0 and b > 0 that minimise the sum of ``sqrt(x) |(a + b x) / y - 1|`` over the samples (x, y).
 
-    Such a line goes through two samples, or through one and the origin, so that the best is found by trying all.
+    The large ones count for more, because most of a round's time is theirs. Such a line goes through two samples, or through one
+    and the origin, so that the best is found by trying all.
     """
     x, y = np.array(samples, float).T
     lines = [(0.0, y1 / x1) for x1, y1 in samples]
@@ -162,7 +163,9 @@ def _fit_line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
         slope = (y2 - y1) / (x2 - x1)
         lines.append((y1 - slope * x1, slope))
     lines = [(a, b) for a, b in lines if a >= 0 and b > 0]
-    return min(lines, key=lambda line: float(np.abs((line[0] + line[1] * x) / y - 1).sum()))
+    return min(
+        lines, key=lambda line: float((np.sqrt(x) * np.abs((line[0] + line[1] * x) / y - 1)).sum())
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Averaging's traffic without other processes: what travels, in which memory, and what it does to the arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sgdcore.distributed import _traffic
+from sgdcore.distributed._flat import divide_into, empty, runs
+from sgdcore.distributed._traffic import CHUNK, Averager, Differences, Pace, exchange
+
+
+class Late:
+    """A sum that is there when it is waited for, and not before."""
+
+    def __init__(self, group: Same, array: Any) -> None:
+        self.group, self.array = group, array
+
+    def wait(self) -> None:
+        self.group.under_way -= 1
+        self.array *= self.group.size
+
+    def test(self) -> bool:
+        return False
+
+
+class Same:
+    """Ranks that all hold the same."""
+
+    rank = 0
+    dtypes = frozenset({"float64", "float32"})
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.under_way = self.most = self.count = 0
+
+    def all_reduce(self, array: Any, op: str = "sum") -> Late:
+        self.count += 1
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        return Late(self, array)
+
+
+def like(kind: str, array: Any) -> Any:
+    return array.copy() if kind == "numpy" else torch.tensor(array)
+
+
+KINDS = pytest.mark.parametrize("kind", ["numpy", "torch"])
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("divisor", [1, 2, 3, 4, 6, 8, 0.5, 1 << 14, 1 << 15])
+def test_dividing_by_a_power_of_two_is_division(kind: str, dtype: str, divisor: float) -> None:
+    """Also where the result has fewer bits than the source."""
+    limits = np.finfo(dtype)
+    tiny = limits.smallest_subnormal * np.arange(-40, 40)
+    values = np.concatenate([tiny, [limits.max, -0.0, np.inf], np.arange(-50, 50) / 7])
+    values = values.astype(dtype)
+    with np.errstate(over="ignore"):
+        expected = values / np.dtype(dtype).type(divisor)
+        target = like(kind, np.zeros_like(values))
+        divide_into(target, like(kind, values), divisor)
+        in_place = like(kind, values)
+        divide_into(in_place, in_place, divisor)
+    for result in (target, in_place):
+        assert np.asarray(result).tobytes() == expected.tobytes()
+
+
+@KINDS
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_copies_do_not_overwrite_each_other(
+    kind: str, in_flight: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many slices through few places, each of whose sums comes at the last moment."""
+    monkeypatch.setattr(_traffic, "PACE", Pace(1 << 12, 1 << 10, in_flight))
+    rng = np.random.default_rng(0)
+    sizes = [100, 200, 50, 3000, 256, 256, 1, 999, 120, 130, 140]
+    values = [rng.standard_normal(size).astype(dtype) for size in sizes]
+    arrays = [like(kind, each) for each in values]
+    group = Same(2)
+    averager = Averager(arrays, runs(arrays))
+    for _ in range(2):
+        averager.average(group)
+        for array, each in zip(arrays, values, strict=True):
+            assert np.asarray(array).tobytes() == each.tobytes()
+    assert group.count > 2 * in_flight
+    assert group.most == in_flight
+    assert group.under_way == 0
+
+
+@KINDS
+@pytest.mark.parametrize("renew", [False, True], ids=["anchor kept", "anchor renewed"])
+def test_differences(kind: str, renew: bool) -> None:
+    """Parameter, anchor and what rounding left over, across several chunks."""
+    rng = np.random.default_rng(1)
+    size = 2 * CHUNK + 77
+    start = rng.standard_normal(size, np.float32)
+    moved = start + rng.standard_normal(size, np.float32) / 100
+    left = rng.standard_normal(size, np.float32) / 1e4
+    (view, anchor, error) = (like(kind, each) for each in (moved, start, left))
+    group = Same(2)
+    codec = Differences([view], [anchor], [error], group.size, renew)
+    Averager([view], [[0]], codec, ["bfloat16"]).average(group)
+    share = (moved - start) / np.float32(2) + left
+    sent = torch.tensor(share).bfloat16()
+    mean = start + (2 * sent.float()).numpy()
+    assert np.asarray(view).tobytes() == mean.tobytes()
+    assert np.asarray(error).tobytes() == (share - sent.float().numpy()).tobytes()
+    assert np.asarray(anchor).tobytes() == (mean if renew else start).tobytes()
+
+
+class Failing:
+    def __init__(self, log: list[str], number: int, fails: bool) -> None:
+        self.log, self.number, self.fails = log, number, fails
+
+    def wait(self) -> None:
+        self.log.append(f"wait {self.number}")
+        if self.fails:
+            raise RuntimeError("gone")
+
+    def test(self) -> bool:
+        return False
+
+
+def test_the_next_starts_before_the_last_is_finished() -> None:
+    log: list[str] = []
+
+    def start(number: int) -> Failing:
+        log.append(f"start {number}")
+        return Failing(log, number, fails=False)
+
+    exchange(3, start, lambda number: log.append(f"finish {number}"), 1)
+    assert " ".join(log) == (
+        "start 0 wait 0 start 1 finish 0 wait 1 start 2 finish 1 wait 2 finish 2"
+    )
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_failure_waits_for_all_others(bad: int) -> None:
+    log: list[str] = []
+    started: list[int] = []
+
+    def start(number: int) -> Failing:
+        started.append(number)
+        return Failing(log, number, number == bad)
+
+    with pytest.raises(RuntimeError, match="gone"):
+        exchange(6, start, lambda number: None, 3)
+    assert {f"wait {number}" for number in started} == set(log)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "int64"])
+@pytest.mark.parametrize("size", [0, 3, (4 << 20) + 3])
+def test_new_memory(dtype: str, size: int) -> None:
+    tensor = empty(torch.zeros(1), size, dtype)
+    assert (tensor.dtype, len(tensor)) == (getattr(torch, dtype), size)
+    array = empty(np.zeros(1), size, dtype)
+    assert (array.dtype.name, len(array)) == (dtype, size)
+    assert array.flags.writeable
