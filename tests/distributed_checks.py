@@ -892,7 +892,7 @@ def data_parallel_uneven_shards(context: Context) -> None:
 
 @check()
 def data_parallel_average_before_the_step(context: Context) -> None:
-    """Once, until the next step, or until other ranks are there."""
+    """The step does not do it again, unless other ranks are there by then."""
     optimizer = make("numpy flat")
     group = Counting(context.group)
     data = DataParallel(optimizer, group)
@@ -902,8 +902,8 @@ def data_parallel_average_before_the_step(context: Context) -> None:
         gradients = [p.grad for p in params_of(optimizer)]
         assert_equal_on_all(context, gradients)
         before = [g.copy() for g in gradients]
+        data.average_gradients()  # of means, which they stay
         group.reductions = 0
-        data.average_gradients()
         if rebound:
             data.rebind(group)
             put_gradients(optimizer, np.random.default_rng(context.rank))
@@ -912,6 +912,24 @@ def data_parallel_average_before_the_step(context: Context) -> None:
         assert rebound or all(same_bits(a, b) for a, b in zip(gradients, before, strict=True))
         put_gradients(optimizer, np.random.default_rng(context.rank))
         data.step()  # averages again
+        assert_equal_on_all(context, params_of(optimizer))
+
+
+@check()
+def data_parallel_skipped_steps(context: Context) -> None:
+    """The means of a step that was skipped do not stand for the gradients that follow."""
+    for cleared in (False, True):
+        optimizer = make("numpy flat")
+        data = DataParallel(optimizer)
+        for _ in range(2):
+            if cleared:
+                data.zero_grad()
+            put_gradients(optimizer, np.random.default_rng(context.rank))
+            data.average_gradients()
+        assert_equal_on_all(context, [p.grad for p in params_of(optimizer)])
+        data.zero_grad()
+        put_gradients(optimizer, np.random.default_rng(context.rank))
+        data.step()
         assert_equal_on_all(context, params_of(optimizer))
 
 

@@ -120,7 +120,7 @@ class DataParallel(Wrapper):
         self._hooks: list[Any] = []
         self._errors: list[Any] = []
         self._syncing = True
-        self._averaged = False
+        self._forget_means()
         self._set_up()
         self._join()
 
@@ -289,7 +289,7 @@ class DataParallel(Wrapper):
 
     def _finish_backward(self) -> None:
         self._average(self._gradients())
-        self._averaged = True
+        self._averaged = self._averaged_in_backward = True
 
     def _gradients(self) -> list[Any]:
         """Return the parameters' gradients, laid out as the parameters are."""
@@ -480,16 +480,25 @@ class DataParallel(Wrapper):
         """Average the gradients now, on all ranks; the next step does not do it again.
 
         For whoever looks at them before the step, to clip them for instance. Does nothing where the backward pass has done
-        it already.
+        it since the last step and `zero_grad`; a second call averages the means, which stay what they are up to rounding.
 
         Raises:
             RoundError: if that failed.
         """
         if self._in_backward:
             self._give_up_backward()
-        if not self._averaged and self._group.size > 1:
+        if not self._averaged_in_backward and self._group.size > 1:
             self._average_own()
         self._averaged = True
+
+    def _forget_means(self) -> None:
+        """Let the next step average: the gradients are this rank's own."""
+        self._averaged = self._averaged_in_backward = False
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Call the inner optimizer's; what was averaged is forgotten, so call it on all ranks, a skipped step included."""
+        self._forget_means()
+        self._optimizer.zero_grad(*args, **kwargs)
 
     def _average_own(self) -> None:
         self._follow_changes()
@@ -524,7 +533,7 @@ class DataParallel(Wrapper):
         except BaseException:
             self._forget_scaling()
             raise
-        self._averaged = False
+        self._forget_means()
         self._steps += 1
         return loss
 
@@ -587,7 +596,7 @@ class DataParallel(Wrapper):
             group: a process group of the ranks that go on, as in the constructor.
         """
         self._group = as_process_group(group)
-        self._averaged = False
+        self._forget_means()
         self._drain()  # of a backward pass that raised
         self._set_up()
         self._join(self._steps + 1)
@@ -628,7 +637,7 @@ class DataParallel(Wrapper):
         """Return what to raise, once nothing is on its way any more."""
         self._drain()
         self._begin()
-        self._averaged = False
+        self._forget_means()
         self._forget_errors()  # some are of this step's gradients
         group = self._group
         return RoundError(
