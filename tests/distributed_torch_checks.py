@@ -175,6 +175,27 @@ def gradients_are_accumulated_without_averaging(context: Context) -> None:
 
 
 @check(TORCH)
+def gradients_accumulated_after_an_average(context: Context) -> None:
+    """They are this rank's own, and averaged in the step."""
+    module, reference = network(), network()
+    data, single = DataParallel(sgd(module)), sgd(reference)
+    backward(module, *batch(context.rank, 0))
+    with data.no_sync():
+        backward(module, *batch(context.rank, 1))
+    data.step()
+    assert_equal_on_all(context, list(module.parameters()))
+    for rank in range(context.size):
+        for step in range(2):
+            backward(reference, *batch(rank, step))
+    for p in reference.parameters():
+        assert p.grad is not None
+        p.grad /= context.size
+    single.step()
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        close(p, q)
+
+
+@check(TORCH)
 def parameters_unused_by_some_ranks(context: Context) -> None:
     """A branch that rank 0 does not take, one that none takes, and one frozen."""
 

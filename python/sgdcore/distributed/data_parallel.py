@@ -241,6 +241,7 @@ class DataParallel(Wrapper):
     def _gradient_is_there(self, parameter: Any) -> None:
         """Called by torch in the backward pass."""
         if not self._syncing:
+            self._forget_means()  # this adds to the means what is this rank's own
             return
         if self._in_backward and self._at_the_end() is None:
             self._give_up_backward()
