@@ -381,9 +381,13 @@ class DataParallel(Wrapper):
         return array
 
     def _compress(self, i: int, where: slice, gradient: Any, weight: float, place: Any) -> None:
+        if gradient is None:
+            # Where no rank has one, nobody takes the sum: what is left over has to stay here.
+            place[...] = 0
+            return
         error = self._errors[i][where]
         # Divided before the sum, which could leave float16's range.
-        if gradient is not None and weight != 0:
+        if weight != 0:
             share = empty(error, len(error), dtype_name(error.dtype))
             share[...] = flat(gradient, self._label(i))[where]
             assert self._scale is not None
