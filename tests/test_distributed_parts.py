@@ -27,6 +27,7 @@ from sgdcore.distributed import (
 )
 from sgdcore.distributed._flat import flat, join, runs
 from sgdcore.distributed._traffic import plan_slices
+from sgdcore.distributed._wrapper import Momenta, Views
 from support import assert_same_bits
 
 
@@ -98,6 +99,22 @@ def test_large_arrays_are_cut_evenly_and_small_ones_gathered() -> None:
         [1, 2, 4],
     ]
     assert [piece.size for piece in slices] == [3333334, 3333334, 3333332, 1_000_000, 6000]
+
+
+def test_momentum_is_cut_anew_where_parameters_were_moved() -> None:
+    """As on a rank that joins, which has no plan of before."""
+    parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = sgdcore.torch.SGD(parameters, lr=0.1, momentum=0.9)
+    views = Views(optimizer)
+    momenta = Momenta(optimizer, views)
+    apart = momenta.averager([True, True])
+    assert momenta.averager([True, True]) is apart
+    storage = torch.zeros(6)
+    for i, parameter in enumerate(parameters):
+        parameter.data = storage[3 * i : 3 * i + 3]
+    views.read()
+    assert views.runs == [[0, 1]]
+    assert momenta.averager([True, True]) is not apart
 
 
 ARRAYS: dict[str, Any] = {

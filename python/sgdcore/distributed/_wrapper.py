@@ -385,7 +385,7 @@ class Momenta:
 
     def __init__(self, optimizer: Any, views: Views) -> None:
         self._optimizer, self._views = optimizer, views
-        self._averager: tuple[list[int], Averager] | None = None
+        self._averager: tuple[Any, Averager] | None = None
 
     def all(self) -> list[Any]:
         """Return each parameter's momentum buffer, or None."""
@@ -407,11 +407,11 @@ class Momenta:
                 position[i] = len(views)
                 views.append(flat(self._get(i), f"momentum of {self._views.labels[i]}"))
                 wires.append(self._wire(i))
-        where = [address(view) for view in views]
-        if self._averager is None or self._averager[0] != where:
-            # The parameters' runs, which all ranks have in common.
-            runs = [[position[i] for i in run if wanted[i]] for run in self._views.runs]
-            self._averager = where, Averager(views, [run for run in runs if run], wires=wires)
+        # The parameters' runs, which all ranks have in common; they can change where momentum stays.
+        runs = [[position[i] for i in run if wanted[i]] for run in self._views.runs]
+        plan = [address(view) for view in views], runs, wires
+        if self._averager is None or self._averager[0] != plan:
+            self._averager = plan, Averager(views, [run for run in runs if run], wires=wires)
         return self._averager[1]
 
     def broadcast(self, group: ProcessGroup, source: int) -> None:
