@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -90,6 +91,15 @@ def test_ratio_of_runs_draws_them_apart() -> None:
     assert swapped.value == 1
     assert swapped.low < 1 < swapped.high
     assert stats.ratio_of_runs([2.0, 2.0], [1.0, 1.0, 1.0]) == (2, 2, 2)
+
+
+def test_ratio_of_runs_draws_placements_before_rounds() -> None:
+    """One run had three placements, in each of which all rounds took the same time."""
+    varied, constant = [1.0] * 40 + [2.0] * 40 + [3.0] * 40, [1.0] * 120
+    placed = [40, 40, 40]
+    assert stats.ratio_of_runs(varied, constant, placed, placed) == (2, 1, 3)
+    assert stats.ratio_of_runs(varied, constant) == (2, 2, 2)
+    assert stats.ratio_of_runs(constant, varied, placed, placed) == (0.5, 1 / 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -297,10 +307,11 @@ class Fickle(Broken):
     """Is right when it is made first, and wrong later."""
 
     made = 0
+    unit = 1.0
 
     def __init__(self, problem: contenders.Problem) -> None:
         super().__init__(problem)
-        self.by = float(Fickle.made)
+        self.by = self.unit * Fickle.made
         Fickle.made += 1
 
 
@@ -383,6 +394,46 @@ def test_training_steps(name: str) -> None:
         n: "equal" for n in training.variants() if n != "torch fused"
     }
     assert all(r.placements == [3] * 4 and r.allocated_bytes for r in found.values())
+
+
+def test_trainings_are_set_up_in_the_orders_of_their_placements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    class Noted(training.Training):
+        def __init__(self, case: Case, make: Any, inside: bool = False) -> None:
+            super().__init__(case, make, inside)
+            made.append(make)
+
+    variants = {
+        name: (functools.partial(torch.optim.SGD, foreach=False), False) for name in ("a", "b", "c")
+    }
+    witness = {"torch loop": (functools.partial(torch.optim.SGD, foreach=False), False)}
+    monkeypatch.setattr(training, "Training", Noted)
+    monkeypatch.setattr(training, "variants", lambda: {**variants, **witness})
+    each = case("train-mlp")
+    measure.run(each, list(variants), SHORT)
+    names = {id(make): name for name, (make, _) in variants.items()}
+    set_up = [names[id(make)] for make in made if id(make) in names]
+    orders = measure._orders(each, list(variants))
+    assert set_up == [name for order in orders for name in order]
+    assert len({tuple(order) for order in orders}) > 2
+
+
+def test_the_worst_rounding_of_all_placements_is_told(
+    large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(monkeypatch, Fickle)
+    monkeypatch.setattr(Fickle, "made", 0)
+    monkeypatch.setattr(Fickle, "unit", 2.0**-24)
+    found = measure.run(case("mlp"), ["other"], SHORT).results["other"]
+    assert found.check == "rounding"
+    assert found.roundings is not None
+    assert (
+        1 < found.roundings < measure.WRONG
+    )  # three halves, of the last placement, for a value of 1 or less
+    assert found.placements == [3, 3, 3, 3]
 
 
 def test_a_wrong_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -287,10 +287,11 @@ def _start_training(
     once: dict[str, float],
 ) -> None:
     variants = training.variants()
-    chosen = [name for name in variants if name in names]
+    chosen = [name for name in names if name in variants]
     if not chosen:
         return
     expected = _trained(case)
+    _release_memory()  # which would go to whoever comes first
     for name in chosen:
         each = training.Training(case, *variants[name])
         for _ in range(_STEPS):
@@ -303,8 +304,13 @@ def _start_training(
 def _enter(results: dict[str, Result], name: str, found: Result) -> bool:
     """Add the result of a check; return whether there is something to time."""
     right = found.check in ("equal", "rounding", "ceiling")
-    if not right or name not in results:
+    before = results.get(name)
+    if before is None or not right:
         results[name] = found  # where it is wrong now, also what was timed before is none
+    elif (found.roundings or 0) > (before.roundings or 0):
+        results[name] = replace(
+            before, check=found.check, detail=found.detail, roundings=found.roundings
+        )
     return right
 
 
@@ -386,13 +392,15 @@ def _time(
     slow = set()
     for name, seconds in steps.items():
         count = 1 if cold else max(1, int(extent.turn / max(seconds, 1e-8)))
-        # Momentum that no gradient feeds must stay far from subnormal numbers.
-        results[name].repeats = min(count, 50) if case.clear else count
+        if not results[name].placements:
+            # Momentum that no gradient feeds must stay far from subnormal numbers.
+            results[name].repeats = min(count, 50) if case.clear else count
         if seconds > max(_SLOW * fastest, 0.02) and not results[name].placements:
             last[name] = min(extent.rounds, _SLOW_ROUNDS)
             slow.add(name)
     taken = {name: len(results[name].seconds) for name in present}
-    order = random.Random(0)
+    # Other turns in each placement.
+    order = random.Random(max((len(faults[name]) for name in present), default=0))
     started = time.perf_counter()
     gc.collect()
     gc.disable()  # a collection takes as long as many small steps, and would hit one contender at random

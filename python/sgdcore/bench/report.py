@@ -301,7 +301,7 @@ def compare(console: Console, before: dict[str, Any], after: dict[str, Any]) -> 
             was = earlier.get(case, {}).get(name)
             if was is None or not was.seconds or not now.seconds:
                 continue
-            found_ratio = ratio_of_runs(now.seconds, was.seconds)
+            found_ratio = ratio_of_runs(now.seconds, was.seconds, now.placements, was.placements)
             if not name.startswith("sgdcore"):
                 controls.append(found_ratio.value)
             times = duration(was.median), duration(now.median)

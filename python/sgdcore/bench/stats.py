@@ -50,10 +50,7 @@ def ratio(other: Sequence[float], base: Sequence[float], placements: Sequence[in
     """
     count = min(len(other), len(base))
     rng = np.random.default_rng(0)
-    if count == sum(placements) and len(placements) > 1:
-        drawn = _drawn_from(placements, rng)
-    else:
-        drawn = rng.integers(count, size=(_DRAWS, count))
+    drawn = _drawn_from(placements if count == sum(placements) else [count], rng)
     return _ratio(other[:count], base[:count], drawn, drawn)
 
 
@@ -67,10 +64,23 @@ def _drawn_from(placements: Sequence[int], rng: np.random.Generator) -> Array:
     return within
 
 
-def ratio_of_runs(after: Sequence[float], before: Sequence[float]) -> Ratio:
-    """Return median(after) / median(before) of two runs, whose rounds have nothing to do with each other."""
+def ratio_of_runs(
+    after: Sequence[float],
+    before: Sequence[float],
+    placements_after: Sequence[int] = (),
+    placements_before: Sequence[int] = (),
+) -> Ratio:
+    """Return median(after) / median(before) of two runs, whose rounds have nothing to do with each other.
+
+    Args:
+        after: the samples of one.
+        before: those of the other.
+        placements_after: how many of its samples were taken each time that it was set up; () for once.
+        placements_before: the same for the other.
+    """
     rng = np.random.default_rng(0)
-    first, second = (rng.integers(len(s), size=(_DRAWS, len(s))) for s in (after, before))
+    first = _drawn_from(placements_after or [len(after)], rng)
+    second = _drawn_from(placements_before or [len(before)], rng)
     return _ratio(after, before, first, second)
 
 
