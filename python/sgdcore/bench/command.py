@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="less than a minute; the default")
-    extent.add_argument("--full", action="store_true", help="everything; about 25 minutes")
+    extent.add_argument("--full", action="store_true", help="everything; more than half an hour")
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],

@@ -391,11 +391,12 @@ def _time(
     last = dict.fromkeys(present, extent.rounds)  # of the rounds of each
     slow = set()
     for name, seconds in steps.items():
+        if results[name].placements:
+            continue  # its repeats are known, and that it is not slow
         count = 1 if cold else max(1, int(extent.turn / max(seconds, 1e-8)))
-        if not results[name].placements:
-            # Momentum that no gradient feeds must stay far from subnormal numbers.
-            results[name].repeats = min(count, 50) if case.clear else count
-        if seconds > max(_SLOW * fastest, 0.02) and not results[name].placements:
+        # Momentum that no gradient feeds must stay far from subnormal numbers.
+        results[name].repeats = min(count, 50) if case.clear else count
+        if seconds > max(_SLOW * fastest, 0.02):
             last[name] = min(extent.rounds, _SLOW_ROUNDS)
             slow.add(name)
     taken = {name: len(results[name].seconds) for name in present}
@@ -470,9 +471,8 @@ class _Others:
     """Measures how much of the machine other programs used within with blocks."""
 
     def __init__(self) -> None:
-        self._spent = np.zeros(
-            3
-        )  # processor seconds: the machine's, those not idle, this process's
+        # Processor seconds: the machine's, those not idle, this process's.
+        self._spent = np.zeros(3)
 
     def __enter__(self) -> Self:
         self._before = self._read()
