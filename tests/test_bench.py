@@ -396,6 +396,49 @@ def test_training_steps(name: str) -> None:
     assert all(r.placements == [3] * 4 and r.allocated_bytes for r in found.values())
 
 
+def test_the_resnet50_in_training_has_the_parameters_of_the_workload() -> None:
+    model, _ = training._MODELS["step-resnet50"]()
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    assert sorted(shapes) == sorted(cases.WORKLOADS["resnet50"])
+
+
+def test_a_step_in_training_is_timed_after_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    class Noted(training.StepInTraining):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.calls: list[str] = []
+            calls.append(self.calls)
+
+        def load(self, index: int) -> None:
+            super().load(index)
+            self.calls.append("load")
+
+        def step(self) -> None:
+            super().step()
+            self.calls.append("step")
+
+    monkeypatch.setattr(training, "StepInTraining", Noted)
+    monkeypatch.setattr(measure, "_SLOW", 0.0)  # whoever takes long takes part all the same
+    monkeypatch.setitem(training._MODELS, "step-resnet50", training._MODELS["train-cnn"])
+    long = measure.Extent(3, turn=0.1, budget=10)  # in which other steps would be repeated
+    found = measure.run(case("step-resnet50"), list(training.variants()), long).results
+    assert found.pop(training.IN_BACKWARD).check == "unsuitable"
+    assert {n: r.check for n, r in found.items() if n != "torch fused"} == {
+        n: "equal" for n in found if n != "torch fused"
+    }
+    assert all(r.placements == [3] * 4 and r.repeats == 1 for r in found.values())
+    made = [each for each in calls if each]  # not the witness's
+    assert len(made) == 4 * len(found)
+    for each in made:
+        text = "".join(call[0] for call in each)
+        assert text.startswith("lslsls")  # checked
+        # Timed; a last step shows how much memory it takes.
+        assert text.rstrip("s").endswith("lslsl")
+        assert text.count("l") == 6
+
+
 def test_trainings_are_set_up_in_the_orders_of_their_placements(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

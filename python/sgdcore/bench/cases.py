@@ -83,8 +83,8 @@ WORKLOADS: dict[str, Shapes] = {
     "flat64M": [(64_000_000,)],
 }
 
-# Whole training steps: forward, backward and update; see training.py.
-TRAINING = ("train-mlp", "train-cnn", "train-deep")
+# Whole training steps (forward, backward and update), and the step alone in a training; see training.py.
+TRAINING = ("train-mlp", "train-cnn", "train-deep", "step-resnet50")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,18 @@ class Case:
 
     @property
     def is_training(self) -> bool:
-        """True for whole training steps, which have neither shapes nor elements here."""
+        """True for training workloads, which have neither shapes nor elements here."""
         return self.workload in TRAINING
+
+    @property
+    def is_step_alone(self) -> bool:
+        """True if of a training the optimizer's step alone is timed."""
+        return self.is_training and self.workload.startswith("step-")
+
+    @property
+    def is_loaded(self) -> bool:
+        """True if gradients are put in place before each sample."""
+        return self.grads == "cold" or self.clear or self.is_step_alone
 
     @property
     def shapes(self) -> Shapes:

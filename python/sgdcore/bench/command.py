@@ -216,7 +216,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     found = cases.select(grids, {name: getattr(args, name) for name in _CONDITIONS})
     if not found:
         raise _UsageError(
-            "the filters leave no case: training steps exist in float32 with nesterov only"
+            "the filters leave no case: training exists in float32 with nesterov only"
         )
     return found
 
@@ -236,7 +236,7 @@ def _list(console: Console, chosen: Sequence[Case], names: Sequence[str]) -> Non
     for name in names:
         each = CONTENDERS.get(name)
         if each is None:
-            console.print(f"  {name:<26} training steps only", markup=False)
+            console.print(f"  {name:<26} whole training steps only", markup=False)
             continue
         summary = (each.__doc__ or "").partition("\n")[0]
         state = each.version() or "not installed"

@@ -293,8 +293,13 @@ def _start_training(
     expected = _trained(case)
     _release_memory()  # which would go to whoever comes first
     for name in chosen:
-        each = training.Training(case, *variants[name])
+        if case.is_step_alone and name == training.IN_BACKWARD:
+            reason = "its step is a part of the backward pass"
+            results[name] = Result("torch", "unsuitable", reason)
+            continue
+        each = training.of(case, *variants[name])
         for _ in range(_STEPS):
+            each.load(0)
             once[name] = _sample(each.step, 1)[0]
         found = np.concatenate([values.ravel() for values in each.result()])
         if _enter(results, name, _checked("torch", _difference(found, expected, case.dtype))):
@@ -325,7 +330,7 @@ def _expected(problem: Problem, picks: Sequence[Array]) -> Array:
 
 def _trained(case: Case) -> Array:
     """Return all parameters after three steps of a training that the oracle has confirmed at the usual places."""
-    witness = training.Training(case, *training.variants()["torch loop"])
+    witness = training.of(case, *training.variants()["torch loop"])
     picks = [_pick(values) for values in witness.result()]
     oracle = ReferenceSGD([_picked(witness.result(), picks)], **witness.hyper)
     for _ in range(_STEPS):
@@ -393,10 +398,12 @@ def _time(
     for name, seconds in steps.items():
         if results[name].placements:
             continue  # its repeats are known, and that it is not slow
-        count = 1 if cold else max(1, int(extent.turn / max(seconds, 1e-8)))
+        single = cold or case.is_step_alone
+        count = 1 if single else max(1, int(extent.turn / max(seconds, 1e-8)))
         # Momentum that no gradient feeds must stay far from subnormal numbers.
         results[name].repeats = min(count, 50) if case.clear else count
-        if seconds > max(_SLOW * fastest, 0.02):
+        # Beside a backward pass no step takes long.
+        if seconds > max(_SLOW * fastest, 0.02) and not case.is_step_alone:
             last[name] = min(extent.rounds, _SLOW_ROUNDS)
             slow.add(name)
     taken = {name: len(results[name].seconds) for name in present}
@@ -411,7 +418,7 @@ def _time(
             order.shuffle(turns)  # none always follows the same one
             for name in turns:
                 each, count = present[name], results[name].repeats
-                if cold or case.clear:
+                if case.is_loaded:
                     each.load(round_ % 2 if cold else 0)
                 if flush is not None:
                     flush()
@@ -420,7 +427,8 @@ def _time(
                 seconds, faulted = _sample(each.step, count)
                 results[name].seconds.append(float(f"{seconds:.5g}"))
                 faults[name].append(faulted)
-            if round_ >= 2 and time.perf_counter() - started > extent.budget:
+            late = time.perf_counter() - started > extent.budget
+            if round_ >= 2 and late and not case.is_step_alone:
                 break
     finally:
         gc.enable()

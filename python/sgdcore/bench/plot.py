@@ -168,7 +168,8 @@ def _draw_panel(axes: Any, shown: Cases, title: str, base: str, kinds: Sequence[
 
 def _row_name(case: Case) -> str:
     if case.is_training:
-        return f"{case.workload}\n(whole step)"
+        part = "step in training" if case.is_step_alone else "whole step"
+        return f"{case.workload}\n({part})"
     count, tensors = case.elements, len(case.shapes)
     for unit, scale in (("M", 1e6), ("k", 1e3)):
         if count >= scale:
