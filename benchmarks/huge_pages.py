@@ -2,8 +2,7 @@
 
     python benchmarks/huge_pages.py
 
-Each side runs in processes of its own, in turn; the one without switches the pages off with prctl. The buffer uses
-them from 4 MiB on because of what this prints; results/ holds a run.
+Each side runs in processes of its own, in turn; the one without switches the pages off with prctl. results/ holds a run.
 """
 
 from __future__ import annotations

@@ -1,14 +1,29 @@
-// Large buffers are mapped directly and advised to use transparent huge pages: fewer page faults at the first touch
-// and fewer TLB misses in every pass. docs/design.md says what that was measured to be worth.
+// Large buffers are mapped directly and advised to use transparent huge pages, for fewer TLB misses in every pass.
+// docs/design.md says what that was measured to be worth.
 #include "buffer.hpp"
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
 
 namespace sgdcore {
+namespace {
+
+/// Returns where the next large buffer begins within its first huge page.
+///
+/// A step walks through several buffers at once, which the system often maps one behind the other. On Zen 4 it takes
+/// four times as long where they are a multiple of 128 MiB apart, to less than a page (benchmarks/aliasing.py): its
+/// first-level cache tells addresses by a hash, which is presumably the same for these.
+std::size_t next_offset() {
+    constexpr std::size_t stride = 4096 + AlignedBuffer::alignment;
+    static std::atomic<std::size_t> count{0};
+    return count.fetch_add(1, std::memory_order_relaxed) % 8 * stride;
+}
+
+}  // namespace
 
 AlignedBuffer::AlignedBuffer(std::size_t size) : size_(size) {
     if (size < 2 * huge_page) {
@@ -16,9 +31,10 @@ AlignedBuffer::AlignedBuffer(std::size_t size) : size_(size) {
         std::memset(data_, 0, size);
         return;
     }
-    if (size > SIZE_MAX - 2 * huge_page) throw std::bad_alloc();
+    if (size > SIZE_MAX - 3 * huge_page) throw std::bad_alloc();
     // Map one huge page more than needed and give back what lies outside the aligned range.
-    const std::size_t needed = (size + huge_page - 1) / huge_page * huge_page;
+    const std::size_t offset = next_offset();
+    const std::size_t needed = (offset + size + huge_page - 1) / huge_page * huge_page;
     const std::size_t length = needed + huge_page;
     void* mapping = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED) throw std::bad_alloc();
@@ -26,16 +42,17 @@ AlignedBuffer::AlignedBuffer(std::size_t size) : size_(size) {
     const std::size_t head = (huge_page - start % huge_page) % huge_page;
     if (head > 0) munmap(mapping, head);
     if (head < huge_page) munmap(reinterpret_cast<void*>(start + head + needed), huge_page - head);
-    data_ = reinterpret_cast<std::byte*>(start + head);
+    mapping_ = reinterpret_cast<std::byte*>(start + head);
     mapped_ = needed;
+    data_ = mapping_ + offset;
 #if defined(MADV_HUGEPAGE)
-    madvise(data_, mapped_, MADV_HUGEPAGE);  // advice: without it the pages are ordinary ones
+    madvise(mapping_, mapped_, MADV_HUGEPAGE);  // advice: without it the pages are ordinary ones
 #endif
 }
 
 AlignedBuffer::~AlignedBuffer() {
     if (mapped_ > 0) {
-        munmap(data_, mapped_);
+        munmap(mapping_, mapped_);
     } else {
         ::operator delete(data_, std::align_val_t{alignment});
     }

@@ -5,7 +5,8 @@
 
 namespace sgdcore {
 
-/// One owned allocation. Zero-filled; aligned to `alignment`, or to a huge page if it is large.
+/// One owned allocation. Zero-filled and aligned to `alignment`; from two huge pages on mapped by itself, on such
+/// pages.
 class AlignedBuffer {
   public:
     static constexpr std::size_t alignment = 64;  // a cache line, and the widest vector
@@ -23,6 +24,7 @@ class AlignedBuffer {
   private:
     std::byte* data_;
     std::size_t size_;
+    std::byte* mapping_ = nullptr;
     std::size_t mapped_ = 0;  // length of the mapping; 0 if the memory came from the heap
 };
 

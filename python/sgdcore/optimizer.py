@@ -554,8 +554,8 @@ def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Arr
 def _separate_momentum(data: Array, dtype: np.dtype[Any]) -> Array:
     """Return storage laid out like `data`.
 
-    Large storage is mapped by itself. malloc would often place it right behind the parameter, and caches may not tell
-    addresses a power of two apart: on a Zen 4 machine arrays 2**28 bytes long took 104 ms a step there, 25 elsewhere.
+    Large storage is mapped by itself. malloc would often place it right behind the parameter, where a step may take several
+    times as long: see csrc/buffer.cpp.
     """
     if data.size * dtype.itemsize < 2 * _core.huge_page or not data.flags.c_contiguous:
         return np.empty_like(data, dtype=dtype, subok=False)

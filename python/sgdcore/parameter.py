@@ -122,8 +122,8 @@ class ParameterBuffer(Mapping[str, Parameter]):
 
     An optimizer updates the whole buffer in one uninterrupted pass, with its momentum in a third flat
     array; the flat arrays also suit an all-reduce, a norm, or a file. Parameters follow each other
-    without gaps, in the mapping's order. Memory is aligned to 64 bytes; from 4 MiB on it is aligned
-    to 2 MiB and uses transparent huge pages where the system offers them.
+    without gaps, in the mapping's order. Memory is aligned to 64 bytes; from 4 MiB on it lies on
+    transparent huge pages where the system offers them.
 
     Args:
         parameters: maps each name to a shape (values start at zero), or to an array whose values are copied.
