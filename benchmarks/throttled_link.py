@@ -195,7 +195,11 @@ def main() -> None:
             subprocess.run(command, check=True)
             document = json.loads(Path(output).read_text())
         documents.append(document)
-    result = {"rate": args.rate, "kernel": platform.release(), "results": documents}
+    result = {
+        "rate": args.rate,
+        "kernel": platform.release().partition("-")[0],
+        "results": documents,
+    }
     print(table(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

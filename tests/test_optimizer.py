@@ -11,6 +11,8 @@ import copy
 import inspect
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -783,6 +785,23 @@ def test_same_as_torch(function: Scenario, dtype: Any) -> None:
     assert len(ours.record) == len(theirs.record) > 0
     for i, (actual, expected) in enumerate(zip(ours.record, theirs.record, strict=True)):
         _compare(actual, expected, f"entry {i} of the record")
+
+
+def test_modules_that_are_imported_when_used_are_there() -> None:
+    script = (
+        "import sgdcore, sys; assert not {'torch', 'sgdcore.distributed'} & {*sys.modules}; "
+        "names = {'torch', 'distributed', 'reference'}; assert names < {*dir(sgdcore)}; "
+        "print(*(getattr(sgdcore, name).__name__ for name in sorted(names)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    assert found.split() == ["sgdcore.distributed", "sgdcore.reference", "sgdcore.torch"]
+
+
+def test_a_rule_without_a_step() -> None:
+    with pytest.raises(NotImplementedError):
+        sgdcore.Optimizer([np.zeros(3)], {}).step()
 
 
 def test_repr_has_torch_shape() -> None:

@@ -248,10 +248,10 @@ def test_a_line_through_the_best_two() -> None:
 @pytest.mark.parametrize(
     ("latency", "bandwidth", "message"),
     [
-        (-1e-6, 1e9, "latency: must be a finite number of at least 0, got -1e-06"),
-        (float("nan"), 1e9, "latency: must be a finite number of at least 0, got nan"),
-        (0, 0, "bandwidth: must be a finite number above 0, got 0"),
-        (0, float("inf"), "bandwidth: must be a finite number above 0, got inf"),
+        (-1e-6, 1e9, "latency: expected a finite number of at least 0, got -1e-06"),
+        (float("nan"), 1e9, "latency: expected a finite number of at least 0, got nan"),
+        (0, 0, "bandwidth: expected a finite number above 0, got 0"),
+        (0, float("inf"), "bandwidth: expected a finite number above 0, got inf"),
     ],
 )
 def test_bad_links(latency: float, bandwidth: float, message: str) -> None:
@@ -259,14 +259,26 @@ def test_bad_links(latency: float, bandwidth: float, message: str) -> None:
         Link(latency, bandwidth)
 
 
+def test_a_latency_that_is_no_number() -> None:
+    with pytest.raises(TypeError, match=r"^latency: expected a number, got '1 ms'$"):
+        Link("1 ms", 1e9)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"parameters": 0}, ValueError, "parameters: must be a finite number above 0, got 0"),
-        ({"step_seconds": -1}, ValueError, "step_seconds: must be a finite number above 0, got -1"),
+        ({"parameters": 0}, ValueError, "parameters: expected a finite number above 0, got 0"),
+        (
+            {"step_seconds": -1},
+            ValueError,
+            "step_seconds: expected a finite number above 0, got -1",
+        ),
         ({"link": 1e9}, TypeError, "link: expected a Link, got 1000000000.0"),
         ({"ranks": None}, ValueError, "ranks: needed, because the link was not measured"),
+        ({"step_seconds": None}, TypeError, "step_seconds: expected a number, got None"),
         ({"ranks": (2, 0)}, ValueError, "ranks: expected at least 1, got 0"),
+        ({"ranks": 1.5}, TypeError, "ranks: expected an integer or several, got 1.5"),
+        ({"sync_every": "16"}, TypeError, "sync_every: expected an integer, got '1'"),
         ({"sync_every": (0,)}, ValueError, "sync_every: expected at least 1, got 0"),
         ({"wire_dtypes": ("int8",)}, ValueError, "wire_dtype: expected one of .*, got 'int8'"),
         ({"momentum_sync": "sum"}, ValueError, "momentum_sync: expected one of .*, got 'sum'"),
@@ -278,10 +290,22 @@ def test_bad_plans(arguments: dict[str, Any], error: type[Exception], message: s
         plan(**{"parameters": 1e6, "step_seconds": 0.1, "link": GIGABIT, "ranks": 2, **arguments})
 
 
+def test_one_number_is_a_table_too() -> None:
+    table = plan(1e6, 0.1, GIGABIT, ranks=np.int64(2), sync_every=16)
+    assert {(p.ranks, p.sync_every) for p in table.predictions} == {(2, 16)}
+
+
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_bad_ranks_of_a_period(ranks: int) -> None:
+    table = plan(1e6, 0.1, GIGABIT, ranks=2)
+    with pytest.raises(ValueError, match=f"^ranks: expected at least 1, got {ranks}$"):
+        table.sync_every(0.9, ranks)
+
+
 @pytest.mark.parametrize("efficiency", [0, 1, float("nan")])
 def test_bad_efficiencies(efficiency: float) -> None:
     table: Plan = plan(1e6, 0.1, GIGABIT, ranks=2)
-    with pytest.raises(ValueError, match=r"^efficiency: must be above 0 and below 1, got "):
+    with pytest.raises(ValueError, match=r"^efficiency: expected above 0 and below 1, got "):
         table.sync_every(efficiency, 2)
 
 
@@ -298,7 +322,7 @@ def test_bad_efficiencies(efficiency: float) -> None:
         (
             {"buffer": np.zeros(1000, np.float32)},
             ValueError,
-            "buffer: must hold 16777216 bytes, got 4",
+            "buffer: expected 16777216 bytes or more, got 4",
         ),
         ({"buffer": np.zeros(1 << 22)}, TypeError, "buffer: expected dtype float32, got float64"),
     ],

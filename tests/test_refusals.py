@@ -1477,6 +1477,7 @@ def test_state_replaced_by_something_bad_stays() -> None:
         (-1, ValueError, "^count: expected a number of threads up to 4096, or 0 .*, got -1$"),
         (2**31, ValueError, f"^count: expected a number of threads .*, got {2**31}$"),
         (2.5, TypeError, r"^count: expected an integer, got 2\.5$"),
+        (True, TypeError, "^count: expected an integer, got True$"),
         ("two", TypeError, "^count: expected an integer, got 'two'$"),
         (None, TypeError, "^count: expected an integer, got None$"),
     ],

@@ -13,24 +13,37 @@ array([[0.95, 0.95, 0.95],
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgdcore._core import __version__
+from sgdcore.device_array import DeviceArray
 from sgdcore.optimizer import Optimizer
 from sgdcore.parameter import Parameter, ParameterBuffer
 from sgdcore.runtime import build_info, get_isa, get_num_threads, set_isa, set_num_threads
 from sgdcore.sgd import SGD
 
+if TYPE_CHECKING:
+    from sgdcore import distributed as distributed
+    from sgdcore import reference as reference
+    from sgdcore import torch as torch
+
+# Imported when they are first used: they need more than NumPy, or are needed by few.
+_MODULES = ("distributed", "reference", "torch")
+
 
 def __getattr__(name: str) -> Any:
-    """Import what needs more than NumPy, or is needed by few, when it is first used."""
-    if name in ("torch", "distributed"):
+    if name in _MODULES:
         return importlib.import_module(f"sgdcore.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
 __all__ = [
     "SGD",
+    "DeviceArray",
     "Optimizer",
     "Parameter",
     "ParameterBuffer",

@@ -9,7 +9,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain, count
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -22,6 +22,7 @@ __all__ = ["HookHandle", "Optimizer", "OptimizerState", "ParameterState"]
 
 ParamsLike = ParameterBuffer | Iterable[Any]
 Hook = Callable[..., Any]
+Loss = TypeVar("Loss")
 
 
 class HookHandle:
@@ -249,6 +250,14 @@ class Optimizer:
         _core.zero_grads(self.param_groups, set_to_none)
 
     # The step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; the subclasses say how."""
+        raise NotImplementedError
 
     def _run(self, grads: Any, zero_grad: bool) -> None:
         """Update all parameters, after making what the plan lacks."""

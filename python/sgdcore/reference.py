@@ -5,8 +5,8 @@ dtype, instruction set and device, must give the same bits as this one. That is 
 each operation rounds in one specified way. One of them, `fma`, the multiply-add with a single
 rounding, is missing in NumPy and is built here from operations that are not.
 
-Nothing here is fast, and nothing here needs the compiled part of the package: the standard library
-and NumPy are enough. Arrays of dtype bfloat16 come from whichever package registers that dtype with
+Nothing here is fast, and this file needs nothing else of the package: the standard library and NumPy
+are enough. Arrays of dtype bfloat16 come from whichever package registers that dtype with
 NumPy (such as ml_dtypes); they are recognised by the dtype's name.
 """
 

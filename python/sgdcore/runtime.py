@@ -31,7 +31,7 @@ def set_num_threads(count: int) -> None:
         TypeError: if `count` is no integer.
         ValueError: if it is negative or exceeds 4,096.
     """
-    if not isinstance(count, int | np.integer):
+    if isinstance(count, bool) or not isinstance(count, int | np.integer):
         raise TypeError(f"count: expected an integer, got {count!r}")
     if not 0 <= count <= _MOST_THREADS:
         raise ValueError(
@@ -45,18 +45,19 @@ def get_isa() -> str:
     return _core.instruction_set()
 
 
-def set_isa(name: str | None) -> None:
-    """Use the kernels of the named instruction set; None chooses the best one again.
+def set_isa(isa: str | None) -> None:
+    """Use the kernels of the named instruction set; None returns to the default.
 
-    The environment variable ``SGDCORE_ISA`` does the same at start. Results do not depend on it.
+    The default is what the environment variable ``SGDCORE_ISA`` names, else the best that the machine can run. Results do
+    not depend on it.
 
     Raises:
-        TypeError: if `name` is neither a string nor None.
+        TypeError: if `isa` is neither a string nor None.
         ValueError: if this build has no such instruction set, or this machine cannot run it.
     """
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"isa: expected a string or None, got {name!r}")
-    _core.use_instruction_set(name or "")
+    if isa is not None and not isinstance(isa, str):
+        raise TypeError(f"isa: expected a string or None, got {isa!r}")
+    _core.use_instruction_set(isa or "")
 
 
 def build_info() -> dict[str, Any]:

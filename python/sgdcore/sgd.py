@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from sgdcore._arrays import Array, storage_dtype
-from sgdcore.optimizer import Optimizer, ParamsLike
+from sgdcore.optimizer import Loss, Optimizer, ParamsLike
 
 __all__ = ["SGD"]
-
-Loss = TypeVar("Loss")
 
 
 class SGD(Optimizer):

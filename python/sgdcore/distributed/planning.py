@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import combinations
+from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from sgdcore._arrays import Array
-from sgdcore.distributed._checks import check_count
+from sgdcore.distributed._checks import check_count, integer
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 
 __all__ = ["Link", "Plan", "Prediction", "measure", "plan"]
@@ -50,7 +51,8 @@ class Link:
         samples: what was measured: pairs of (bytes, seconds of an all-reduce).
 
     Raises:
-        ValueError: if a number is out of range.
+        TypeError: if an argument is no number.
+        ValueError: if one is out of range.
 
     Example:
         >>> Link(latency=50e-6, bandwidth=10e9 / 8).all_reduce(100e6, ranks=8)
@@ -118,7 +120,7 @@ def measure(
     if str(buffer.dtype).rpartition(".")[2] != "float32":
         raise TypeError(f"buffer: expected dtype float32, got {buffer.dtype}")
     if 4 * len(buffer) < max(sizes):
-        raise ValueError(f"buffer: must hold {max(sizes)} bytes, got {4 * len(buffer)}")
+        raise ValueError(f"buffer: expected {max(sizes)} bytes or more, got {4 * len(buffer)}")
     sizes = sorted(set(sizes))
     buffer[:] = 0  # and stays so: the sums neither overflow nor slow the addition down
     seconds = np.empty((rounds, len(sizes)))
@@ -231,7 +233,9 @@ class Plan:
         )
 
     def sync_every(self, efficiency: float, ranks: int, wire_dtype: str = "float32") -> int:
-        """Return the smallest period with at least this efficiency, H >= e / (1 - e) * t_s / t_c.
+        """Return the smallest period with at least this efficiency.
+
+        That is H >= e / (1 - e) * t_s / t_c; or H >= e * t_s / t_c where the traffic is hidden behind the computation.
 
         Args:
             efficiency: e, above 0 and below 1.
@@ -239,10 +243,12 @@ class Plan:
             wire_dtype: the dtype that is sent.
 
         Raises:
+            TypeError: if `ranks` is no integer.
             ValueError: if an argument is out of range.
         """
         if not 0 < efficiency < 1:
-            raise ValueError(f"efficiency: must be above 0 and below 1, got {efficiency}")
+            raise ValueError(f"efficiency: expected above 0 and below 1, got {efficiency}")
+        check_count("ranks", ranks, 1)
         ratio = self._round_seconds(ranks, wire_dtype) / self.step_seconds
         return max(1, math.ceil(efficiency * ratio / (1 if self.overlap else 1 - efficiency)))
 
@@ -327,7 +333,7 @@ def plan(
     link: Link,
     *,
     ranks: int | Sequence[int] | None = None,
-    sync_every: Sequence[int] = (1, 4, 16, 64, 256),
+    sync_every: int | Sequence[int] = (1, 4, 16, 64, 256),
     wire_dtypes: Sequence[str] = ("float32", "bfloat16"),
     momentum_sync: str = "keep",
     overlap: bool = False,
@@ -339,13 +345,13 @@ def plan(
         step_seconds: t_c, seconds of a worker's step without traffic: forward, backward, update.
         link: latency and bandwidth, from `measure` or by hand.
         ranks: N, one or several. Default: those that the link was measured with.
-        sync_every: the periods H to tabulate; 1 is synchronous SGD.
+        sync_every: H, one period or several; 1 is synchronous SGD.
         wire_dtypes: dtypes that are sent: float64, float32, bfloat16, float16.
         momentum_sync: as for `LocalSGD`; ``"average"`` sends the momentum too, twice the bytes.
         overlap: the traffic is hidden behind the computation, max(t_c, t_s / H).
 
     Raises:
-        TypeError: if `link` is not a `Link`.
+        TypeError: if `link` is not a `Link`, or a number is none.
         ValueError: if a number is out of range, or a name is not one of those above.
 
     Example:
@@ -376,19 +382,31 @@ def plan(
     table = Plan(parameters, step_seconds, link, momentum_sync, overlap, ())
     predictions = tuple(
         table.predict(n, wire_dtype, period)
-        for n in ([ranks] if isinstance(ranks, int) else ranks)
+        for n in _several("ranks", ranks)
         for wire_dtype in wire_dtypes
-        for period in sync_every
+        for period in _several("sync_every", sync_every)
     )
     return replace(table, predictions=predictions)
+
+
+def _several(argument: str, counts: Any) -> list[Any]:
+    """Return one integer, also NumPy's, or several as a list."""
+    if integer(counts) is not None:
+        return [counts]
+    try:
+        return list(counts)
+    except TypeError:
+        raise TypeError(f"{argument}: expected an integer or several, got {counts!r}") from None
 
 
 def _check_number(
     argument: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf
 ) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
     if not (math.isfinite(value) and value >= at_least and value > above):
         bound = f"of at least {at_least:g}" if math.isfinite(at_least) else f"above {above:g}"
-        raise ValueError(f"{argument}: must be a finite number {bound}, got {value}")
+        raise ValueError(f"{argument}: expected a finite number {bound}, got {value}")
 
 
 def _engineering(value: float) -> str:

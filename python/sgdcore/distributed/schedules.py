@@ -1,7 +1,7 @@
 """When to average: schedules of the number of steps between two rounds.
 
-A schedule is any object with a method ``period(progress)``. All ranks ask it at the start of each round, with equal arguments,
-and have to get the same answer.
+A schedule is any object with a method ``period(progress)``. All ranks ask it at the start of each round, and have to get the
+same answer.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["AdaComm", "PostLocal", "Progress", "Schedule", "Stagewise"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is, at the start of a round; equal on all ranks.
+    """Where training is, at the start of a round; equal on all ranks, provided their learning rates are.
 
     Attributes:
         step: steps taken so far.
         round: rounds completed so far.
         period: the steps of the last round; 0 before the first.
-        lr: the learning rate of the first param group on rank 0's schedule of it.
+        lr: the learning rate of this rank's first param group.
         loss: the mean over ranks and steps of the losses of the last round; None if none were passed.
         first_loss: the same of the first round that had any.
     """

@@ -67,7 +67,7 @@ def verify(
     pass is not deterministic differs for reasons of its own: use torch.use_deterministic_algorithms.
 
     Args:
-        model: any module with CPU parameters.
+        model: any module with parameters on the CPU or CUDA devices.
         batch_fn: called with the number of the step, from 0, for a batch.
         steps: how many steps to take.
         loss_fn: called with a model and a batch, for a scalar loss; if None, the batch is a pair of
@@ -91,18 +91,19 @@ def verify(
         torch.optim.SGD(models[0].parameters(), foreach=False, **hyperparameters),
         SGD(models[1].parameters(), **hyperparameters),
     ]
+    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
     seconds: list[list[float]] = [[], []]
     difference = None
     taken = 0
     for number in range(steps):
         batch = batch_fn(number)
-        random_state = torch.get_rng_state()
         losses = []
         for i, (copied, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            torch.set_rng_state(random_state)
             optimizer.zero_grad()
-            loss = loss_fn(copied, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # What the first one draws is drawn again for the second one.
+            with torch.random.fork_rng(devices, enabled=i == 0):
+                loss = loss_fn(copied, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             start = time.perf_counter()
             optimizer.step()
