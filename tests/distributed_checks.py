@@ -258,6 +258,17 @@ def refused(context: Context, error: type[Exception], match: str, *arrays: Any) 
     assert all(same_bits(a, b) for a, b in zip(arrays, before, strict=True))
 
 
+@contextmanager
+def told(
+    context: Context, own: type[Exception], match: str, *arrays: Any, kind: str = ""
+) -> Iterator[None]:
+    """Expect an error on rank 1, and on the others one that names the rank, the error's type and its text."""
+    if context.rank != 1:
+        match = f"of step .*: rank 1 failed with {kind or own.__name__}: .*{match}[^\0]*$"
+    with refused(context, own if context.rank == 1 else RoundError, match, *arrays):
+        yield
+
+
 # Process groups
 
 
@@ -318,13 +329,19 @@ def sixteen_bits_are_refused(context: Context) -> None:
         array = np.ones(4, dtype)
         with refused(context, TypeError, "array: expected one of float32, .* for MPI, got", array):
             context.group.all_reduce(array)
+    able = Counting(context.group)
+    able.dtypes |= {"bfloat16", "float16"}
     for wire in ("bfloat16", np.float16):
         for cls in (LocalSGD, DataParallel):
             optimizer = make("numpy flat")
-            with refused(
-                context, ValueError, "wire_dtype: MpiGroup.* cannot add up", *values_of(optimizer)
-            ):
+            match = "wire_dtype: MpiGroup.* cannot add up"
+            with refused(context, ValueError, match, *values_of(optimizer)):
                 cls(optimizer, wire_dtype=wire)
+            # Nor is one that comes later.
+            workers = cls(optimizer, able, wire_dtype=wire)
+            with refused(context, ValueError, match, *values_of(optimizer)):
+                workers.rebind(context.group)
+            assert workers.group is able
 
 
 # Local SGD
@@ -955,6 +972,51 @@ def data_parallel_refuses_gradients_of_another_shape(context: Context) -> None:
     match = r"the gradient of .*\[0\]: expected shape \(3, 2\), the parameter's, got \(2, 3\)"
     with refused(context, ValueError, match, *arrays):
         data.step(grads=[np.ones((2, 3), np.float32)])
+
+
+@check(cases={"plain": {}, "wire": {"wire_dtype": "float32"}})
+def bad_gradients_of_one_rank_are_told_to_all(context: Context, **options: Any) -> None:
+    """In the same step, which none takes; then all go on."""
+    arrays = [np.zeros((3, 2)), np.zeros(4)]
+    data = DataParallel(sgdcore.SGD(arrays, lr=1.0), slice_bytes=16, **options)
+    bad: dict[str, Any] = {
+        r"grads: expected 2 gradients, one for each parameter, got 1": lambda good: good[:1],
+        r"\['params'\]\[1\]: expected shape \(4,\), the parameter's, got \(2, 2\)": lambda good: [
+            good[0],
+            good[1].reshape(2, 2),
+        ],
+    }
+    for step, (match, spoil) in enumerate(bad.items()):
+        good = [np.full(array.shape, 1.0 + context.rank) for array in arrays]
+        with told(context, ValueError, match, *arrays):
+            data.step(grads=spoil(good) if context.rank == 1 else good)
+        data.step(grads=[np.full(array.shape, 1.0 + context.rank) for array in arrays])
+        for array in arrays:
+            assert np.all(array == -(step + 1) * (context.size + 1) / 2)
+    # A rank that has ended hears of it, too, and may stay.
+    good = [np.ones(array.shape) for array in arrays]
+    with told(context, ValueError, "grads: expected 2 gradients", *arrays):
+        data.finish() if context.rank == 0 else data.step(grads=good[context.rank == 1 :])
+    if context.rank > 0:
+        data.step(grads=good)
+    data.finish()
+    assert data._steps == 3
+    assert_equal_on_all(context, arrays)
+
+
+@check()
+def settings_that_cannot_be_sent_are_refused(context: Context) -> None:
+    """On all ranks, by name, before a parameter is sent."""
+    for place in ("group", "state"):
+        optimizer = make("numpy separate", seed=context.rank)
+        if context.rank == 0:
+            parameter = params_of(optimizer)[2]
+            where = optimizer.param_groups[0] if place == "group" else optimizer.state[parameter]
+            where["hook"] = lambda: None
+        name = r"param_groups\[0\]" + (r"\['params'\]\[2\]: " if place == "state" else "")
+        match = name + r"\['hook'\]: it cannot be sent to the other ranks: .*lambda"
+        with refused(context, TypeError, match, *params_of(optimizer)):
+            DataParallel(optimizer)
 
 
 @check()

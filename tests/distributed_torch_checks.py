@@ -35,6 +35,7 @@ from distributed_checks import (
     refused,
     resuming,
     same_bits,
+    told,
     train,
     values_of,
 )
@@ -565,6 +566,7 @@ def a_backward_pass_that_raises(context: Context, options: dict[str, Any]) -> No
             data.step,
             data.average_gradients,
             data.finish,
+            lambda: data.add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
         ]
         for call in calls:
             if last:
@@ -573,7 +575,7 @@ def a_backward_pass_that_raises(context: Context, options: dict[str, Any]) -> No
             with refused(
                 context,
                 RoundError,
-                "of step 1 could not be averaged .* a backward pass failed on some rank",
+                f"of step 1 could not be averaged .* rank {context.size - 1} failed with .* a backward pass that raised",
                 *ours.parameters(),
             ):
                 call() if last else run(data, ours, fails=False)
@@ -585,7 +587,16 @@ def a_backward_pass_that_raises(context: Context, options: dict[str, Any]) -> No
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         close(p, q)
     assert_equal_on_all(context, list(ours.parameters()))
-    if options["slice_bytes"] <= 64:  # nor does an average of before count any more
+    if options["slice_bytes"] <= 64:
+        # To rebind is to tell the others first.
+        with pytest.raises(MemoryError if last else RoundError):
+            run(data, ours, fails=last)
+        data.rebind(context.group)
+        assert len(data.param_groups) == 1
+        run(data, ours, fails=False)
+        data.step()
+        assert_equal_on_all(context, list(ours.parameters()))
+        # Nor does an average of before count any more.
         run(data, ours, fails=False)
         with pytest.raises(MemoryError if last else RoundError):
             run(data, ours, fails=last)
@@ -631,6 +642,112 @@ def gradients_that_change_once_sent_are_refused(context: Context) -> None:
     # Where nothing was sent in between, the mean is that of the whole gradient.
     for p, q in zip(run(), run(overlap=False), strict=True):
         close(p, q)
+
+
+class Embedded(nn.Module):
+    """Whose last layer's gradients are complete first; what one rank does otherwise than the others comes later."""
+
+    def __init__(self, unused: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(6, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        # Its slice is the first, and waits for the pass's end; so do all others then.
+        self.unused = nn.ParameterList([torch.ones(2)] * unused)
+        self.reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](self.embedding(x))
+        checkpoint = torch.utils.checkpoint.checkpoint
+        x = checkpoint(self.layers[1], x, use_reentrant=True) if self.reentrant else x
+        return self.layers[1](x)
+
+
+def _sparse(module: Embedded, data: Any) -> None:
+    module.embedding.sparse = True
+
+
+def _gaps(module: Embedded, data: Any) -> None:
+    module.embedding.sparse = True  # the first error is told
+    weight = module.layers[0].weight
+    weight.data = torch.cat([weight.data, weight.data], 1)[:, :4]
+
+
+def _reentrant(module: Embedded, data: Any) -> None:
+    module.reentrant = True
+
+
+def _no_memory(module: Embedded, data: Any) -> None:
+    load = data._load
+
+    def fails(number: int, gradients: list[Any], weight: float) -> Any:
+        if number == 2 and any(gradient is not None for gradient in gradients):
+            raise MemoryError("out of memory \udcff")
+        return load(number, gradients, weight)
+
+    data._load = fails
+
+
+def _mended(module: Embedded, data: Any) -> None:
+    module.embedding.sparse = module.reentrant = False
+    module.layers[0].weight.data = module.layers[0].weight.data.contiguous()
+    vars(data).pop("_load", None)
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "sparse": {
+        "spoil": _sparse,
+        "own": TypeError,
+        "match": "expected a dense tensor, got a sparse",
+    },
+    "gaps": {"spoil": _gaps, "own": ValueError, "match": "expected a tensor without gaps"},
+    "changed": {
+        "spoil": _reentrant,
+        "own": RoundError,
+        "kind": "RuntimeError",
+        "match": "changed after it was sent",
+    },
+    "memory": {"spoil": _no_memory, "own": RoundError, "kind": "MemoryError", "match": "of memory"},
+}
+
+
+@check(["gloo-2", "mpi-2"], cases=BAD)
+def an_error_of_one_rank_is_told_to_all(
+    context: Context, spoil: Any, own: type[Exception], match: str, kind: str = ""
+) -> None:
+    """In the same step, wherever in it that rank is; then all go on as if there had been none."""
+    several: list[dict[str, Any]] = [{}]
+    if spoil is not _reentrant:  # which is an error only where something was sent before
+        several += [{"unused": 1}, {"overlap": False}]
+        if context.engine == "gloo":
+            several.append({"wire_dtype": "float16"})
+    for options in several:
+        unused = options.pop("unused", 0)
+        ours, theirs = Embedded(unused), Embedded(unused)
+        data = DataParallel(sgd(ours), slice_bytes=64, **options)
+        plain = DataParallel(sgd(theirs), slice_bytes=64, **options)
+
+        def step(module: Embedded, optimizer: Any, number: int) -> None:
+            optimizer.zero_grad()
+            x = (torch.arange(4) + context.rank + number) % 6
+            module(x).pow(2).sum().backward()
+            optimizer.step()
+
+        for number in range(3):
+            if context.rank == 1:
+                spoil(ours, data)
+            with told(context, own, match, *ours.parameters(), kind=kind):
+                if spoil is _gaps and number == 2 and context.rank == 1:
+                    data.finish()
+                else:
+                    step(ours, data, 9)
+            _mended(ours, data)
+            plain._forget_errors()  # as a failed step does
+            step(ours, data, number)
+            step(theirs, plain, number)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert same_bits(p, q)
+        assert_equal_on_all(context, list(ours.parameters()))
 
 
 @check(GLOO, cases=KINDS)

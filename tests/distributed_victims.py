@@ -152,3 +152,43 @@ def survive_data_parallel(
     pipe.send(report)
     dist.barrier()
     os._exit(0)
+
+
+def survive_in_backward(
+    port: int, trial: str, rank: int, ranks: int, delay: float, pipe: Connection
+) -> None:
+    """A backward pass raises on rank 0, with part of its gradients sent to a group that ends meanwhile."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    connect(store, f"{trial}-0", rank, ranks, 10.0)
+    first, second = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    data = DataParallel(torch.optim.SGD([first, second], lr=0.1), slice_bytes=16)
+    dist.barrier()
+    if rank == ranks - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    report: dict[str, Any] = {"rank": rank}
+
+    def fails(gradient: torch.Tensor) -> None:
+        raise MemoryError("out of memory")
+
+    x = first * (1.0 + rank)
+    if rank == 0:
+        x.register_hook(fails)
+    try:
+        (x * second).sum().backward()  # type: ignore[no-untyped-call]
+    except (MemoryError, RoundError) as error:
+        report["error"] = str(error)
+    report["sent"] = data._next
+    connect(store, f"{trial}-1", rank, ranks - 1, 10.0)
+    try:
+        data.group.barrier()
+    except RuntimeError as error:
+        report["old group"] = str(error)
+    data.rebind()
+    data.zero_grad()
+    (first * (1.0 + rank) * second).sum().backward()  # type: ignore[no-untyped-call]
+    data.step()
+    report["parameters"] = first.tolist() + second.tolist()
+    pipe.send(report)
+    dist.barrier()
+    os._exit(0)

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 import distributed_victims
-from distributed_victims import survive, survive_data_parallel
+from distributed_victims import survive, survive_data_parallel, survive_in_backward
 
 RANKS = 3
 # Each at another moment.
@@ -135,3 +135,14 @@ def test_data_parallel_survives(spawn: Callable[..., list[dict[str, Any]]]) -> N
         assert report["parameters are untouched"]
         assert report["equal after rebind"]
         assert report["equal in the end"]
+
+
+def test_what_was_sent_to_a_group_that_ended_is_forgotten(
+    spawn: Callable[..., list[dict[str, Any]]],
+) -> None:
+    """The default group after `destroy_process_group` is another one, whose ranks know nothing of it."""
+    reports = spawn(survive_in_backward, "in backward", 0.0)
+    assert [report["sent"] for report in reports] == [1, 0]
+    for report in reports:
+        assert report["old group"].startswith("the process group was destroyed")
+        np.testing.assert_allclose(report["parameters"], np.full(8, 1 - 0.1 * 1.5), rtol=1e-6)

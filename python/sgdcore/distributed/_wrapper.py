@@ -31,14 +31,16 @@ __all__ = [
     "Momenta",
     "Views",
     "Wrapper",
-    "broadcast_settings",
     "call_closure",
+    "check_failures",
     "check_fingerprints",
     "compare",
     "fingerprint",
     "momentum_of",
     "on_my_place",
     "set_zero_momentum",
+    "share_settings",
+    "take_settings",
 ]
 
 
@@ -323,29 +325,83 @@ def check_fingerprints(everyone: Sequence[float]) -> None:
         )
 
 
-def broadcast_settings(group: ProcessGroup, optimizer: Any, views: Views, source: int) -> None:
-    """Give all ranks one rank's hyperparameters, and what its optimizer keeps beside momentum, such as Adam's moments."""
-    content = b""
-    if group.rank == source:
-        hyper = [
-            {k: v for k, v in each.items() if k not in ("params", "param_names")}
-            for each in optimizer.param_groups
-        ]
-        content = pickle.dumps((hyper, [_kept_of(optimizer, p) for p in views.parameters]))
-    like = views.flats[0]
+def check_failures(
+    group: ProcessGroup, like: Any, failures: Sequence[float], own: Exception | None
+) -> None:
+    """Raise on all ranks what the first of those that failed has to say.
+
+    Args:
+        group: the ranks.
+        like: an array of the kind that the group takes.
+        failures: for each rank whether it failed; the same on all.
+        own: what this rank failed with.
+
+    Raises:
+        RuntimeError: naming the rank, and its error's type and text.
+    """
+    if not any(failures):
+        return
+    first = [failed > 0 for failed in failures].index(True)
+    text = f"{type(own).__name__}: {own}".encode(errors="replace")
+    told = _broadcast_bytes(group, like, text, first).decode()
+    raise RuntimeError(f"rank {first} failed with {told}") from own
+
+
+def _broadcast_bytes(group: ProcessGroup, like: Any, content: bytes, source: int) -> bytes:
+    """Give all ranks the bytes of one of them."""
     size = numbers(like, [len(content)], "int64")
     group.broadcast(size, source).wait()
     count = int(size.tolist()[0])
     words = np.frombuffer(content.ljust(-(-count // 8) * 8, b"\0"), np.int64)
-    if group.rank != source:
-        words = np.zeros(-(-count // 8), np.int64)
     array = empty(like, len(words), "int64")
     array[...] = sys.modules["torch"].from_numpy(words.copy()) if is_torch(like) else words
     group.broadcast(array, source).wait()
-    if group.rank == source:
-        return
     received = array.cpu().numpy() if is_torch(array) else array
-    hyper, kept = pickle.loads(received.tobytes()[:count])  # from a rank of this program
+    return bytes(received.tobytes()[:count])
+
+
+def share_settings(group: ProcessGroup, optimizer: Any, views: Views, source: int) -> Any:
+    """Return one rank's hyperparameters, and what its optimizer keeps beside momentum, such as Adam's moments.
+
+    Raises:
+        TypeError: on all ranks, naming what pickle does not take.
+    """
+    content = _pickled_settings(optimizer, views) if group.rank == source else b""
+    # From a rank of this program.
+    settings = pickle.loads(_broadcast_bytes(group, views.flats[0], content, source))
+    if isinstance(settings, TypeError):
+        raise settings
+    return settings
+
+
+def _pickled_settings(optimizer: Any, views: Views) -> bytes:
+    """Return what `share_settings` sends: the settings, or the error that all ranks raise."""
+    hyper = [
+        {k: v for k, v in each.items() if k not in ("params", "param_names")}
+        for each in optimizer.param_groups
+    ]
+    kept = [_kept_of(optimizer, p) for p in views.parameters]
+    try:
+        return pickle.dumps((hyper, kept))
+    except Exception as error:  # noqa: BLE001 (pickle raises whatever the objects do)
+        named = [(f"param_groups[{i}]", each) for i, each in enumerate(hyper)]
+        named += [(f"the state of {views.labels[i]}: ", each) for i, each in enumerate(kept)]
+        bad = (f"{name}[{k!r}]" for name, each in named for k, v in each.items() if not _pickles(v))
+        place = next(bad, "optimizer")
+        return pickle.dumps(TypeError(f"{place}: it cannot be sent to the other ranks: {error}"))
+
+
+def _pickles(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:  # noqa: BLE001 (as above)
+        return False
+    return True
+
+
+def take_settings(optimizer: Any, views: Views, settings: Any) -> None:
+    """Set what another rank shared."""
+    hyper, kept = settings
     for own, theirs in zip(optimizer.param_groups, hyper, strict=True):
         for key, value in theirs.items():
             if is_torch(own.get(key)):

@@ -6,7 +6,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -36,12 +36,14 @@ from sgdcore.distributed._wrapper import (
     Momenta,
     Views,
     Wrapper,
-    broadcast_settings,
     call_closure,
+    check_failures,
     check_fingerprints,
     compare,
     fingerprint,
     on_my_place,
+    share_settings,
+    take_settings,
 )
 from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import Work, as_process_group
@@ -87,7 +89,8 @@ class DataParallel(Wrapper):
     Raises:
         TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' layout; before
             anything is changed.
-        RoundError: if gradients cannot be averaged; the parameters are then those of the last step; see `rebind`.
+        RoundError: on all ranks, also from ``backward()``, if gradients cannot be averaged. The parameters are then those of
+            the last step. Where the ranks are all there, they go on with the next one; see `rebind` for where not.
 
     Example (with one process; start several by torchrun or mpiexec)::
 
@@ -204,9 +207,11 @@ class DataParallel(Wrapper):
         if together and min(everyone) == max(everyone):
             return
         source = everyone.index(max(everyone))
+        settings = share_settings(self._group, self._optimizer, self._views, source)
         Averager(self._views.flats, self._views.runs).broadcast(self._group, source)
         self._momentum.broadcast(self._group, source)
-        broadcast_settings(self._group, self._optimizer, self._views, source)
+        if self._group.rank != source:
+            take_settings(self._optimizer, self._views, settings)
         if max(everyone) > 0:
             self._steps = int(max(everyone)) - 1
 
@@ -229,6 +234,7 @@ class DataParallel(Wrapper):
 
     def _begin(self) -> None:
         """Start anew: nothing is on its way."""
+        self._failed: Exception | None = None  # what the other ranks are to hear of
         self._next = 0
         self._pending: list[tuple[int, Any, Work]] = []
         self._missing = [set(indexes) for indexes in self._waiting_for]
@@ -247,31 +253,49 @@ class DataParallel(Wrapper):
             self._give_up_backward()
         if not self._in_backward:
             self._refuse_step_in_backward()
-            self._follow_changes()
+            self._attempt(self._follow_changes)
             self._in_backward = True
             torch = sys.modules["torch"]
             at_the_end = partial(_call_end, weakref.WeakMethod(self._finish_backward))
             self._at_the_end = weakref.ref(at_the_end)  # a pass that raises drops it
             torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
-        i = self._index[id(parameter)]
         try:
-            for number in self._slices_of[i]:
-                if number < self._next:
-                    raise RuntimeError(
-                        f"{self._label(i)} changed after it was sent, as it does where a parameter is used both inside and "
-                        "outside of a reentrant checkpoint; pass use_reentrant=False to it, or overlap=False here"
-                    )
-                self._missing[number].discard(i)
+            self._attempt(self._arrive, self._index[id(parameter)])
             while (
                 self._next < len(self._slices)
                 and not self._missing[self._next]
                 and self._weighed(self.weight)
             ):
-                self._send(self._next, self._gradients(), self.weight)
+                gradients = self._attempt(self._gradients) or self._none()
+                self._send(self._next, gradients, self.weight)
             if self._pending:
                 self._pending[0][2].test()  # MPI makes progress only when asked
         except Exception as error:
             raise self._failure(error) from error
+
+    def _arrive(self, i: int) -> None:
+        """Take note that a gradient is complete."""
+        for number in self._slices_of[i]:
+            if number < self._next:
+                raise RuntimeError(
+                    f"{self._label(i)} changed after it was sent, as it does where a parameter is used both inside and "
+                    "outside of a reentrant checkpoint; pass use_reentrant=False to it, or overlap=False here"
+                )
+            self._missing[number].discard(i)
+
+    def _attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function; if it raises, return None, and let `_average` raise on all ranks.
+
+        Raised here and now, the error would leave the other ranks waiting for what this one has not sent.
+        """
+        try:
+            return function(*arguments)
+        except Exception as error:  # noqa: BLE001 (raised later)
+            self._failed = self._failed or error
+            return None
+
+    def _none(self) -> list[Any]:
+        return [None] * len(self._views.parameters)
 
     def _give_up_backward(self) -> None:
         """Forget a backward pass that raised.
@@ -282,14 +306,17 @@ class DataParallel(Wrapper):
         if self._next == 0 and self._weighing is None:
             self._begin()
         else:
-            self._average([None] * len(self._views.parameters), idle=True, failed=True)
+            self._failed = RuntimeError(
+                "a backward pass that raised when part of its gradients had been sent"
+            )
+            self._average(None)
 
     def _refuse_step_in_backward(self) -> None:
         if self._steps_in_backward():
             raise RuntimeError(f"optimizer: {_STEPS_IN_BACKWARD}")
 
     def _finish_backward(self) -> None:
-        self._average(self._gradients())
+        self._average(self._attempt(self._gradients))
         self._averaged = self._averaged_in_backward = True
 
     def _gradients(self) -> list[Any]:
@@ -322,6 +349,14 @@ class DataParallel(Wrapper):
 
     def _send(self, number: int, gradients: Sequence[Any], weight: float) -> None:
         """Put a slice on its way; gradients that are None count as zeros."""
+        array = self._attempt(self._load, number, gradients, weight)
+        if array is None:
+            array = self._load(number, self._none(), 0.0)
+        self._pending.append((number, array, self._group.all_reduce(array)))
+        self._next = number + 1
+
+    def _load(self, number: int, gradients: Sequence[Any], weight: float) -> Any:
+        """Return the array that travels."""
         array = self._memory(number, gradients)
         if array is None:
             array = self._pack(number, gradients, weight)
@@ -329,8 +364,7 @@ class DataParallel(Wrapper):
             array[...] = 0  # a product would keep NaN
         elif weight != 1:
             array *= weight
-        self._pending.append((number, array, self._group.all_reduce(array)))
-        self._next = number + 1
+        return array
 
     def _weighed(self, weight: float, wait: bool = False) -> bool:
         """Return whether slices can be packed: for a wire dtype the sum of weights, which is asked for here, has to be there."""
@@ -397,43 +431,36 @@ class DataParallel(Wrapper):
         error -= place
         finite(error)  # an overflow is not carried into the steps that follow it
 
-    def _average(
-        self,
-        gradients: list[Any],
-        idle: bool = False,
-        given: bool = False,
-        failed: bool = False,
-    ) -> int:
+    def _average(self, gradients: list[Any] | None, given: bool = False) -> int:
         """Send what is not on its way yet, and take the means; returns how many ranks are not idle.
 
         Args:
-            gradients: the parameters' gradients, changed in place, replaced where there are none.
-            idle: take part with the weight 0, and leave the gradients alone.
+            gradients: the parameters' gradients, changed in place, replaced where there are none. None: this rank is idle,
+                or failed; it sends zeros with the weight 0.
             given: new gradients are not the parameters' own.
-            failed: raise on all ranks.
         """
-        weight = 0.0 if idle else float(self.weight)
-        sent: Sequence[Any] = [None] * len(gradients) if idle else gradients
+        idle = gradients is None
+        weight = 0.0 if idle else self.weight
+        gradients = self._none() if gradients is None else gradients
+        group, like = self._group, self._views.flats[0]
         try:
             self._weighed(weight, wait=True)
             while self._next < len(self._slices):
-                self._send(self._next, sent, weight)
+                self._send(self._next, gradients, weight)
             header = [
                 weight,
                 not idle,
-                failed,
-                *on_my_place(self._group, self._fingerprint),
-                *(gradient is not None for gradient in sent),
+                *on_my_place(group, self._failed is not None),
+                *on_my_place(group, self._fingerprint),
+                *(gradient is not None for gradient in gradients),
             ]
-            total = numbers(self._views.flats[0], header)
-            self._group.all_reduce(total).wait()
-            weights, training, failures, *rest = total.tolist()
-            fingerprints, present = rest[: self._group.size], rest[self._group.size :]
+            total = numbers(like, header)
+            group.all_reduce(total).wait()
+            weights, training, *rest = total.tolist()
+            failures, rest = rest[: group.size], rest[group.size :]
+            fingerprints, present = rest[: group.size], rest[group.size :]
+            check_failures(group, like, failures, self._failed)
             check_fingerprints(fingerprints)
-            if failures > 0:
-                raise RuntimeError(
-                    "a backward pass failed on some rank when part of its gradients had been sent"
-                )
             if training > 0 and weights == 0:
                 raise ValueError("weight: expected more than 0 on some rank")
             for i, (trained, count) in enumerate(zip(self._trained, present, strict=True)):
@@ -446,7 +473,10 @@ class DataParallel(Wrapper):
                 if not idle:
                     self._take(number, array, weights, gradients, present, given)
         except Exception as error:
-            raise self._failure(error) from error
+            own, failure = self._failed, self._failure(error)
+            if isinstance(own, TypeError | ValueError):  # bad input is just that on its own rank
+                raise own from None
+            raise failure from error
         self._begin()
         return int(training)
 
@@ -488,6 +518,7 @@ class DataParallel(Wrapper):
         it since the last step and `zero_grad`; a second call averages the means, which stay what they are up to rounding.
 
         Raises:
+            TypeError, ValueError: if gradients of this rank do not fit the parameters; a RoundError on the others.
             RoundError: if that failed.
         """
         if self._in_backward:
@@ -506,8 +537,8 @@ class DataParallel(Wrapper):
         self._optimizer.zero_grad(*args, **kwargs)
 
     def _average_own(self) -> None:
-        self._follow_changes()
-        self._average(self._gradients())
+        self._attempt(self._follow_changes)
+        self._average(self._attempt(self._gradients))
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Average the gradients, unless that was done, and let the inner optimizer step.
@@ -517,6 +548,7 @@ class DataParallel(Wrapper):
             **kwargs: further arguments of the inner optimizer's step. The arrays of ``grads`` are overwritten by the means.
 
         Raises:
+            TypeError, ValueError: if gradients of this rank do not fit the parameters; a RoundError on the others.
             RoundError: if the gradients cannot be averaged; before the step.
         """
         self._refuse_step_in_backward()
@@ -542,15 +574,18 @@ class DataParallel(Wrapper):
         self._steps += 1
         return loss
 
-    def _average_given(self, grads: Sequence[Any]) -> list[Any]:
+    def _average_given(self, grads: Sequence[Any]) -> Any:
+        self._attempt(self._follow_changes)
+        gradients = self._attempt(self._given, grads)
+        self._average(gradients, given=True)
+        return gradients
+
+    def _given(self, grads: Sequence[Any]) -> list[Any]:
         if len(grads) != len(self._views.parameters):
             raise ValueError(
                 f"grads: expected {len(self._views.parameters)} gradients, one for each parameter, got {len(grads)}"
             )
-        self._follow_changes()
-        gradients = [self._laid_out(i, gradient) for i, gradient in enumerate(grads)]
-        self._average(gradients, given=True)
-        return gradients
+        return [self._laid_out(i, gradient) for i, gradient in enumerate(grads)]
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -569,14 +604,15 @@ class DataParallel(Wrapper):
         each rank's own.)
 
         Raises:
-            RoundError: if an average failed.
+            RoundError: if an average failed. As long as others go on, call it again.
+            TypeError: if pickle does not take something of that rank's state or hyperparameters.
         """
         if self._group.size == 1:
             return
         if self._in_backward:
             self._give_up_backward()
-        self._follow_changes()
-        while self._average([None] * len(self._views.parameters), idle=True) > 0:
+        self._attempt(self._follow_changes)
+        while self._average(None) > 0:
             pass
         self._follow_first(self._steps + 1, together=True)
 
@@ -586,8 +622,11 @@ class DataParallel(Wrapper):
         """Add a group of parameters, on all ranks; they get rank 0's values.
 
         Raises:
+            RoundError: if a backward pass raised when part of its gradients had been sent.
             TypeError, ValueError: as the inner optimizer does.
         """
+        if self._in_backward:
+            self._give_up_backward()
         self._optimizer.add_param_group(param_group)
         self._set_up()
         self._join(self._steps + 1)
@@ -597,12 +636,22 @@ class DataParallel(Wrapper):
 
         All take the parameters and the momentum of the rank with the most steps.
 
+        Where a backward pass raised when part of its gradients had been sent, the ranks of the group so far hear of it first.
+
         Args:
             group: a process group of the ranks that go on, as in the constructor.
+
+        Raises:
+            ValueError: if the group cannot add up `wire_dtype`, or ranks differ in options or layout.
         """
-        self._group = as_process_group(group)
+        group = as_process_group(group)
+        check_wire(self._wire, group)
+        if self._in_backward:
+            with suppress(RoundError):
+                self._give_up_backward()
+        self._drain()  # of an average that was interrupted
+        self._group = group
         self._forget_means()
-        self._drain()  # of a backward pass that raised
         self._set_up()
         self._join(self._steps + 1)
 

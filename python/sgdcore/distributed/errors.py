@@ -6,7 +6,7 @@ __all__ = ["RoundError"]
 
 
 class RoundError(RuntimeError):
-    """A round of averaging failed, as a rule because a rank died or did not answer within the group's timeout.
+    """A round of averaging failed: a rank died, did not answer within the group's timeout, or could not take part.
 
     Attributes:
         round: the number of the round (of the step, for `DataParallel`) that failed, from 1.

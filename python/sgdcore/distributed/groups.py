@@ -7,7 +7,9 @@ on memory that the caller keeps; a NumPy array reaches torch.distributed, and a 
 from __future__ import annotations
 
 import sys
+import weakref
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any, Protocol, runtime_checkable
 
@@ -143,7 +145,8 @@ class TorchGroup(_Engine):
         group: what ``torch.distributed.new_group`` returned; None for all ranks.
 
     Raises:
-        RuntimeError: if torch.distributed is not initialised, or this process is not in the group.
+        RuntimeError: if torch.distributed is not initialised, or this process is not in the group; from operations, once
+            the group is destroyed, also where another one is the default group by then.
     """
 
     # What gloo and NCCL both add up; gloo's sums of 16-bit types round after each addition.
@@ -158,6 +161,9 @@ class TorchGroup(_Engine):
                 "torch.distributed is not initialised: call torch.distributed.init_process_group first"
             )
         self._torch, self._dist, self._group = torch, dist, group
+        # A group's threads end with it: this must not keep the default group alive.
+        self._alive = weakref.ref(dist.group.WORLD if group is None else group)
+        self._backend = str(dist.get_backend(group))
         self._rank = dist.get_rank(group)
         if self._rank < 0:
             raise RuntimeError("group: this process is not one of its ranks")
@@ -172,7 +178,15 @@ class TorchGroup(_Engine):
     @property
     def backend(self) -> str:
         """The engine's name, such as ``"gloo"``."""
-        return str(self._dist.get_backend(self._group))
+        return self._backend
+
+    def _live(self) -> Any:
+        """Return torch's group, which by None would be whichever is the default one by now."""
+        group = self._alive()
+        with suppress(KeyError):
+            if group is not None and self._dist.get_process_group_ranks(group):
+                return group
+        raise RuntimeError("the process group was destroyed; rebind to one that is initialised")
 
     def _view(self, argument: str, array: Any) -> Any:
         torch = self._torch
@@ -188,25 +202,25 @@ class TorchGroup(_Engine):
         return torch.from_numpy(array)
 
     def _all_reduce(self, view: Any, op: str) -> Work:
-        work = self._dist.all_reduce(view, self._operations[op], self._group, async_op=True)
+        work = self._dist.all_reduce(view, self._operations[op], self._live(), async_op=True)
         return _TorchWork(work, view)
 
     def _broadcast(self, view: Any, source: int) -> Work:
-        if self._group is not None:
-            source = self._dist.get_global_rank(self._group, source)
-        return _TorchWork(self._dist.broadcast(view, source, self._group, async_op=True), view)
+        group = self._live()
+        source = self._dist.get_global_rank(group, source)
+        return _TorchWork(self._dist.broadcast(view, source, group, async_op=True), view)
 
     def _reduce_scatter(self, target: Any, view: Any) -> Work:
         operation = self._operations["sum"]
-        work = self._scatter(target, view, operation, self._group, async_op=True)
+        work = self._scatter(target, view, operation, self._live(), async_op=True)
         return _TorchWork(work, target, view)
 
     def _all_gather(self, target: Any, view: Any) -> Work:
-        return _TorchWork(self._gather(target, view, self._group, async_op=True), target, view)
+        return _TorchWork(self._gather(target, view, self._live(), async_op=True), target, view)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
-        self._dist.barrier(self._group)
+        self._dist.barrier(self._live())
 
     def __repr__(self) -> str:
         return f"TorchGroup({self.backend}, rank {self.rank} of {self.size})"

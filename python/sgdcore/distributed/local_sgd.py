@@ -561,10 +561,11 @@ class LocalSGD(Wrapper):
 
         Raises:
             RuntimeError: if no rank's parameters are intact.
-            ValueError: if ranks differ in options or layout.
+            ValueError: if the group cannot add up `wire_dtype`, or ranks differ in options or layout.
         """
-        self._group = as_process_group(group)
-        self._levels = _levels(levels)
+        group, levels = as_process_group(group), _levels(levels)
+        check_wire(self._wire, group)
+        self._group, self._levels = group, levels
         self._follow_moves()
         if self._transactional and self._anchored:
             self._restore()
