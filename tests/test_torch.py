@@ -558,6 +558,28 @@ def test_nothing_is_kept_alive_after_the_optimizer_is_gone() -> None:
     assert [ref() for ref in refs] == [None] * 4
 
 
+def test_step_in_backward_keeps_nothing_alive_either() -> None:
+    p = parameter(torch.zeros(3))
+    optimizer = SGD([p], **FULL)
+    handle = sgdcore.torch.step_in_backward(optimizer)
+    p.sum().backward()
+    optimizer.step()
+    refs = [weakref.ref(o) for o in (p, optimizer, handle)]
+    del p, optimizer, handle
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+
+
+def test_step_in_backward_ends_with_its_optimizer() -> None:
+    p = parameter([0.0])
+    sgdcore.torch.step_in_backward(SGD([p], lr=0.5))
+    gc.collect()
+    p.sum().backward()
+    assert p.item() == 0
+    assert p.grad is not None
+    assert p.grad.item() == 1
+
+
 def test_differentiable_steps_are_recorded() -> None:
     results = []
     for make in (SGD, torch.optim.SGD):
