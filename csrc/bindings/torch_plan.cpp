@@ -298,9 +298,11 @@ bool TorchPlan::is_dense(const py::object& tensor) {
 void TorchPlan::unpin() {
     unpinned_ = true;
     if (!memory_) return;
+    // They go when nothing here is under way any more, since another thread may run meanwhile.
+    std::vector<py::object> pins;
     for (Entry& entry : memory_->entries) {
-        entry.parameter_pin = py::object();
-        entry.momentum_pin = py::object();
+        pins.push_back(std::move(entry.parameter_pin));
+        pins.push_back(std::move(entry.momentum_pin));
     }
 }
 
