@@ -231,7 +231,7 @@ class SGD(torch.optim.SGD):
             return None
         try:
             if self._observed_outside or (closure is None and not observed):
-                return self._update_after(closure, zero_grad)
+                return self._step(closure, zero_grad=zero_grad)
             return self._observed_step(closure, zero_grad)
         except BaseException:
             # GradScaler removes what it set for one step only where that succeeds.
@@ -258,8 +258,12 @@ class SGD(torch.optim.SGD):
                             f"but got {replaced}."
                         )
                     args, kwargs = replaced
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            loss = self._update_after(closure, kwargs.get("zero_grad", False))
+            # As in torch, a hook may have named another optimizer, whose step it is then.
+            if not (args and isinstance(args[0], SGD)):
+                raise TypeError(
+                    f"a step pre-hook returned args that do not begin with a {SGD.__module__}.SGD: {args!r}"
+                )
+            loss = SGD._step(*args, **kwargs)
             self._optimizer_step_code()
             for post_hook in chain(
                 self._optimizer_step_post_hooks.values(), _global_post_hooks.values()
@@ -267,7 +271,10 @@ class SGD(torch.optim.SGD):
                 post_hook(self, args, kwargs)
         return loss
 
-    def _update_after(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
+    def _step(
+        self, closure: Callable[[], float] | None = None, *, zero_grad: bool = False
+    ) -> float | None:
+        """Step without hooks."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
