@@ -160,7 +160,7 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
     if optimizer._in_backward is not None:
         raise ValueError("optimizer: it already steps in the backward pass")
     for group in optimizer.param_groups:
-        if group["differentiable"]:
+        if group.get("differentiable", False):
             raise ValueError("optimizer: differentiable=True cannot go with step_in_backward")
         if any(parameter.grad is not None for parameter in group["params"]):
             raise ValueError(
