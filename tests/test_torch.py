@@ -930,6 +930,16 @@ def test_another_default_device() -> None:
     assert p.tolist() == [1 - 0.5 - 0.75] * 2
 
 
+def test_a_scaler_and_another_default_device() -> None:
+    p = parameter([0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(p.sum()).backward()
+    with torch.device("meta"):
+        scaler.step(optimizer)
+    assert p.item() == -0.5
+
+
 def test_a_failed_step_of_a_scaler_leaves_nothing_behind() -> None:
     p = parameter([0.0])
     optimizer = sgdcore.torch.SGD([p], lr=0.5)

@@ -21,7 +21,7 @@ from sgdcore import _core, _devices
 from sgdcore.torch import _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
-__all__ = ["Scaling", "step"]
+__all__ = ["Scaling", "as_tensor", "factor_of", "step"]
 
 _COMPLEX_MOMENTUM = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
@@ -58,9 +58,14 @@ class Scaling:
         return there.data_ptr()
 
 
+def as_tensor(number: Any) -> Tensor:
+    """Return a tensor as it is, where torch.as_tensor would move it to the default device."""
+    return number if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
+
+
 def factor_of(scale: Any) -> float:
     """Return what undoes a scale, as GradScaler.unscale_ computes it."""
-    return float(torch.as_tensor(scale).double().reciprocal().float())
+    return float(as_tensor(scale).double().reciprocal().float())
 
 
 @dataclass

@@ -402,7 +402,7 @@ def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
     if all(_interface.device_index(each) == -1 for each in tensors):
         return None
     return _irregular.Scaling(
-        *(None if each is None else torch.as_tensor(each) for each in (found_inf, scale))
+        *(None if each is None else _irregular.as_tensor(each) for each in (found_inf, scale))
     )
 
 
