@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -558,6 +559,28 @@ def test_nothing_is_kept_alive_after_the_optimizer_is_gone() -> None:
     assert [ref() for ref in refs] == [None] * 4
 
 
+def test_step_in_backward_keeps_nothing_alive_either() -> None:
+    p = parameter(torch.zeros(3))
+    optimizer = SGD([p], **FULL)
+    handle = sgdcore.torch.step_in_backward(optimizer)
+    p.sum().backward()
+    optimizer.step()
+    refs = [weakref.ref(o) for o in (p, optimizer, handle)]
+    del p, optimizer, handle
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+
+
+def test_step_in_backward_ends_with_its_optimizer() -> None:
+    p = parameter([0.0])
+    sgdcore.torch.step_in_backward(SGD([p], lr=0.5))
+    gc.collect()
+    p.sum().backward()
+    assert p.item() == 0
+    assert p.grad is not None
+    assert p.grad.item() == 1
+
+
 def test_differentiable_steps_are_recorded() -> None:
     results = []
     for make in (SGD, torch.optim.SGD):
@@ -907,6 +930,16 @@ def test_another_default_device() -> None:
     assert p.tolist() == [1 - 0.5 - 0.75] * 2
 
 
+def test_a_scaler_and_another_default_device() -> None:
+    p = parameter([0.0])
+    optimizer = sgdcore.torch.SGD([p], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(p.sum()).backward()
+    with torch.device("meta"):
+        scaler.step(optimizer)
+    assert p.item() == -0.5
+
+
 def test_a_failed_step_of_a_scaler_leaves_nothing_behind() -> None:
     p = parameter([0.0])
     optimizer = sgdcore.torch.SGD([p], lr=0.5)
@@ -1024,3 +1057,233 @@ def test_sparse_gradients_of_parameters_that_share_memory() -> None:
     q.grad = torch.ones(4)
     SGD([p, q], lr=0.5).step()
     assert base.tolist() == [-1.0] * 4
+
+
+# What users may do that is unusual
+
+MAY_BE_MISSING = ("differentiable", "momentum_dtype", "sparse_mode")
+
+
+def stepped_by_hook(optimizer: torch.optim.Optimizer, *replaced: Any) -> Any:
+    """Step with a pre-hook that returns these args and kwargs."""
+    optimizer.register_step_pre_hook(lambda *_: replaced)
+    return optimizer.step()
+
+
+def test_a_pre_hook_may_name_another_optimizer() -> None:
+    for make in (SGD, torch.optim.SGD):
+        p, q = parameter([1.0], torch.ones(1)), parameter([1.0], torch.ones(1))
+        stepped_by_hook(make([p], lr=0.5), (make([q], lr=0.25),), {})
+        assert (p.item(), q.item()) == (1.0, 0.75)
+
+
+@pytest.mark.parametrize("position", ["args", "kwargs"])
+def test_a_pre_hook_may_add_a_closure(position: str) -> None:
+    for make in (SGD, torch.optim.SGD):
+        optimizer = make([parameter([1.0], torch.ones(1))], lr=0.5)
+        as_args = position == "args"
+        args = (optimizer, lambda: 3.0) if as_args else (optimizer,)
+        assert stepped_by_hook(optimizer, args, {} if as_args else {"closure": lambda: 3.0}) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        pytest.param((), {}, r"pre-hook returned args .*: \(\)", id="no optimizer"),
+        pytest.param((3,), {}, r"pre-hook returned args .*: \(3,\)", id="something else"),
+        pytest.param((None, 1), {}, "positional argument", id="too many"),
+        pytest.param((None,), {"closure": None}, "multiple values", id="closure twice"),
+        pytest.param((), {"twice": True}, "unexpected keyword argument 'twice'", id="unknown"),
+    ],
+)
+def test_what_a_pre_hook_must_not_return(args: Any, kwargs: Any, message: str) -> None:
+    p = parameter([1.0], torch.ones(1))
+    optimizer = SGD([p], lr=0.5)
+    if "pre-hook" not in message:
+        args = (optimizer, *args)
+    with pytest.raises(TypeError, match=message):
+        stepped_by_hook(optimizer, args, kwargs)
+    assert p.item() == 1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_groups_of_a_users_own_making(momentum: float) -> None:
+    """A tuple, of dicts that have only what torch's step reads."""
+    results = []
+    for make in (SGD, torch.optim.SGD):
+        p = parameter([1.0], torch.ones(1))
+        optimizer = make([p], lr=0.25, momentum=momentum)
+        optimizer.param_groups = tuple(  # type: ignore[assignment]
+            {name: value for name, value in group.items() if name not in MAY_BE_MISSING}
+            for group in optimizer.param_groups
+        )
+        for _ in range(2):
+            optimizer.step()
+        results.append(p.item())
+    assert results[0] == results[1] < 1
+
+
+@pytest.mark.parametrize("make", [iter, lambda groups: None], ids=["iterator", "None"])
+def test_groups_that_are_no_sequence_are_refused(make: Any) -> None:
+    p = parameter([1.0], torch.ones(1))
+    optimizer = SGD([p], lr=0.5)
+    optimizer.param_groups = make(optimizer.param_groups)
+    with pytest.raises(TypeError, match="param_groups: expected a list or another sequence of"):
+        optimizer.step()
+    assert p.item() == 1
+
+
+def test_a_state_that_is_a_plain_dict() -> None:
+    p = parameter([1.0], torch.ones(1))
+    optimizer = SGD([p], lr=0.25, momentum=0.5)
+    optimizer.state = {}  # type: ignore[assignment]
+    for _ in range(2):
+        optimizer.step()
+    assert p.item() == 1 - 0.25 - 0.25 * 1.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "the state of .*: expected a dict, got None"),
+        ({"momentum_buffer": 0.5}, "the momentum buffer of .*: expected a tensor or None, got 0.5"),
+    ],
+    ids=["no dict", "a number as momentum"],
+)
+def test_a_state_of_another_kind_is_refused_before_anything_changes(
+    values: Any, message: str
+) -> None:
+    good, bad = parameter([1.0], torch.ones(1)), parameter([1.0], torch.ones(1))
+    optimizer = SGD([good, bad], lr=0.25, momentum=0.5)
+    optimizer.state[bad] = values
+    with pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert (good.item(), bad.item(), list(optimizer.state)) == (1, 1, [bad])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_training_in_inference_mode(momentum: float) -> None:
+    """Of a tensor that was made there, and has no version, and of one that was not."""
+    results = []
+    for make in (SGD, torch.optim.SGD):
+        outside = parameter([1.0], torch.ones(1))
+        with torch.inference_mode():
+            inside = torch.ones(1)
+            inside.grad = torch.ones(1)
+            optimizer = make([outside, inside], lr=0.25, momentum=momentum)
+            for _ in range(3):
+                optimizer.step()
+            copy.deepcopy(optimizer.state_dict())
+            results.append((outside.item(), inside.item()))
+    assert results[0] == results[1]
+
+
+def test_fake_tensors_get_their_state_and_no_more() -> None:
+    with FakeTensorMode():
+        model = torch.nn.Linear(3, 2)
+        optimizer = SGD(model.parameters(), lr=0.5, momentum=0.5)
+        for _ in range(3):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        buffers = [momentum_of(optimizer, p) for p in model.parameters()]
+    assert [type(b) for b in buffers] == [FakeTensor, FakeTensor]
+    assert [b.shape for b in buffers if b is not None] == [(2, 3), (2,)]
+
+
+def test_a_numbers_sparse_gradient() -> None:
+    p = parameter(3.0, torch.tensor(2.0).to_sparse())
+    SGD([p], lr=0.5).step()
+    assert p.item() == 2
+
+
+def test_hyperparameters_that_require_a_gradient() -> None:
+    p = parameter([1.0], torch.ones(1))
+    rate, decay = (torch.tensor(0.5, requires_grad=True) for _ in range(2))
+    SGD([p], lr=rate, weight_decay=decay).step()
+    assert p.item() == 1 - 0.5 * (1 + 0.5)
+
+
+def unusual(kind: str) -> torch.Tensor:
+    if kind == "freed memory":
+        p = parameter([1.0], torch.ones(1))
+        p.untyped_storage().resize_(0)
+        return p
+    if kind == "freed gradient":
+        p = parameter([1.0], torch.ones(1))
+        p.grad.untyped_storage().resize_(0)  # type: ignore[union-attr]
+        return p
+    p = torch.ones(1, 1)
+    p = (p.to_sparse() if kind == "sparse" else p.to_mkldnn()).requires_grad_()
+    p.grad = p.detach().clone()
+    return p
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("freed memory", r"\['params'\]\[1\]: .* whose memory was freed"),
+        ("freed gradient", r"the gradient of .*\['params'\]\[1\]: .* whose memory was freed"),
+        ("sparse", r"\['params'\]\[1\]: expected a dense tensor, got one of layout .*sparse_coo"),
+        ("mkldnn", r"\['params'\]\[1\]: expected a dense tensor, got one of layout .*_mkldnn"),
+    ],
+    ids=["freed memory", "freed gradient", "sparse", "mkldnn"],
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_tensors_that_cannot_be_updated_are_refused_before_anything_changes(
+    kind: str, message: str, momentum: float
+) -> None:
+    good = parameter([1.0], torch.ones(1))
+    optimizer = SGD([good, unusual(kind)], lr=0.5, momentum=momentum)
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert good.item() == 1
+    assert not optimizer.state
+
+
+def test_tensors_of_a_transform_are_refused() -> None:
+    p = parameter([1.0], torch.ones(1))
+    optimizer = SGD([p], lr=0.5)
+
+    def step(grad: torch.Tensor) -> torch.Tensor:
+        p.grad = grad
+        optimizer.step()
+        return grad
+
+    with pytest.raises(TypeError, match=r"the gradient of .*, got one inside of a transform"):
+        torch.func.vmap(step)(torch.ones(2, 1))
+    assert p.item() == 1
+
+
+def test_a_step_inside_of_a_transform() -> None:
+    """Over tensors that it does not know."""
+    p = parameter([1.0], torch.ones(1))
+    optimizer = SGD([p], lr=0.125)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.step()
+        return x
+
+    torch.func.vmap(step)(torch.ones(2, 1))
+    assert p.item() == 1 - 0.125
+
+
+def test_a_groups_own_momentum_dtype_survives_a_checkpoint_of_torchs() -> None:
+    p = parameter(torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16))
+    theirs = torch.optim.SGD([p], lr=0.5, momentum=0.5)
+    theirs.step()
+    group = {"params": [p], "momentum_dtype": torch.float32, "sparse_mode": "lazy"}
+    ours = SGD([group], lr=0.5, momentum=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["momentum_dtype"] is torch.float32
+    assert ours.param_groups[0]["sparse_mode"] == "lazy"
+    assert ours.state[p]["momentum_buffer"].dtype is torch.float32
+
+
+def test_a_state_may_be_set_in_part() -> None:
+    p = parameter([1.0], torch.ones(1))
+    optimizer = SGD([p], lr=0.25, momentum=0.5)
+    optimizer.step()
+    optimizer.__setstate__({"param_groups": optimizer.param_groups})
+    optimizer.step()
+    assert p.item() == 1 - 0.25 - 0.25 * 1.5

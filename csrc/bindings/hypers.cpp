@@ -1,8 +1,6 @@
 // Reading the dicts of param_groups.
 #include "hypers.hpp"
 
-#include <pybind11/numpy.h>
-
 #include <limits>
 #include <string>
 
@@ -21,14 +19,16 @@ namespace {
                          "']: expected a number, got " + py::cast<std::string>(py::repr(value)));
 }
 
-/// A number: a float, whatever converts to one, or an array of one element.
+/// A number: a float, whatever converts to one, or an array or tensor of one element.
 double number_of(PyObject* group, PyObject* key, std::size_t index) {
     PyObject* value = group_item(group, key, index);
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
     py::object scalar = py::reinterpret_borrow<py::object>(value);
-    if (py::isinstance<py::array>(scalar)) {
-        if (py::reinterpret_borrow<py::array>(scalar).size() != 1) refuse_number(value, key, index);
-        scalar = scalar.attr("item")();
+    // A tensor that requires a gradient warns when it is converted in another way.
+    if (!PyFloat_Check(value) && !PyLong_Check(value) && py::hasattr(scalar, "item")) {
+        PyObject* item = PyObject_CallMethod(value, "item", nullptr);
+        if (item == nullptr) refuse_number(value, key, index);
+        scalar = py::reinterpret_steal<py::object>(item);
     }
     const double number = PyFloat_AsDouble(scalar.ptr());
     if (number == -1 && PyErr_Occurred()) refuse_number(value, key, index);

@@ -1,6 +1,7 @@
 // The way of a step from torch tensors to the core: read everything, check it, and only then write.
 #include "torch_plan.hpp"
 
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -24,6 +25,18 @@ PyObject* lookup(PyObject* mapping, PyObject* key, [[maybe_unused]] Py_hash_t ha
 #endif
     if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
     return value;
+}
+
+/// The groups as a list; torch takes whatever can be iterated more than once.
+py::list list_of(const py::object& param_groups) {
+    if (PyList_Check(param_groups.ptr())) return py::reinterpret_borrow<py::list>(param_groups);
+    if (!PySequence_Check(param_groups.ptr())) {
+        throw py::type_error("param_groups: expected a list or another sequence of dicts, got " +
+                             py::cast<std::string>(py::repr(py::type::of(param_groups))));
+    }
+    PyObject* list = PySequence_List(param_groups.ptr());
+    if (list == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::list>(list);
 }
 
 PyObject* lookup(PyObject* mapping, PyObject* key) {
@@ -87,8 +100,9 @@ class TorchPlan::Momenta {
     Py_ssize_t position_ = 0;
 };
 
-bool TorchPlan::run(const py::list& param_groups, const py::object& state, bool zero_grad, double grad_factor,
+bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                     const py::object& scaling) {
+    const py::list param_groups = list_of(groups);
     const Lease lease(*this);
     Memory& memory = *lease;
     if (unpinned_) memory.entries.clear();
@@ -262,8 +276,9 @@ void TorchPlan::update(const Memory& memory, const py::list& param_groups, const
     }
 }
 
-bool TorchPlan::run_items(const py::list& param_groups, const py::list& items, double grad_factor, bool dry_run,
+bool TorchPlan::run_items(const py::object& groups, const py::list& items, double grad_factor, bool dry_run,
                           const py::object& scaling) {
+    const py::list param_groups = list_of(groups);
     Memory memory;
     std::vector<std::uint8_t*> pending;
     read_hypers(param_groups, memory.hypers, memory.scalars);
@@ -298,9 +313,11 @@ bool TorchPlan::is_dense(const py::object& tensor) {
 void TorchPlan::unpin() {
     unpinned_ = true;
     if (!memory_) return;
+    // They go when nothing here is under way any more, since another thread may run meanwhile.
+    std::vector<py::object> pins;
     for (Entry& entry : memory_->entries) {
-        entry.parameter_pin = py::object();
-        entry.momentum_pin = py::object();
+        pins.push_back(std::move(entry.parameter_pin));
+        pins.push_back(std::move(entry.momentum_pin));
     }
 }
 

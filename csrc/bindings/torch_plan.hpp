@@ -27,13 +27,13 @@ class TorchPlan {
     /// with nothing changed, unless every tensor is as usual: of torch's own types, dense memory of a storage type
     /// on the CPU or a CUDA device, each momentum buffer there already and laid out as its parameter, and nothing
     /// overlapping. `grad_factor` multiplies every gradient; `scaling` is DeviceInterface's, or None.
-    bool run(const py::list& param_groups, const py::object& state, bool zero_grad, double grad_factor,
+    bool run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
              const py::object& scaling);
 
     /// One step over `items`, tuples (parameter, gradient, momentum or None, index of the group, first, address of
     /// TensorRef's pending flags or 0). False as above; `dry_run` goes no further than that. Does not increment
     /// versions.
-    bool run_items(const py::list& param_groups, const py::list& items, double grad_factor, bool dry_run,
+    bool run_items(const py::object& groups, const py::list& items, double grad_factor, bool dry_run,
                    const py::object& scaling);
 
     /// Gives these momentum buffers, and no others, flags: tuples (tensor, address).

@@ -120,6 +120,10 @@ py::object TorchReader::pin(PyObject* tensor) const {
 
 void TorchReader::increment_versions(const py::list& tensors) const {
     PyObject* result = PyObject_CallOneArg(interface_.increment_version.ptr(), tensors.ptr());
+    if (result == nullptr && PyErr_ExceptionMatches(PyExc_RuntimeError)) {  // such as inference tensors have none
+        PyErr_Clear();
+        result = PyObject_CallOneArg(interface_.increment_version_where_possible.ptr(), tensors.ptr());
+    }
     if (result == nullptr) throw py::error_already_set();
     Py_DECREF(result);
 }

@@ -23,7 +23,8 @@ struct TorchInterface {
     /// describe(tensor) -> (address, shape, strides, dtype's name, number of the CUDA device or -1), or None for what
     /// is not plain memory; used without exchange_api.
     py::object describe;
-    py::object increment_version;  // of a list of tensors
+    py::object increment_version;  // of a list of tensors; fails where one has no version
+    py::object increment_version_where_possible;
     /// pin(tensor) -> an object that holds a C++ reference to the tensor, or None; see TorchPlan::Entry.
     py::object pin;
     py::object is_negated;  // of a tensor: the elements in memory have the opposite sign

@@ -1,5 +1,6 @@
 """Types of the compiled module. Private: the package's Python files are the interface."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,7 @@ class TorchPlan:
         exchange_api: Any,
         describe: Any,
         increment_version: Any,
+        increment_version_where_possible: Any,
         pin: Any,
         is_negated: Any,
         tensor_type: type,
@@ -106,7 +108,7 @@ class TorchPlan:
     ) -> None: ...
     def run(
         self,
-        param_groups: list[dict[str, Any]],
+        param_groups: Sequence[dict[str, Any]],
         state: Any,
         zero_grad: bool,
         grad_factor: float,
@@ -114,7 +116,7 @@ class TorchPlan:
     ) -> bool: ...
     def run_items(
         self,
-        param_groups: list[dict[str, Any]],
+        param_groups: Sequence[dict[str, Any]],
         items: list[Any],
         grad_factor: float,
         dry_run: bool,

@@ -13,7 +13,14 @@ import torch
 
 from sgdcore import _core
 
-__all__ = ["STORAGE_TYPES", "device_index", "is_capturing", "new_plan", "on_device"]
+__all__ = [
+    "STORAGE_TYPES",
+    "device_index",
+    "increment_versions",
+    "is_capturing",
+    "new_plan",
+    "on_device",
+]
 
 # torch's types of what the core can store, by the core's names.
 STORAGE_TYPES = {
@@ -70,9 +77,11 @@ def _describe(
     )
 
 
-def _increment_versions(tensors: list[torch.Tensor]) -> None:
+def increment_versions(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd that the tensors were changed; inference tensors are none of its business."""
     for tensor in tensors:
-        torch.autograd.graph.increment_version(tensor)
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _pin(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -83,6 +92,8 @@ def _pin(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     if torch.__future__.get_swap_module_params_on_conversion():
         return None  # swap_tensors refuses tensors with a second reference
+    if torch._C._functorch.maybe_current_level() is not None:
+        return None  # memory cannot be exchanged inside of transforms such as vmap
     if tensor.is_inference() or device_index(tensor) is None or tensor.layout is not torch.strided:
         return None  # has no version, or is not for the core to read
     with torch.no_grad():
@@ -112,7 +123,8 @@ def exchange_api() -> Any:
 
 def _takes_lists(increment_version: Any) -> bool:
     """Tell whether torch's C function increments the versions of a whole list, as recent ones do."""
-    probe = torch.empty(0, device="cpu")
+    with torch.inference_mode(False):  # whose tensors have no versions
+        probe = torch.empty(0, device="cpu")
     try:
         increment_version([probe])
     except (TypeError, RuntimeError):
@@ -129,11 +141,12 @@ def new_plan(api: Any, *, pins: bool = True) -> _core.TorchPlan:
     """
     increment_version = getattr(torch._C, "_increment_version", None)
     if increment_version is None or not _takes_lists(increment_version):
-        increment_version = _increment_versions
+        increment_version = increment_versions
     plan = _core.TorchPlan(
         exchange_api=api,
         describe=_describe,
         increment_version=increment_version,
+        increment_version_where_possible=increment_versions,
         pin=_pin if pins and api is not None else None,
         is_negated=torch.Tensor.is_neg,
         tensor_type=torch.Tensor,

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from sgdcore import _core, _devices
 from sgdcore.torch import _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
-__all__ = ["Scaling", "step"]
+__all__ = ["Scaling", "as_tensor", "factor_of", "step"]
 
 _COMPLEX_MOMENTUM = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
@@ -57,9 +58,14 @@ class Scaling:
         return there.data_ptr()
 
 
+def as_tensor(number: Any) -> Tensor:
+    """Return a tensor as it is, where torch.as_tensor would move it to the default device."""
+    return number if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
+
+
 def factor_of(scale: Any) -> float:
     """Return what undoes a scale, as GradScaler.unscale_ computes it."""
-    return float(torch.as_tensor(scale).double().reciprocal().float())
+    return float(as_tensor(scale).double().reciprocal().float())
 
 
 @dataclass
@@ -72,7 +78,8 @@ class _Update:
     group: int
     first: bool
     pending: Tensor | None = None  # flags of a momentum buffer that the device may leave empty
-    # What the core is given; None if there is nothing to compute, as on the meta device.
+    # What the core is given; None if there is nothing to compute: tensors on the meta device and
+    # fake ones, which stand for a model whose memory is being planned.
     arguments: tuple[Tensor, Tensor, Tensor | None] | None = None
     # What brings the core's results back to the user's tensors, where it worked on copies.
     write_back: list[Callable[[], object]] = field(default_factory=list)
@@ -86,7 +93,7 @@ class _Update:
 def step(
     plan: _core.TorchPlan,
     groups: list[dict[str, Any]],
-    state: Mapping[Any, Any],
+    state: dict[Any, Any],
     grad_factor: float,
     scaling: Scaling | None = None,
     pending: Mapping[Tensor, Tensor] | None = None,
@@ -107,7 +114,7 @@ def step(
     """
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         updates = [
-            _prepare(plan, group, index, position, parameter, state.get(parameter))
+            _prepare(plan, group, index, position, parameter, state.get(parameter, {}))
             for index, group in enumerate(groups)
             for position, parameter in enumerate(group["params"])
             if parameter.grad is not None
@@ -128,10 +135,9 @@ def step(
         for update in updates:
             changed.append(update.parameter)
             if update.momentum is not None:
-                state[update.parameter]["momentum_buffer"] = update.momentum
+                state.setdefault(update.parameter, {})["momentum_buffer"] = update.momentum
                 changed.append(update.momentum)
-        for tensor in changed:
-            torch.autograd.graph.increment_version(tensor)
+        _interface.increment_versions(changed)
 
 
 def _step_in_sequence(
@@ -200,22 +206,30 @@ def _prepare(
     index: int,
     position: int,
     parameter: Tensor,
-    values: Mapping[str, Any] | None,
+    values: Any,
 ) -> _Update:
     names = group.get("param_names")
     label = f"param_groups[{index}]['params'][{position}]"
     if names is not None and position < len(names):
         label = f"parameter '{names[position]}'"
 
+    if parameter.layout is not torch.strided:
+        raise TypeError(f"{label}: expected a dense tensor, got one of layout {parameter.layout}")
     momentum: Tensor | None = None
     first = False
     if float(group["momentum"]) != 0:
-        momentum = None if values is None else values.get("momentum_buffer")
+        if not isinstance(values, dict):
+            raise TypeError(f"the state of {label}: expected a dict, got {values!r}")
+        momentum = values.get("momentum_buffer")
+        if not (momentum is None or isinstance(momentum, Tensor)):
+            raise TypeError(
+                f"the momentum buffer of {label}: expected a tensor or None, got {momentum!r}"
+            )
         first = momentum is None
         if momentum is None:
             momentum = _new_momentum(parameter, group, label)
     update = _Update(label, parameter, momentum, index, first)
-    if not parameter.is_meta:
+    if not (parameter.is_meta or isinstance(parameter, FakeTensor)):
         _arrange(plan, group, update)
     return update
 
@@ -250,8 +264,13 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
             f"the momentum buffer of {label}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(b.shape)}"
         )
 
+    for tensor, what in ((p, label), (g, f"the gradient of {label}"), (b, f"momentum of {label}")):
+        if tensor is not None and _was_freed(tensor):
+            raise ValueError(
+                f"{what}: expected a tensor with memory, got one whose memory was freed"
+            )
     if g.layout is not torch.strided:
-        if g.layout is torch.sparse_coo and _only_rows(group):
+        if g.layout is torch.sparse_coo and g.sparse_dim() > 0 and _only_rows(group):
             _prepare_rows(update, p, g, b)
             p, g, b = update.arguments or (p, g, b)
         else:
@@ -270,6 +289,12 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
     if b is not None and (b.is_neg() or b.stride() != p.stride()):
         b = _staged(update, b, torch.empty_like(p, dtype=b.dtype).copy_(b))
     update.arguments = (p, g.resolve_neg(), b)
+
+
+def _was_freed(tensor: Tensor) -> bool:
+    """Tell whether the storage was emptied under the tensor, as FSDP does with parameters that are elsewhere."""
+    strided = tensor.layout is torch.strided and not tensor._is_zerotensor()
+    return strided and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _require_usable_device(tensor: Tensor, what: str) -> None:
@@ -321,6 +346,10 @@ def _placed_like(parameter: Tensor, grad: Tensor, label: str) -> Tensor:
 
 def _plain(tensor: Tensor, label: str) -> Tensor:
     """Return a tensor of torch's own type over the same memory: this rank's part of a DTensor."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(
+            f"{label}: expected a tensor with memory of its own, got one inside of a transform such as vmap"
+        )
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor
     distributed = sys.modules.get("torch.distributed.tensor")

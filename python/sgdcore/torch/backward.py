@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -55,9 +56,17 @@ class StepInBackward:
 
     def add_group(self, group: dict[str, Any]) -> None:
         """Make the parameters of a group step in the backward pass."""
+        # The garbage collector does not see what such hooks refer to: a cycle through one would stay for ever.
+        this = weakref.ref(self)
+
+        def step(parameter: Tensor) -> None:
+            alive = this()
+            if alive is not None:
+                alive._step(parameter)
+
         for parameter in group["params"]:
             if parameter.requires_grad:
-                handle = parameter.register_post_accumulate_grad_hook(self._step)
+                handle = parameter.register_post_accumulate_grad_hook(step)
                 self._handles.append(handle)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
@@ -151,7 +160,7 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
     if optimizer._in_backward is not None:
         raise ValueError("optimizer: it already steps in the backward pass")
     for group in optimizer.param_groups:
-        if group["differentiable"]:
+        if group.get("differentiable", False):
             raise ValueError("optimizer: differentiable=True cannot go with step_in_backward")
         if any(parameter.grad is not None for parameter in group["params"]):
             raise ValueError(

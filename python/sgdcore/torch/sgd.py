@@ -183,7 +183,7 @@ class SGD(torch.optim.SGD):
                 "GradScaler cannot be used with step_in_backward: the parameters were already updated, with "
                 "gradients that are still scaled"
             )
-        return not any(group["differentiable"] for group in self.param_groups)
+        return not _any_differentiable(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the defaults for the hyperparameters it does not set.
@@ -231,7 +231,7 @@ class SGD(torch.optim.SGD):
             return None
         try:
             if self._observed_outside or (closure is None and not observed):
-                return self._update_after(closure, zero_grad)
+                return self._step(closure, zero_grad=zero_grad)
             return self._observed_step(closure, zero_grad)
         except BaseException:
             # GradScaler removes what it set for one step only where that succeeds.
@@ -258,8 +258,12 @@ class SGD(torch.optim.SGD):
                             f"but got {replaced}."
                         )
                     args, kwargs = replaced
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            loss = self._update_after(closure, kwargs.get("zero_grad", False))
+            # As in torch, a hook may have named another optimizer, whose step it is then.
+            if not (args and isinstance(args[0], SGD)):
+                raise TypeError(
+                    f"a step pre-hook returned args that do not begin with a {SGD.__module__}.SGD: {args!r}"
+                )
+            loss = SGD._step(*args, **kwargs)
             self._optimizer_step_code()
             for post_hook in chain(
                 self._optimizer_step_post_hooks.values(), _global_post_hooks.values()
@@ -267,7 +271,10 @@ class SGD(torch.optim.SGD):
                 post_hook(self, args, kwargs)
         return loss
 
-    def _update_after(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
+    def _step(
+        self, closure: Callable[[], float] | None = None, *, zero_grad: bool = False
+    ) -> float | None:
+        """Step without hooks."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -313,7 +320,7 @@ class SGD(torch.optim.SGD):
             scaling = None
             if left_out:
                 return
-        if any(group["differentiable"] for group in self.param_groups):
+        if _any_differentiable(self.param_groups):
             # Written by torch, and recorded by autograd as a graph of tensor operations.
             step = torch.optim.SGD.step
             if getattr(step, "hooked", False):  # by torch, which would call our hooks a second time
@@ -351,7 +358,7 @@ class SGD(torch.optim.SGD):
         """Take over a state dict of this class or of torch.optim.SGD.
 
         Unlike in torch, a momentum buffer keeps its dtype rather than being cast to the parameter's; where this
-        optimizer's ``momentum_dtype`` is set and the checkpoint's is not, it is cast to that.
+        group's ``momentum_dtype`` is set and the checkpoint has none, as torch's, it is cast to that.
 
         Raises:
             ValueError: if the groups do not match, or a momentum buffer does not have its parameter's shape; the
@@ -367,20 +374,25 @@ class SGD(torch.optim.SGD):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by load_state_dict, copy and pickle; the first two pass what may be kept, so nothing is changed in place.
         defaults = state.get("defaults") or self.defaults
-        groups = state["param_groups"]
-        for group in groups:
-            group.setdefault("momentum_dtype", defaults.get("momentum_dtype"))
-            group.setdefault("sparse_mode", defaults.get("sparse_mode", "dense"))
+        groups = state.get("param_groups", ())
+        # What a checkpoint of torch's does not say of a group stays as it is.
+        earlier = getattr(self, "param_groups", ())
+        if len(earlier) != len(groups):
+            earlier = [defaults] * len(groups)
+        for group, known in zip(groups, earlier, strict=True):
+            group.setdefault("momentum_dtype", known.get("momentum_dtype"))
+            group.setdefault("sparse_mode", known.get("sparse_mode", "dense"))
             _check_group(group)
         dtypes = {p: group["momentum_dtype"] for group in groups for p in group["params"]}
-        for parameter, values in state["state"].items():
+        for parameter, values in state.get("state", {}).items():
             if isinstance(values, dict) and isinstance(values.get("momentum_buffer"), _Kept):
                 kept = values["momentum_buffer"].tensor
                 if parameter in dtypes:
                     kept = _momentum_for(parameter, kept, dtypes[parameter])
                 values["momentum_buffer"] = kept
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._state = self.__dict__.pop("state")  # where torch has put it
+        if "state" in state:
+            self._state = self.__dict__.pop("state")  # where torch has put it
         self._start()
 
 
@@ -390,8 +402,13 @@ def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
     if all(_interface.device_index(each) == -1 for each in tensors):
         return None
     return _irregular.Scaling(
-        *(None if each is None else torch.as_tensor(each) for each in (found_inf, scale))
+        *(None if each is None else _irregular.as_tensor(each) for each in (found_inf, scale))
     )
+
+
+def _any_differentiable(groups: Iterable[dict[str, Any]]) -> bool:
+    # Groups that a user made need not have it: torch's step does not ask them.
+    return any(group.get("differentiable", False) for group in groups)
 
 
 def _check_group(group: dict[str, Any]) -> None:
