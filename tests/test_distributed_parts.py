@@ -27,7 +27,7 @@ from sgdcore.distributed import (
 )
 from sgdcore.distributed._flat import flat, join, runs
 from sgdcore.distributed._traffic import plan_slices
-from sgdcore.distributed._wrapper import Momenta, Views
+from sgdcore.distributed._views import Momenta, Views
 from support import assert_same_bits
 
 
@@ -99,6 +99,18 @@ def test_large_arrays_are_cut_evenly_and_small_ones_gathered() -> None:
         [1, 2, 4],
     ]
     assert [piece.size for piece in slices] == [3333334, 3333334, 3333332, 1_000_000, 6000]
+
+
+def test_parameters_are_called_by_their_names_where_they_have_some() -> None:
+    buffer = sgdcore.ParameterBuffer({"w": (2,)})
+    array = np.zeros(3)
+    assert Views(sgdcore.SGD([*buffer.values(), array], lr=0.1)).labels == [
+        "parameter 'w'",
+        "param_groups[0]['params'][1]",
+    ]
+    module = torch.nn.Linear(2, 1, bias=False)
+    named = Views(sgdcore.torch.SGD(module.named_parameters(), lr=0.1))
+    assert named.labels == ["parameter 'weight'"]
 
 
 def test_momentum_is_cut_anew_where_parameters_were_moved() -> None:

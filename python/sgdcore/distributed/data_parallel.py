@@ -10,6 +10,15 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+from sgdcore.distributed._agreement import (
+    check_failures,
+    check_fingerprints,
+    compare,
+    fingerprint,
+    on_my_place,
+    share_settings,
+    take_settings,
+)
 from sgdcore.distributed._checks import check_count, check_wire
 from sgdcore.distributed._flat import (
     alike,
@@ -32,19 +41,8 @@ from sgdcore.distributed._traffic import (
     plan_slices,
     wire_name,
 )
-from sgdcore.distributed._wrapper import (
-    Momenta,
-    Views,
-    Wrapper,
-    call_closure,
-    check_failures,
-    check_fingerprints,
-    compare,
-    fingerprint,
-    on_my_place,
-    share_settings,
-    take_settings,
-)
+from sgdcore.distributed._views import Momenta, Views
+from sgdcore.distributed._wrapper import Wrapper, call_closure
 from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import Work, as_process_group
 

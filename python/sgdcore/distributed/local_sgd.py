@@ -7,17 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sgdcore.distributed._agreement import check_fingerprints, compare, on_my_place
 from sgdcore.distributed._checks import check_count, check_wire, integer
 from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
 from sgdcore.distributed._traffic import Averager, Differences, wire_name
-from sgdcore.distributed._wrapper import (
-    Momenta,
-    Views,
-    Wrapper,
-    check_fingerprints,
-    compare,
-    on_my_place,
-)
+from sgdcore.distributed._views import Momenta, Views
+from sgdcore.distributed._wrapper import Wrapper
 from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.distributed.outer import Outer, OuterSGD, SlowMo
@@ -93,6 +88,7 @@ class LocalSGD(Wrapper):
         optimizer: Any,
         group: Any = None,
         sync_every: int | Schedule = 16,
+        *,
         warmup_steps: int = 0,
         momentum_sync: str = "keep",
         outer: OuterSGD | SlowMo | None = None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgdcore.distributed._flat import dtype_name, is_torch
-from sgdcore.distributed._wrapper import momentum_of, set_zero_momentum
+from sgdcore.distributed._views import momentum_of, set_zero_momentum
 from sgdcore.sgd import SGD
 
 __all__ = ["Outer", "OuterSGD", "SlowMo"]

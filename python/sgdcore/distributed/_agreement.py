@@ -1,0 +1,180 @@
+"""What ranks have to agree on, and how they tell each other: layouts, errors, settings.
+
+All ranks call these functions together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sgdcore.distributed._flat import empty, is_torch, numbers
+from sgdcore.distributed.groups import ProcessGroup
+
+if TYPE_CHECKING:
+    from sgdcore.distributed._views import Views
+
+__all__ = [
+    "check_failures",
+    "check_fingerprints",
+    "compare",
+    "fingerprint",
+    "on_my_place",
+    "share_settings",
+    "take_settings",
+]
+
+
+def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
+    """Raise on all ranks if they differ in something.
+
+    Args:
+        group: the ranks.
+        like: an array of the kind that the group takes.
+        facts: what has to be equal, by name.
+
+    Raises:
+        ValueError: naming it.
+    """
+    hashes = []
+    for text in facts.values():
+        number = fingerprint(text)
+        hashes += [number, -number]
+    extremes = numbers(like, hashes, "int64")
+    group.all_reduce(extremes, "max").wait()
+    highest = [int(value) for value in extremes.tolist()]
+    for i, (name, text) in enumerate(facts.items()):
+        if highest[2 * i] != -highest[2 * i + 1]:
+            raise ValueError(
+                f"{name}: expected the same on all ranks, got on rank {group.rank}: {text}"
+            )
+
+
+def fingerprint(text: str) -> int:
+    """Return a hash that is the same in all processes, and a number that float64 holds."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def on_my_place(group: ProcessGroup, value: float) -> list[float]:
+    """Return what adds up to the values of all ranks, in their order."""
+    return [float(value) if i == group.rank else 0.0 for i in range(group.size)]
+
+
+def check_fingerprints(everyone: Sequence[float]) -> None:
+    """Raise a ValueError if ranks have laid out what they are about to average in different ways."""
+    if min(everyone) != max(everyone):
+        raise ValueError(
+            "parameters: expected the same layout in memory on all ranks, and the same ones frozen; since they were wrapped, "
+            "some ranks have changed that and others have not"
+        )
+
+
+def check_failures(
+    group: ProcessGroup, like: Any, failures: Sequence[float], own: Exception | None
+) -> None:
+    """Raise on all ranks what the first of those that failed has to say.
+
+    Args:
+        group: the ranks.
+        like: an array of the kind that the group takes.
+        failures: for each rank whether it failed; the same on all.
+        own: what this rank failed with.
+
+    Raises:
+        RuntimeError: naming the rank, and its error's type and text.
+    """
+    if not any(failures):
+        return
+    first = [failed > 0 for failed in failures].index(True)
+    text = f"{type(own).__name__}: {own}".encode(errors="replace")
+    told = _broadcast_bytes(group, like, text, first).decode()
+    raise RuntimeError(f"rank {first} failed with {told}") from own
+
+
+def _broadcast_bytes(group: ProcessGroup, like: Any, content: bytes, source: int) -> bytes:
+    """Give all ranks the bytes of one of them."""
+    size = numbers(like, [len(content)], "int64")
+    group.broadcast(size, source).wait()
+    count = int(size.tolist()[0])
+    words = np.frombuffer(content.ljust(-(-count // 8) * 8, b"\0"), np.int64)
+    array = empty(like, len(words), "int64")
+    array[...] = sys.modules["torch"].from_numpy(words.copy()) if is_torch(like) else words
+    group.broadcast(array, source).wait()
+    received = array.cpu().numpy() if is_torch(array) else array
+    return bytes(received.tobytes()[:count])
+
+
+def share_settings(group: ProcessGroup, optimizer: Any, views: Views, source: int) -> Any:
+    """Return one rank's hyperparameters, and what its optimizer keeps beside momentum, such as Adam's moments.
+
+    Raises:
+        TypeError: on all ranks, naming what pickle does not take.
+    """
+    content = _pickled_settings(optimizer, views) if group.rank == source else b""
+    # From a rank of this program.
+    settings = pickle.loads(_broadcast_bytes(group, views.flats[0], content, source))
+    if isinstance(settings, TypeError):
+        raise settings
+    return settings
+
+
+def _pickled_settings(optimizer: Any, views: Views) -> bytes:
+    """Return what `share_settings` sends: the settings, or the error that all ranks raise."""
+    hyper = [
+        {k: v for k, v in each.items() if k not in ("params", "param_names")}
+        for each in optimizer.param_groups
+    ]
+    kept = [_kept_of(optimizer, p) for p in views.parameters]
+    try:
+        return pickle.dumps((hyper, kept))
+    except Exception as error:  # noqa: BLE001 (pickle raises whatever the objects do)
+        named = [(f"param_groups[{i}]", each) for i, each in enumerate(hyper)]
+        named += [(f"the state of {views.labels[i]}: ", each) for i, each in enumerate(kept)]
+        bad = (f"{name}[{k!r}]" for name, each in named for k, v in each.items() if not _pickles(v))
+        place = next(bad, "optimizer")
+        return pickle.dumps(TypeError(f"{place}: it cannot be sent to the other ranks: {error}"))
+
+
+def _pickles(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:  # noqa: BLE001 (as above)
+        return False
+    return True
+
+
+def take_settings(optimizer: Any, views: Views, settings: Any) -> None:
+    """Set what another rank shared."""
+    hyper, kept = settings
+    for own, theirs in zip(optimizer.param_groups, hyper, strict=True):
+        for key, value in theirs.items():
+            if is_torch(own.get(key)):
+                own[key].copy_(value)
+            else:
+                own[key] = value
+    for parameter, values in zip(views.parameters, kept, strict=True):
+        for key in _kept_of(optimizer, parameter).keys() - values.keys():
+            del optimizer.state[parameter][key]
+        for key, (value, beside) in values.items():
+            if is_torch(value) and beside:  # the parameter's device may be another one here
+                value = value.to(parameter.device)
+            optimizer.state[parameter][key] = value
+
+
+def _kept_of(optimizer: Any, parameter: Any) -> dict[str, tuple[Any, bool]]:
+    """Return a parameter's state without momentum; for each value whether it is where the parameter is."""
+    if parameter not in optimizer.state:
+        return {}
+    return {
+        key: (
+            value.detach().cpu().clone() if is_torch(value) else value,
+            is_torch(value) and value.device == parameter.device,
+        )
+        for key, value in optimizer.state[parameter].items()
+        if key != "momentum_buffer"
+    }
