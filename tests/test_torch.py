@@ -571,6 +571,18 @@ def test_step_in_backward_keeps_nothing_alive_either() -> None:
     assert [ref() for ref in refs] == [None] * 3
 
 
+def test_step_in_backward_names_the_parameter_that_is_wrong() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+    optimizer = sgdcore.torch.SGD(groups, lr=0.1, momentum=0.9)
+    optimizer.state[parameters[2]]["momentum_buffer"] = torch.ones(5)
+    sgdcore.torch.step_in_backward(optimizer)
+    with pytest.raises(
+        ValueError, match=r"param_groups\[1\]\['params'\]\[1\]: expected shape \(4,\)"
+    ):
+        parameters[2].sum().backward()
+
+
 def test_step_in_backward_ends_with_its_optimizer() -> None:
     p = parameter([0.0])
     sgdcore.torch.step_in_backward(SGD([p], lr=0.5))

@@ -97,24 +97,26 @@ def step(
     grad_factor: float,
     scaling: Scaling | None = None,
     pending: Mapping[Tensor, Tensor] | None = None,
+    place: tuple[int, int] = (0, 0),
 ) -> None:
     """Update all parameters that have a gradient, of whatever kind they are.
 
     Args:
         plan: reads the tensors.
-        groups: the optimizer's, or one of them.
+        groups: the optimizer's, or a part of one of them.
         state: the optimizer's.
         grad_factor: multiplies every gradient.
         scaling: what takes its place on devices.
         pending: the flags of momentum buffers that earlier steps may have left empty. New ones go to
             `scaling.pending`.
+        place: where `groups` begins in the optimizer's: the index of the group, and of the parameter in it.
 
     Raises:
         TypeError, ValueError: naming the parameter that cannot be updated; before anything is changed.
     """
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         updates = [
-            _prepare(plan, group, index, position, parameter, state.get(parameter, {}))
+            _prepare(plan, group, index, position, place, parameter, state.get(parameter, {}))
             for index, group in enumerate(groups)
             for position, parameter in enumerate(group["params"])
             if parameter.grad is not None
@@ -205,11 +207,12 @@ def _prepare(
     group: dict[str, Any],
     index: int,
     position: int,
+    place: tuple[int, int],
     parameter: Tensor,
     values: Any,
 ) -> _Update:
     names = group.get("param_names")
-    label = f"param_groups[{index}]['params'][{position}]"
+    label = f"param_groups[{place[0] + index}]['params'][{place[1] + position}]"
     if names is not None and position < len(names):
         label = f"parameter '{names[position]}'"
 

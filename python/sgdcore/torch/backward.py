@@ -102,7 +102,7 @@ class StepInBackward:
             used = self._used[parameter] = _UsedGradient(parameter)
         optimizer = self._optimizer
         if not self._plan.run([group], optimizer._state, False, 1.0):
-            optimizer._update_group(self._plan, [group])
+            optimizer._update_part(self._plan, [group], self._places[parameter])
         parameter.grad = used
         self._stepped[parameter] = None
 

@@ -348,9 +348,11 @@ class SGD(torch.optim.SGD):
         self._pending.clear()
         self._set_pending()
 
-    def _update_group(self, plan: _core.TorchPlan, groups: list[dict[str, Any]]) -> None:
-        """Step what `plan.run` refused."""
-        _irregular.step(plan, groups, self._state, 1.0)
+    def _update_part(
+        self, plan: _core.TorchPlan, groups: list[dict[str, Any]], place: tuple[int, int]
+    ) -> None:
+        """Step a part of a group that `plan.run` refused."""
+        _irregular.step(plan, groups, self._state, 1.0, place=place)
 
     # Checkpoints
 
