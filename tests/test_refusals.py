@@ -987,6 +987,25 @@ def test_failed_step_changes_nothing_and_training_goes_on(case: str) -> None:
     assert_same_training(optimizer, untouched)
 
 
+def test_what_a_refused_step_has_seen_is_still_checked_by_the_next() -> None:
+    """Two gradients come to share memory in a step that is refused for a third one's sake."""
+    optimizer = trained()
+    first, _, last = parameters_of(optimizer)
+    optimizer.step(zero_grad=True)
+    first.grad, last.grad = numbers(1, (4,)), numbers(2, (4,))
+    optimizer.add_param_group({"params": [sgdcore.Parameter(numbers(3, (4,)))]})
+    *_, added = parameters_of(optimizer)
+    optimizer.step(zero_grad=True)
+    last.grad, added.grad = first.grad, first.data
+    with refused(ValueError, "overlap in memory$", optimizer):
+        optimizer.step(zero_grad=True)
+    added.grad = None
+    with refused(
+        ValueError, "the grad of parameter [02] and the grad of parameter [02]", optimizer
+    ):
+        optimizer.step(zero_grad=True)
+
+
 def test_sabotage_of_a_first_step_leaves_no_momentum() -> None:
     optimizer = sgdcore.SGD([numbers(0, (4,)), numbers(1, (4,))], **FULL)
     for _ in range(2):

@@ -180,6 +180,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
 
     if (rebound) collect_writes();
     if (rebound || new_grads) {
+        disjoint_grads_checked_ = false;  // first: what a refused step has looked at is not looked at again
         for (std::size_t i = 0; i < entries_.size(); ++i) {
             Entry& entry = entries_[i];
             if (used_grads_[i] == nullptr) continue;
@@ -187,7 +188,6 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
             check_against_writes(i, *used_grads_[i]);
             if (!given) entry.grad_version = entry.parameter->grad_version;
         }
-        disjoint_grads_checked_ = false;
     }
     const bool check_disjoint = zero_grad && !disjoint_grads_checked_;
     // A number on a device makes a step on the CPU wait for it; a device reads it by itself.
