@@ -338,10 +338,34 @@ def test_device_array_shares_copies_and_refuses(device: Simulated) -> None:
         array[0]  # type: ignore[index]
     with pytest.raises(ValueError, match="expected an array of dtype"):
         array.assign(other)
-    with pytest.raises(ValueError, match="expected a contiguous array"):
-        DeviceArray(array._description[:, ::2], 0, array).assign(1)
     with pytest.raises(ValueError, match="expected one on a CUDA device"):
         DeviceArray.of(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("numpy", ()), ("assign", (1,)), ("fill_zero", ()), ("reshape", (-1,))],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_device_array_with_gaps_is_refused(
+    device: Simulated, method: str, arguments: tuple[Any, ...]
+) -> None:
+    values = numbers(1, (3, 4))
+    array = on_device(values)
+    fortran = DeviceArray(array._description.reshape((4, 3), order="F"), 0, array)
+    for view, dense in (
+        (array[::2], False),
+        (array[::-1], False),
+        (DeviceArray(array._description[:, :2], 0, array), False),
+        (fortran[:2], False),
+        (fortran, True),
+    ):
+        if dense and method != "reshape":
+            continue
+        with pytest.raises(ValueError, match=r"expected a contiguous array, .* strides \("):
+            getattr(view, method)(*arguments)
+    assert_same_bits(array.numpy(), values)
+    assert_same_bits(fortran.numpy(), values.reshape((4, 3), order="F"))
 
 
 def test_the_state_is_untouched_where_a_step_is_refused(device: Simulated) -> None:

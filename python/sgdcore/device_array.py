@@ -135,7 +135,15 @@ class DeviceArray:
         return self._description.nbytes
 
     def reshape(self, *shape: Any) -> Self:
-        """Return a view of another shape."""
+        """Return a view of another shape.
+
+        Raises:
+            ValueError: if the array is not contiguous in C order, or the sizes differ.
+        """
+        if not self._description.flags.c_contiguous:  # NumPy would copy, on the host
+            raise ValueError(
+                f"reshape: expected a contiguous array, this one has strides {self.strides}"
+            )
         return type(self)(self._description.reshape(*shape), self.device, self._owner)
 
     def __len__(self) -> int:
@@ -149,7 +157,12 @@ class DeviceArray:
         return type(self)(self._description[part], self.device, self._owner)
 
     def numpy(self) -> Array:
-        """Return a copy on the host. Waits for the device."""
+        """Return a copy on the host. Waits for the device.
+
+        Raises:
+            ValueError: if there are gaps between the elements.
+        """
+        self._require_dense("numpy")
         copy = np.empty_like(self._description)
         if self.size:
             _core.copy_array(copy, self._description, self.device, self._stream())
@@ -161,10 +174,7 @@ class DeviceArray:
         Raises:
             ValueError: if shapes, dtypes or memory orders do not match, or an array is not contiguous.
         """
-        if not self._description.flags.forc and not _is_dense(self._description):
-            raise ValueError(
-                f"assign: expected a contiguous array, this one has strides {self.strides}"
-            )
+        self._require_dense("assign")
         if _core.is_on_device(values):
             source = DeviceArray.of(values)
             for what in ("shape", "dtype", "strides", "device"):
@@ -179,8 +189,20 @@ class DeviceArray:
             _core.copy_array(self._description, description, self.device, self._stream())
 
     def fill_zero(self) -> None:
-        """Set all elements of a contiguous array to zero."""
+        """Set all elements to zero.
+
+        Raises:
+            ValueError: if there are gaps between the elements.
+        """
+        self._require_dense("fill_zero")
         _core.fill_zero(self._description, self.device, self._stream())
+
+    def _require_dense(self, method: str) -> None:
+        # What is copied and filled is one range of memory.
+        if not self._description.flags.forc and not _is_dense(self._description):
+            raise ValueError(
+                f"{method}: expected a contiguous array, this one has strides {self.strides}"
+            )
 
     def _stream(self) -> int:
         return current_stream(self._owner, self.device)
