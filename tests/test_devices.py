@@ -221,6 +221,41 @@ def test_checkpoints_go_between_devices_and_the_cpu(device: Simulated) -> None:
     same_training(ours, cpu)
 
 
+def test_checkpoint_in_another_memory_order_on_the_device(device: Simulated) -> None:
+    values, momentum = numbers(1, (3, 4)), numbers(2, (3, 4))
+    ours = sgdcore.Parameter(on_device(values))
+    optimizer = sgdcore.SGD([ours], lr=0.1, momentum=0.9)
+    ours.grad = on_device(numbers(3, (3, 4)))
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    flat = on_device(np.ravel(momentum, order="F"))
+    fortran = Interface(flat, flat._description.reshape((3, 4), order="F"))
+    checkpoint["state"][0] = {"momentum_buffer": fortran, "note": 1}
+    optimizer.load_state_dict(checkpoint)
+    loaded = optimizer.state[ours]["momentum_buffer"]
+    assert loaded.strides == ours.data.strides
+    assert_same_bits(loaded.numpy(), momentum)
+    assert optimizer.state[ours]["note"] == 1
+
+
+def test_failed_copy_of_a_checkpoint_leaves_the_state(
+    device: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = sgdcore.Parameter(on_device(numbers(1, (4,))))
+    optimizer = sgdcore.SGD([ours], lr=0.1, momentum=0.9)
+    ours.grad = on_device(numbers(2, (4,)))
+    optimizer.step()
+    before = optimizer.state[ours]["momentum_buffer"]
+
+    def fail(*_: Any) -> None:
+        raise _core.CudaError("copy on device 0: failed as it was told to")
+
+    monkeypatch.setattr(DeviceArray, "assign", fail)
+    with pytest.raises(_core.CudaError):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[ours]["momentum_buffer"] is before
+
+
 def test_gradients_in_a_buffer_and_given_to_the_step(device: Simulated) -> None:
     values = {"w": numbers(1, (3, 4)), "b": numbers(2, (4,))}
     buffers = [sgdcore.ParameterBuffer(values, device=d) for d in ("cuda", None)]

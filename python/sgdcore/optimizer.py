@@ -405,14 +405,13 @@ class Optimizer:
             )
             if values.get("momentum_buffer") is not None:
                 momenta[parameter] = _momentum_array(key, values["momentum_buffer"], parameter)
-        storage = _new_momentum([(p, array.dtype) for p, array in momenta.items()])
+        storage = _filled_momentum(momenta)
 
         # Nothing raises from here on.
         self.state.clear()
         for parameter, values in others.items():
             self.state[parameter].update(values)
-        for (parameter, array), momentum in zip(momenta.items(), storage, strict=True):
-            _copy_into(momentum, array)
+        for parameter, momentum in storage.items():
             self.state[parameter]["momentum_buffer"] = momentum
         self.param_groups[:] = groups
         for hook in self._load_state_dict_post_hooks.values():
@@ -432,15 +431,14 @@ class Optimizer:
             for p, values in state["state"].items()
             if "momentum_buffer" in values
         }
-        # Through _new_momentum, so that the momentum of a buffer is one flat array again, and every other laid
-        # out like its parameter: pickle keeps some orders of axes and not others.
-        storage = _new_momentum([(p, array.dtype) for p, array in momenta.items()])
+        # In new storage, so that the momentum of a buffer is one flat array again, and every other laid out like its
+        # parameter: pickle keeps some orders of axes and not others.
+        storage = _filled_momentum(momenta)
         for parameter, values in state["state"].items():
             self.state[parameter].update(
                 {k: v for k, v in values.items() if k != "momentum_buffer"}
             )
-        for (parameter, array), momentum in zip(momenta.items(), storage, strict=True):
-            _copy_into(momentum, array)
+        for parameter, momentum in storage.items():
             self.state[parameter]["momentum_buffer"] = momentum
 
     def __repr__(self) -> str:
@@ -521,11 +519,19 @@ def _as_parameter(value: Any, position: int) -> Parameter:
     )
 
 
-def _copy_into(momentum: Array | DeviceArray, values: Any) -> None:
-    if isinstance(momentum, DeviceArray):
-        momentum.assign(values)
-    else:
-        momentum[...] = values
+def _filled_momentum(
+    momenta: dict[Parameter, Array | DeviceArray],
+) -> dict[Parameter, Array | DeviceArray]:
+    """Return storage as `_new_momentum` does, with these values."""
+    storage = _new_momentum([(p, values.dtype) for p, values in momenta.items()])
+    for momentum, values in zip(storage, momenta.values(), strict=True):
+        if not isinstance(momentum, DeviceArray):
+            momentum[...] = values
+        elif isinstance(values, DeviceArray) and values.strides != momentum.strides:
+            momentum.assign(values.numpy())  # a device only copies what lies in the same order
+        else:
+            momentum.assign(values)
+    return dict(zip(momenta, storage, strict=True))
 
 
 def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Array | DeviceArray]:
