@@ -275,6 +275,22 @@ def test_gradients_in_a_buffer_and_given_to_the_step(device: Simulated) -> None:
     assert_same_bits(buffers[0].grad.numpy()[12:], grads[1])
 
 
+def test_zero_grad_of_what_cannot_be_zeroed_clears_nothing(device: Simulated) -> None:
+    values = numbers(1, (3, 4))
+    plain, other = (sgdcore.Parameter(on_device(values)) for _ in range(2))
+    plain.grad = on_device(values)
+    held = on_device(numbers(2, (4, 3)))
+    other.grad = Interface(held, held._description.T)
+    optimizer = sgdcore.SGD([plain, other], lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"^grad: .* of shape \(3, 4\) on a CUDA device does not lie"
+    ):
+        optimizer.zero_grad(set_to_none=False)
+    assert_same_bits(plain.grad.numpy(), values)
+    optimizer.zero_grad()
+    assert plain.grad is other.grad is None
+
+
 def test_memory_that_is_given_to_a_buffer(device: Simulated) -> None:
     data, grad = on_device(numbers(1, (6,))), on_device(numbers(2, (6,)))
     buffer = sgdcore.ParameterBuffer({"a": (2, 2), "b": 2}, data=data, grad=grad, device=0)

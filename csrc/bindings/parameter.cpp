@@ -80,9 +80,13 @@ void Parameter::set_grad(const py::object& array) {
 }
 
 void Parameter::require_clearable(bool set_to_none) const {
-    if (grad_.empty() || grad_.writable || (set_to_none && buffer_grad_.empty())) return;
+    if (grad_.empty() || (set_to_none && buffer_grad_.empty())) return;
+    const bool reordered = grad_.device != cpu_device && !grad_axes_.empty();
+    if (grad_.writable && !reordered) return;
     throw py::value_error("grad: the gradient of " + label("a parameter of shape " + shape_text(data_.array)) +
-                          " is read-only and cannot be zeroed");
+                          (reordered ? " on a CUDA device does not lie as its parameter does and cannot be zeroed in "
+                                       "place; use set_to_none=True"
+                                     : " is read-only and cannot be zeroed"));
 }
 
 void Parameter::zero_grad(bool set_to_none) {
@@ -92,11 +96,6 @@ void Parameter::zero_grad(bool set_to_none) {
         return;
     }
     if (grad_.device != cpu_device) {
-        if (!grad_axes_.empty()) {
-            throw py::value_error("grad: the gradient of " + label("a parameter of shape " + shape_text(data_.array)) +
-                                  " on a CUDA device does not lie as its parameter does and cannot be zeroed in place; "
-                                  "use set_to_none=True");
-        }
         const auto stream =
             py::module_::import("sgdcore._devices").attr("current_stream")(data_.object(), grad_.device);
         device_runtime().fill(grad_.device, grad_.data, 0,

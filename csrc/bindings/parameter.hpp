@@ -24,9 +24,11 @@ class Parameter {
     void set_data(const py::object& array);
     /// None, or an array of the parameter's shape; its dtype and strides are its own.
     void set_grad(const py::object& array);
-    /// Raises ValueError if `zero_grad` could not clear the gradient, because it is read-only.
+    /// Raises ValueError if `zero_grad` could not clear the gradient: it is read-only, or in another memory order than
+    /// its parameter on a device.
     void require_clearable(bool set_to_none) const;
-    /// Clears the gradient: forgets it (`set_to_none`), or zeroes it in place, as always in a buffer.
+    /// Clears the gradient: forgets it (`set_to_none`), or zeroes it in place, as always in a buffer. It has to be
+    /// clearable.
     void zero_grad(bool set_to_none);
 
     const ArrayRef& data() const { return data_; }

@@ -245,7 +245,8 @@ class Optimizer:
                 skipped until they get new ones. Gradients in a ParameterBuffer are always zeroed.
 
         Raises:
-            ValueError: if a gradient to be zeroed is read-only; before any is cleared.
+            ValueError: if a gradient to be zeroed is read-only, or on a device in another memory order than its
+                parameter; before any is cleared.
         """
         _core.zero_grads(self.param_groups, set_to_none)
 
