@@ -637,6 +637,22 @@ def step_hooks_are_called_in_order(run: Run) -> None:
 
 
 @scenario
+def hook_for_the_length_of_a_block(run: Run) -> None:
+    run.start(**FULL)
+    log: list[str] = []
+    with run.optimizer.register_step_post_hook(lambda *_: log.append("within")):
+        run.step()
+    run.step()
+    with (
+        pytest.raises(ZeroDivisionError),
+        run.optimizer.register_step_post_hook(lambda *_: log.append("raised")),
+    ):
+        raise ZeroDivisionError
+    run.step()
+    run.note(log)
+
+
+@scenario
 def step_pre_hook_changes_what_the_step_sees(run: Run) -> None:
     run.start(**FULL)
 

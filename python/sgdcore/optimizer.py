@@ -9,7 +9,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain, count
-from typing import Any, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 
@@ -26,7 +26,7 @@ Loss = TypeVar("Loss")
 
 
 class HookHandle:
-    """Returned by the ``register_*`` methods; `remove` takes the hook out again."""
+    """Returned by the ``register_*`` methods; `remove` takes the hook out again, as leaving a ``with`` block does."""
 
     _ids = count()
 
@@ -40,6 +40,12 @@ class HookHandle:
     def remove(self) -> None:
         """Remove the hook; once is enough, more does no harm."""
         self._hooks.pop(self._id, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 class ParameterState(MutableMapping[str, Any]):
