@@ -176,6 +176,24 @@ def test_several_devices_and_the_cpu_in_one_optimizer(device: Simulated) -> None
         assert_same_bits(array, q.data)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_failure_of_a_device_says_which_were_stepped(device: Simulated, failing: int) -> None:
+    value, grad = numbers(1, (50,)), numbers(2, (50,))
+    params = [sgdcore.Parameter(on_device(value, number)) for number in (1, 0)]
+    for number, parameter in zip((1, 0), params, strict=True):
+        parameter.grad = on_device(grad, number)
+    cpu = sgdcore.Parameter(value.copy())
+    cpu.grad = grad
+    optimizer = sgdcore.SGD([*params, cpu], lr=0.1)
+    _core.simulated_failure(device.runtime, "launch", failing)
+    stepped = "; before that, the parameters were updated on CUDA device 0" if failing else ""
+    with pytest.raises(_core.CudaError, match=f"^launch on device {failing}: .* told to{stepped}$"):
+        optimizer.step()
+    assert_same_bits(params[0].data.numpy(), value)
+    assert_same_bits(cpu.data, value)
+    assert (params[1].data.numpy() == value).all() == (failing == 0)
+
+
 def test_numbers_on_the_device_are_read_there(device: Simulated) -> None:
     value, grad = numbers(1, (30,)), numbers(2, (30,))
     lr, weight_decay = on_device(np.float32([0.1])), on_device(np.float64([0.0]))

@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <span>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -50,6 +52,18 @@ std::vector<cuda::DeviceScalars> scalars_of(int device, const std::vector<GroupS
 template <class T>
 T* pointer_of(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+using DevicePart = std::pair<cuda::Stepper*, Part*>;
+
+/// The error of one device, which also says which ones were stepped before it.
+cuda::CudaError after_stepping(std::span<const DevicePart> stepped, const cuda::CudaError& error) {
+    if (stepped.empty()) return error;
+    std::string text = std::string(error.what()) + "; before that, the parameters were updated on CUDA device ";
+    for (std::size_t i = 0; i < stepped.size(); ++i) {
+        text += (i == 0 ? "" : ", ") + std::to_string(stepped[i].first->device());
+    }
+    return cuda::CudaError(text);
 }
 
 }  // namespace
@@ -122,14 +136,19 @@ void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& pa
         }
         stepper(device);
     }
-    std::vector<std::pair<cuda::Stepper*, Part*>> on_devices;
+    std::vector<DevicePart> on_devices;
     for (auto& [device, part] : parts) {
         if (device != cpu_device) on_devices.emplace_back(&stepper(device), &part);
     }
 
     const py::gil_scoped_release release;
-    for (const auto& [stepper, part] : on_devices) {
-        stepper->step(part->tensors, numbers, part->scalars, options, part->options);
+    for (std::size_t i = 0; i < on_devices.size(); ++i) {
+        const auto& [stepper, part] = on_devices[i];
+        try {
+            stepper->step(part->tensors, numbers, part->scalars, options, part->options);
+        } catch (const cuda::CudaError& error) {
+            throw after_stepping(std::span(on_devices).first(i), error);
+        }
     }
     const auto cpu = parts.find(cpu_device);
     if (cpu != parts.end() && !cpu_left_out) sgdcore::step(cpu->second.tensors, numbers, options);

@@ -37,7 +37,8 @@ struct DeviceInterface {
 class DeviceSteps {
   public:
     /// Steps all tensors: those of the devices first, which go on by themselves meanwhile. Throws
-    /// std::invalid_argument before anything is changed.
+    /// std::invalid_argument before anything is changed. A CudaError says which devices were stepped before the one
+    /// that failed.
     ///
     /// `scalars` are the groups' numbers on devices. Nothing waits for a device, unless tensors that are not on it need
     /// a number that is.

@@ -66,6 +66,12 @@ void copy_array(const py::array& to, const py::array& from, int device, std::uin
     runtime.synchronize(device, pointer_of<void>(stream));
 }
 
+cuda::SimulatedRuntime& simulated(const py::object& capsule) {
+    auto* runtime = static_cast<cuda::Runtime*>(PyCapsule_GetPointer(capsule.ptr(), cuda::Runtime::capsule_name));
+    if (runtime == nullptr) throw py::error_already_set();
+    return dynamic_cast<cuda::SimulatedRuntime&>(*runtime);
+}
+
 }  // namespace
 
 void register_devices(py::module_& module) {
@@ -91,12 +97,17 @@ void register_devices(py::module_& module) {
         },
         py::arg("devices"));
     module.def(
+        "simulated_failure",
+        [](const py::object& capsule, const std::string& call, int device) {
+            cuda::SimulatedRuntime& runtime = simulated(capsule);
+            runtime.failing = call;
+            runtime.failing_device = device;
+        },
+        py::arg("capsule"), py::arg("call"), py::arg("device"));
+    module.def(
         "simulated_counts",
         [](const py::object& capsule) {
-            auto* runtime =
-                static_cast<cuda::Runtime*>(PyCapsule_GetPointer(capsule.ptr(), cuda::Runtime::capsule_name));
-            if (runtime == nullptr) throw py::error_already_set();
-            const auto& counts = dynamic_cast<cuda::SimulatedRuntime&>(*runtime).counts;
+            const auto& counts = simulated(capsule).counts;
             return py::dict(py::arg("launches") = counts.launches, py::arg("copies") = counts.copies,
                             py::arg("allocations") = counts.allocations);
         },

@@ -57,7 +57,7 @@ void run_grid(const Launch& launch, std::int64_t count, bool shuffled) {
 }  // namespace
 
 void SimulatedRuntime::fail_if_told(int device, const char* call) const {
-    if (failing != nullptr && std::strcmp(failing, call) == 0) {
+    if (failing == call && (failing_device < 0 || failing_device == device)) {
         throw CudaError(std::string(call) + " on device " + std::to_string(device) + ": failed as it was told to");
     }
 }

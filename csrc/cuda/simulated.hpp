@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "runtime.hpp"
@@ -52,9 +53,10 @@ class SimulatedRuntime final : public Runtime {
     Graph end_capture(Stream stream);
 
     Counts counts;
-    std::int64_t blocks = 3;        // at once
-    bool shuffled = false;          // blocks and threads in a random order
-    const char* failing = nullptr;  // the call that fails, if it is named
+    std::int64_t blocks = 3;  // at once
+    bool shuffled = false;    // blocks and threads in a random order
+    std::string failing;      // the call that fails; none if empty
+    int failing_device = -1;  // where it does; -1: everywhere
 
   private:
     struct Queue {

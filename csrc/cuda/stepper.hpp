@@ -34,6 +34,8 @@ class Stepper {
     Stepper(const Stepper&) = delete;
     Stepper& operator=(const Stepper&) = delete;
 
+    int device() const { return device_; }
+
     /// Puts one step over all tensors on the stream: at most one copy, and one launch. Waits for nothing.
     ///
     /// The memory is used in the order of the stream. `scalars` is empty or has an entry for each of `hypers`. Throws

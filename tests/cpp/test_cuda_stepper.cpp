@@ -326,7 +326,7 @@ TEST(cuda_stepper, failures_change_nothing_and_are_got_over) {
         expect_step(tensors, groups);
         runtime.failing = call;  // the device has not done that step, so its tables cannot be used for the next
         CHECK_THROWS(cuda::CudaError, call, step());
-        runtime.failing = nullptr;
+        runtime.failing.clear();
         runtime.synchronize_all();
         check(tensors, call);
         for (int i = 0; i < 2; ++i) {
