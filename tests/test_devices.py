@@ -6,7 +6,9 @@ The kernel itself, its tables and streams are tested in tests/cpp; here it is wh
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -307,6 +309,30 @@ def test_zero_grad_of_what_cannot_be_zeroed_clears_nothing(device: Simulated) ->
     assert_same_bits(plain.grad.numpy(), values)
     optimizer.zero_grad()
     assert plain.grad is other.grad is None
+
+
+class WithReference(DeviceArray):
+    """An array that refers to something else."""
+
+    to: Any
+
+
+def test_cycles_through_arrays_on_a_device_are_collected(device: Simulated) -> None:
+    arrays = [WithReference.zeros(4) for _ in range(4)]
+    data, grad, momentum, buffer_grad = arrays
+    parameter = sgdcore.Parameter(data)
+    parameter.grad = grad
+    optimizer = sgdcore.SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer.state[parameter]["momentum_buffer"] = momentum
+    data.to = grad.to = momentum.to = optimizer
+    in_a_buffer = _core.Parameter(DeviceArray.zeros(4), buffer_grad=buffer_grad)
+    buffer_grad.to = in_a_buffer
+    alive = [weakref.ref(array) for array in arrays]
+    gc.collect()
+    assert all(ref() is not None for ref in alive)
+    del arrays, data, grad, momentum, buffer_grad, parameter, optimizer, in_a_buffer
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 4
 
 
 def test_memory_that_is_given_to_a_buffer(device: Simulated) -> None:

@@ -109,12 +109,11 @@ void Parameter::zero_grad(bool set_to_none) {
 }
 
 int Parameter::traverse(visitproc visit, void* arg) const {
-    Py_VISIT(data_.array.ptr());
-    Py_VISIT(data_.on_device.ptr());
-    Py_VISIT(grad_.array.ptr());
-    Py_VISIT(grad_.on_device.ptr());
+    for (const ArrayRef* ref : {&data_, &grad_, &buffer_grad_}) {
+        Py_VISIT(ref->array.ptr());
+        Py_VISIT(ref->on_device.ptr());
+    }
     Py_VISIT(buffer_.ptr());
-    Py_VISIT(buffer_grad_.array.ptr());
     return 0;
 }
 
@@ -147,6 +146,7 @@ void MomentumSlot::reserve(const py::object& storage) {
 int MomentumSlot::traverse(visitproc visit, void* arg) const {
     Py_VISIT(parameter_object_.ptr());
     Py_VISIT(momentum_.array.ptr());
+    Py_VISIT(momentum_.on_device.ptr());
     return 0;
 }
 

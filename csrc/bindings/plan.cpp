@@ -318,8 +318,9 @@ int Plan::traverse(visitproc visit, void* arg) const {
 }
 
 void Plan::clear() {
-    group_params_.clear();
-    entries_.clear();
+    // Deallocation may run Python code, which must find a plan that matches no groups.
+    const auto group_params = std::move(group_params_);
+    const auto entries = std::move(entries_);
     writes_.clear();
 }
 
