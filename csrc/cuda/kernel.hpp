@@ -233,7 +233,9 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
     const Momentum kind = momentum_of(work.variant);
     std::byte* const param = in_device_memory(work.param + work.head * item_of<Param>);
     std::byte* const grad = in_device_memory(work.grad + work.head * item_of<Grad>);
-    std::byte* const momentum = in_device_memory(work.momentum + work.head * item_of<MomentumStorage>);
+    // Without momentum it is null, to which nothing may be added.
+    const int momentum_head = kind == Momentum::none ? 0 : work.head * item_of<MomentumStorage>;
+    std::byte* const momentum = in_device_memory(work.momentum + momentum_head);
 
     for (int first = thread; first < vectors; first += turn * block_threads) {
         int at[turn];
