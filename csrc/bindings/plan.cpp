@@ -26,8 +26,9 @@ bool continues(const TensorRef& tensor, const TensorRef& next) {
     };
     return ends_at(tensor.param, tensor.param_dtype) == next.param &&
            ends_at(tensor.grad, tensor.grad_dtype) == next.grad && tensor.grad_axes.empty() && next.grad_axes.empty() &&
-           tensor.hyper == next.hyper && tensor.first == next.first && tensor.param_dtype == next.param_dtype &&
-           tensor.grad_dtype == next.grad_dtype && tensor.momentum_dtype == next.momentum_dtype &&
+           tensor.hyper == next.hyper && tensor.device == next.device && tensor.first == next.first &&
+           tensor.param_dtype == next.param_dtype && tensor.grad_dtype == next.grad_dtype &&
+           tensor.momentum_dtype == next.momentum_dtype &&
            (tensor.momentum == nullptr ? next.momentum == nullptr
                                        : ends_at(tensor.momentum, tensor.momentum_dtype) == next.momentum);
 }
