@@ -208,9 +208,9 @@ def test_gradients_rebound_during_steps() -> None:
 
 
 def test_gradients_rebound_while_checked_for_overlap() -> None:
-    """The check of interleaved gradients runs Python code, in which other threads may take over."""
-    size = 1000  # too few elements for the step itself to let others run
-    parameters = [sgdcore.Parameter(np.zeros(size, np.float32)) for _ in range(4)]
+    """Where NumPy has to tell gradients apart, other threads may take over meanwhile."""
+    size = 500  # too few elements for the step itself to let others run
+    parameters = [sgdcore.Parameter(np.zeros((size, 2), np.float32)) for _ in range(4)]
     optimizer = sgdcore.SGD(parameters, lr=0.1)
     stop = threading.Event()
 
@@ -220,7 +220,7 @@ def test_gradients_rebound_while_checked_for_overlap() -> None:
 
     def assign(matrix: Array) -> None:
         for i, parameter in enumerate(parameters):
-            parameter.grad = matrix[:, i]
+            parameter.grad = matrix[:, 4 * i : 4 * i + 3 : 2]
 
     def rebind() -> None:
         while not stop.is_set():

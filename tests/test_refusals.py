@@ -1167,6 +1167,72 @@ def test_zero_grad_with_a_read_only_gradient_clears_none() -> None:
         sgdcore.SGD([named]).zero_grad(set_to_none=False)
 
 
+INTERLEAVED: dict[str, Callable[[Array], list[Array]]] = {
+    "columns": lambda block: [block[:, i] for i in range(12)],
+    "columns backwards": lambda block: [block[::-1, i] for i in range(12)],
+    "blocks of columns": lambda block: [block[:, :5], block[:, 5:6], block[:, 6:]],
+    "every third column": lambda block: [block[:, i::3] for i in range(3)],
+    "columns from later rows on": lambda block: [block[i:, i] for i in range(8)],
+    "columns of some rows": lambda block: [block[i::2, j] for i in range(2) for j in range(12)],
+    "real and imaginary parts": lambda block: [block.view(np.complex64).real, block.view("F").imag],
+    "two matrices": lambda block: [part[:, i] for part in (block[:4], block[4:]) for i in range(3)],
+}
+
+
+@pytest.mark.parametrize("views", INTERLEAVED)
+def test_common_interleaved_gradients_are_told_apart_without_numpy(
+    views: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy would be asked once for each pair."""
+    monkeypatch.setattr(np, "shares_memory", lambda *_: pytest.fail("NumPy was asked"))
+    block = numbers(1, (8, 12))
+    grads = INTERLEAVED[views](block)
+    params = [numbers(2, grad.shape) for grad in grads]
+    reference = ReferenceSGD([p.copy() for p in params], lr=0.1)
+    reference.step([grad.copy() for grad in grads])
+    SGD(params, lr=0.1).step(grads=grads, zero_grad=True)
+    for i, (param, expected) in enumerate(zip(params, reference.params, strict=True)):
+        assert_same_bits(param, expected, f"parameter {i}")
+    assert not any(grad.any() for grad in grads)
+
+
+def _random_view(rng: np.random.Generator, block: Array) -> Array:
+    """Some slices of a block that is seen as one to three axes."""
+    shape = [(96,), (8, 12), (12, 8), (4, 6, 4)][rng.integers(4)]
+    view = block.reshape(shape)[
+        tuple(
+            slice(*sorted(rng.integers(0, length + 1, 2)), rng.integers(1, 4)) for length in shape
+        )
+    ]
+    return view[(slice(None, None, rng.choice([1, -1])), ...)].transpose(rng.permutation(view.ndim))
+
+
+def test_gradients_to_be_zeroed_are_refused_just_where_they_share_memory() -> None:
+    rng = np.random.default_rng(1)
+    outcomes = []
+    for _ in range(2000):
+        block = np.ones(96, np.float32)
+        views = [_random_view(rng, block) for _ in range(rng.integers(2, 4))]
+        shared = any(
+            np.shares_memory(views[i], views[j]) for i in range(len(views)) for j in range(i)
+        )
+        optimizer = SGD([np.zeros(view.shape, np.float32) for view in views], lr=1.0)
+        try:
+            optimizer.step(grads=views, zero_grad=True)
+            is_refused = False
+        except ValueError:
+            is_refused = True
+        assert is_refused == shared, [(v.__array_interface__, v.strides) for v in views]
+        assert block.all() or not shared
+        interleaved = any(
+            np.may_share_memory(views[i], views[j]) for i in range(len(views)) for j in range(i)
+        )
+        outcomes.append((shared, interleaved))
+    # Each of the three outcomes that there are.
+    assert min(outcomes.count(each) for each in set(outcomes)) > 100
+    assert len(set(outcomes)) == 3
+
+
 @pytest.mark.parametrize(
     "layout", [name for name, grad in _grad_layouts((2, 3)).items() if grad.flags.writeable]
 )

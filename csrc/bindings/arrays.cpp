@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <stdexcept>
 #include <tuple>
 
@@ -209,6 +210,20 @@ Extent extent_of(const ArrayRef& ref) {
         }
     }
     return extent;
+}
+
+Spacing spacing_of(const py::array& array) {
+    Spacing spacing{static_cast<std::uintptr_t>(array.itemsize()), 0};
+    const AxisOrder order(array);
+    for (const int* axis = order.end(); axis-- != order.begin();) {
+        const auto stride = static_cast<std::uintptr_t>(std::abs(array.strides(*axis)));
+        if (spacing.period == 0 && stride == spacing.run) {
+            spacing.run *= static_cast<std::uintptr_t>(array.shape(*axis));
+        } else {
+            spacing.period = std::gcd(spacing.period, stride);
+        }
+    }
+    return spacing;
 }
 
 bool repeats_elements(const ArrayRef& ref) {

@@ -77,6 +77,13 @@ void append_axis(std::vector<Axis>& axes, std::size_t start, Axis axis);
 
 Extent extent_of(const ArrayRef& ref);
 
+/// How an array's elements lie in memory: in runs of `run` bytes without a gap, at multiples of `period` bytes from the
+/// first one; 0 if there is only one run.
+struct Spacing {
+    std::uintptr_t run = 0, period = 0;
+};
+Spacing spacing_of(const py::array& array);
+
 /// True if the strides may reach one element by two indices, as those of a broadcast array do.
 bool repeats_elements(const ArrayRef& ref);
 

@@ -3,7 +3,9 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "../step.hpp"
 #include "hypers.hpp"
@@ -248,8 +250,8 @@ void Plan::collect_writes() {
     writes_.clear();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         const ArrayRef &data = entries_[i].parameter->data(), &momentum = entries_[i].slot->momentum();
-        writes_.push_back({extent_of(data), i, "data", &data});
-        if (!momentum.empty()) writes_.push_back({extent_of(momentum), i, "momentum_buffer", &momentum});
+        writes_.push_back({extent_of(data), i, "data", data.array});
+        if (!momentum.empty()) writes_.push_back({extent_of(momentum), i, "momentum_buffer", momentum.array});
     }
     std::erase_if(writes_, [](const Range& range) { return range.extent.begin == range.extent.end; });
     std::sort(writes_.begin(), writes_.end(),
@@ -265,7 +267,7 @@ void Plan::collect_writes() {
 }
 
 void Plan::check_against_writes(std::size_t entry, const ArrayRef& grad) const {
-    const Range range{extent_of(grad), entry, "grad", &grad};
+    const Range range{extent_of(grad), entry, "grad", grad.array};
     // The writes are disjoint and sorted, so their ends are sorted too.
     auto write = std::upper_bound(writes_.begin(), writes_.end(), range.extent.begin,
                                   [](std::uintptr_t begin, const Range& w) { return begin < w.extent.end; });
@@ -284,18 +286,48 @@ void Plan::check_disjoint_grads() {
                                   py::cast<std::string>(py::str(used_grads_[i]->array.attr("strides"))) +
                                   ", which reach the same element twice, and cannot be zeroed");
         }
-        grad_ranges_.push_back({extent_of(*used_grads_[i]), i, "grad", used_grads_[i]});
+        grad_ranges_.push_back({extent_of(*used_grads_[i]), i, "grad", used_grads_[i]->array});
     }
     std::sort(grad_ranges_.begin(), grad_ranges_.end(),
               [](const Range& a, const Range& b) { return a.extent.begin < b.extent.begin; });
-    for (std::size_t i = 0; i < grad_ranges_.size(); ++i) {
-        for (std::size_t j = i + 1; j < grad_ranges_.size() && overlap(grad_ranges_[i].extent, grad_ranges_[j].extent);
-             ++j) {
-            // Interleaved views, such as two columns of one matrix, cover the same range without a common element.
-            const py::object shares_memory = py::module_::import("numpy").attr("shares_memory");
-            if (py::cast<bool>(shares_memory(grad_ranges_[i].ref->array, grad_ranges_[j].ref->array))) {
-                refuse_overlap(grad_ranges_[i], grad_ranges_[j]);
-            }
+    for (auto first = grad_ranges_.begin(); first != grad_ranges_.end();) {
+        // As many as hang together.
+        auto last = first + 1;
+        for (std::uintptr_t end = first->extent.end; last != grad_ranges_.end() && last->extent.begin < end; ++last) {
+            end = std::max(end, last->extent.end);
+        }
+        const std::span<const Range> ranges(first, last);
+        if (ranges.size() > 1 && !are_interleaved(ranges)) check_pairs(ranges);
+        first = last;
+    }
+}
+
+bool Plan::are_interleaved(std::span<const Range> ranges) {
+    runs_.clear();
+    std::uintptr_t period = 0;
+    for (const Range& range : ranges) {
+        const Spacing spacing = spacing_of(py::reinterpret_borrow<py::array>(range.array));
+        runs_.push_back({range.extent.begin, range.extent.begin + spacing.run});
+        period = std::gcd(period, spacing.period);
+    }
+    if (period == 0) return false;
+    // Each array's runs are among those that come back with the period, so one period tells.
+    for (Extent& run : runs_) {
+        const std::uintptr_t before = run.begin / period * period;
+        run = {run.begin - before, run.end - before};
+    }
+    std::ranges::sort(runs_, {}, &Extent::begin);
+    for (std::size_t i = 1; i < runs_.size(); ++i) {
+        if (runs_[i].begin < runs_[i - 1].end) return false;
+    }
+    return runs_.back().end <= runs_.front().begin + period;
+}
+
+void Plan::check_pairs(std::span<const Range> ranges) const {
+    const py::object shares_memory = py::module_::import("numpy").attr("shares_memory");
+    for (std::size_t i = 0; i < ranges.size(); ++i) {
+        for (std::size_t j = i + 1; j < ranges.size() && overlap(ranges[i].extent, ranges[j].extent); ++j) {
+            if (py::cast<bool>(shares_memory(ranges[i].array, ranges[j].array))) refuse_overlap(ranges[i], ranges[j]);
         }
     }
 }

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -53,7 +54,7 @@ class Plan {
         Extent extent;
         std::size_t entry;
         const char* kind;
-        const ArrayRef* ref;
+        py::handle array;  // used while it is held only
     };
 
     void read_given(const py::object& grads);
@@ -63,6 +64,10 @@ class Plan {
     void collect_writes();
     void check_against_writes(std::size_t entry, const ArrayRef& grad) const;
     void check_disjoint_grads();
+    /// True if the ranges, which overlap, are known to have no byte in common because their gaps fit into each other,
+    /// as those of a matrix's columns do.
+    bool are_interleaved(std::span<const Range> ranges);
+    void check_pairs(std::span<const Range> ranges) const;
     [[noreturn]] void refuse_overlap(const Range& a, const Range& b) const;
     std::string label(std::size_t entry) const;
 
@@ -81,6 +86,7 @@ class Plan {
     std::vector<Axis> held_axes_;
     std::vector<Range> writes_;  // sorted by address
     std::vector<Range> grad_ranges_;
+    std::vector<Extent> runs_;
     DeviceSteps device_steps_;
     bool disjoint_grads_checked_ = false;
     bool running_ = false;
