@@ -1006,6 +1006,14 @@ def test_what_a_refused_step_has_seen_is_still_checked_by_the_next() -> None:
         optimizer.step(zero_grad=True)
 
 
+def test_why_a_number_does_not_convert_is_told() -> None:
+    optimizer = trained()
+    optimizer.param_groups[1]["lr"] = 10**400
+    with refused(TypeError, r"^param_groups\[1\]\['lr'\]: expected a number", optimizer) as caught:
+        optimizer.step()
+    assert isinstance(caught.value.__cause__, OverflowError)
+
+
 def test_sabotage_of_a_first_step_leaves_no_momentum() -> None:
     optimizer = sgdcore.SGD([numbers(0, (4,)), numbers(1, (4,))], **FULL)
     for _ in range(2):

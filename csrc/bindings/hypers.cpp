@@ -2,6 +2,7 @@
 #include "hypers.hpp"
 
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "arrays.hpp"
@@ -9,14 +10,17 @@
 namespace sgdcore::bindings {
 namespace {
 
+/// An exception that is set becomes the TypeError's cause.
 [[noreturn]] void refuse_number(PyObject* value, PyObject* key, std::size_t index) {
-    if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_Exception)) {
-        PyErr_Clear();
-    } else {
-        throw py::error_already_set();  // such as KeyboardInterrupt
-    }
-    throw py::type_error("param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) +
-                         "']: expected a number, got " + py::cast<std::string>(py::repr(value)));
+    const bool caused = PyErr_Occurred() != nullptr;
+    if (caused && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();  // such as KeyboardInterrupt
+    std::optional<py::error_already_set> cause;
+    if (caused) cause.emplace();  // takes the exception, which would be in the way of repr
+    const std::string text = "param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) +
+                             "']: expected a number, got " + py::cast<std::string>(py::repr(value));
+    if (!caused) throw py::type_error(text);
+    py::raise_from(*cause, PyExc_TypeError, text.c_str());
+    throw py::error_already_set();
 }
 
 /// A number: a float, whatever converts to one, or an array or tensor of one element.
