@@ -1058,7 +1058,7 @@ def test_momentum_replaced_by_another_dtype(dtype: str) -> None:
 def test_failed_first_step_leaves_no_momentum() -> None:
     optimizer = sgdcore.SGD(_values(), **FULL)
     bad = [*_grads(0)[:2], parameters_of(optimizer)[2].data]
-    with refused(ValueError, "overlap in memory", optimizer):
+    with refused(ValueError, r"^grads\[2\]: overlaps the data of", optimizer):
         optimizer.step(grads=bad)
     assert len(optimizer.state) == 0
     assert "momentum_buffer" not in optimizer.state[parameters_of(optimizer)[0]]

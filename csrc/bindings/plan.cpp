@@ -188,7 +188,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
             Entry& entry = entries_[i];
             if (used_grads_[i] == nullptr) continue;
             if (!given && entry.grad_version == entry.parameter->grad_version) continue;
-            check_against_writes(i, *used_grads_[i]);
+            check_against_writes(i, *used_grads_[i], given);
             if (!given) entry.grad_version = entry.parameter->grad_version;
         }
     }
@@ -198,7 +198,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     const bool release_gil = total >= gil_release_elements || on_device;
     // Both let other threads run, which may rebind arrays that are in the list by now.
     if (check_disjoint || release_gil) hold_arrays();
-    if (check_disjoint) check_disjoint_grads();
+    if (check_disjoint) check_disjoint_grads(given);
     if (zero_grad) disjoint_grads_checked_ = !given;
 
     const StepOptions options{.zero_grad = zero_grad};
@@ -250,8 +250,8 @@ void Plan::collect_writes() {
     writes_.clear();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         const ArrayRef &data = entries_[i].parameter->data(), &momentum = entries_[i].slot->momentum();
-        writes_.push_back({extent_of(data), i, "data", data.array});
-        if (!momentum.empty()) writes_.push_back({extent_of(momentum), i, "momentum_buffer", momentum.array});
+        writes_.push_back({extent_of(data), i, Kind::data, data.array});
+        if (!momentum.empty()) writes_.push_back({extent_of(momentum), i, Kind::momentum_buffer, momentum.array});
     }
     std::erase_if(writes_, [](const Range& range) { return range.extent.begin == range.extent.end; });
     std::sort(writes_.begin(), writes_.end(),
@@ -266,15 +266,15 @@ void Plan::collect_writes() {
     }
 }
 
-void Plan::check_against_writes(std::size_t entry, const ArrayRef& grad) const {
-    const Range range{extent_of(grad), entry, "grad", grad.array};
+void Plan::check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const {
+    const Range range{extent_of(grad), entry, given ? Kind::given_grad : Kind::grad, grad.array};
     // The writes are disjoint and sorted, so their ends are sorted too.
     auto write = std::upper_bound(writes_.begin(), writes_.end(), range.extent.begin,
                                   [](std::uintptr_t begin, const Range& w) { return begin < w.extent.end; });
     for (; write != writes_.end() && overlap(write->extent, range.extent); ++write) refuse_overlap(*write, range);
 }
 
-void Plan::check_disjoint_grads() {
+void Plan::check_disjoint_grads(bool given) {
     grad_ranges_.clear();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         if (used_grads_[i] == nullptr || used_grads_[i]->size == 0) continue;
@@ -286,7 +286,8 @@ void Plan::check_disjoint_grads() {
                                   py::cast<std::string>(py::str(used_grads_[i]->array.attr("strides"))) +
                                   ", which reach the same element twice, and cannot be zeroed");
         }
-        grad_ranges_.push_back({extent_of(*used_grads_[i]), i, "grad", used_grads_[i]->array});
+        const Kind kind = given ? Kind::given_grad : Kind::grad;
+        grad_ranges_.push_back({extent_of(*used_grads_[i]), i, kind, used_grads_[i]->array});
     }
     std::sort(grad_ranges_.begin(), grad_ranges_.end(),
               [](const Range& a, const Range& b) { return a.extent.begin < b.extent.begin; });
@@ -336,8 +337,24 @@ void Plan::refuse_overlap(const Range& a, const Range& b) const {
     if (a.entry != b.entry && entries_[a.entry].parameter == entries_[b.entry].parameter) {
         throw py::value_error("some parameters appear in more than one parameter group, or twice: " + label(a.entry));
     }
-    throw py::value_error(std::string("params: the ") + a.kind + " of " + label(a.entry) + " and the " + b.kind +
-                          " of " + label(b.entry) + " overlap in memory");
+    if (b.kind == Kind::given_grad) {
+        throw py::value_error(describe(b) + ": overlaps " + describe(a) + " in memory");
+    }
+    throw py::value_error("params: " + describe(a) + " and " + describe(b) + " overlap in memory");
+}
+
+std::string Plan::describe(const Range& range) const {
+    switch (range.kind) {
+        case Kind::data:
+            return "the data of " + label(range.entry);
+        case Kind::momentum_buffer:
+            return "the momentum_buffer of " + label(range.entry);
+        case Kind::grad:
+            return "the grad of " + label(range.entry);
+        case Kind::given_grad:
+            break;
+    }
+    return Argument("grads", static_cast<std::ptrdiff_t>(range.entry)).text();
 }
 
 std::string Plan::label(std::size_t entry) const {

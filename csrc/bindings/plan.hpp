@@ -49,11 +49,12 @@ class Plan {
         ArrayRef ref;
         std::vector<Axis> axes;
     };
-    /// A range of memory and the parameter it belongs to.
+    /// A range of memory, what it is, and the parameter it belongs to.
+    enum class Kind { data, momentum_buffer, grad, given_grad };
     struct Range {
         Extent extent;
         std::size_t entry;
-        const char* kind;
+        Kind kind;
         py::handle array;  // used while it is held only
     };
 
@@ -62,13 +63,15 @@ class Plan {
     /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays.
     void hold_arrays();
     void collect_writes();
-    void check_against_writes(std::size_t entry, const ArrayRef& grad) const;
-    void check_disjoint_grads();
+    void check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const;
+    void check_disjoint_grads(bool given);
     /// True if the ranges, which overlap, are known to have no byte in common because their gaps fit into each other,
     /// as those of a matrix's columns do.
     bool are_interleaved(std::span<const Range> ranges);
     void check_pairs(std::span<const Range> ranges) const;
+    /// Blames `b` if it was passed to the step.
     [[noreturn]] void refuse_overlap(const Range& a, const Range& b) const;
+    std::string describe(const Range& range) const;
     std::string label(std::size_t entry) const;
 
     std::vector<py::object> group_params_;  // each group's list of parameters
