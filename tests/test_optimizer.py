@@ -7,6 +7,7 @@ compared with sgdcore.reference, or with the same training without the feature.
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import io
@@ -868,7 +869,7 @@ def _assert_as_reference(optimizer: sgdcore.SGD, reference: ReferenceSGD) -> Non
         assert_same_bits(buffer, reference.momentum_buffers[i], f"momentum of parameter {i}")
 
 
-@pytest.mark.parametrize("sequence", [list, tuple])
+@pytest.mark.parametrize("sequence", [list, tuple, collections.deque])
 def test_given_gradients_are_used(sequence: Any) -> None:
     values = _values()
     reference = ReferenceSGD(values, **FULL)

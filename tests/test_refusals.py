@@ -884,19 +884,34 @@ def no_given_gradients(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
     yield {"grads": []}
 
 
-@sabotage(TypeError, "^grads: expected a list or tuple of arrays, got generator$")
+@sabotage(TypeError, "^grads: expected a list, tuple or other sequence of arrays, got generator$")
 def given_gradients_from_a_generator(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
     yield {"grads": (grad for grad in given_grads())}
 
 
-@sabotage(TypeError, "^grads: expected a list or tuple of arrays, got ndarray$")
+@sabotage(TypeError, "^grads: expected a list, tuple or other sequence of arrays, got ndarray$")
 def given_gradients_as_one_array(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
     yield {"grads": np.zeros((3, 4), np.float32)}
 
 
-@sabotage(TypeError, "^grads: expected a list or tuple of arrays, got dict$")
+@sabotage(TypeError, "^grads: expected a list, tuple or other sequence of arrays, got dict$")
 def given_gradients_as_a_dict(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
     yield {"grads": dict(enumerate(given_grads()))}
+
+
+@sabotage(TypeError, "^grads: expected a list, tuple or other sequence of arrays, got set$")
+def given_gradients_as_a_set(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
+    yield {"grads": {1, 2, 3}}
+
+
+@sabotage(TypeError, "^grads: expected a list, tuple or other sequence of arrays, got str$")
+def given_gradients_as_text(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
+    yield {"grads": "abc"}
+
+
+@sabotage(TypeError, "^grads: expected a list, tuple or other sequence of arrays, got bytes$")
+def given_gradients_as_bytes(optimizer: sgdcore.SGD) -> Iterator[dict[str, Any]]:
+    yield {"grads": b"abc"}
 
 
 @sabotage(ValueError, "^zero_grad: the gradient of parameter 2 is read-only and cannot be zeroed$")

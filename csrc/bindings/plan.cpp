@@ -35,6 +35,17 @@ bool continues(const TensorRef& tensor, const TensorRef& next) {
                                        : ends_at(tensor.momentum, tensor.momentum_dtype) == next.momentum);
 }
 
+/// A list or tuple as it is, what else is a sequence as a tuple.
+py::sequence as_list(const py::object& grads) {
+    if (py::isinstance<py::list>(grads) || py::isinstance<py::tuple>(grads)) return py::sequence(grads);
+    const py::object sequence = py::module_::import("collections.abc").attr("Sequence");
+    if (!py::isinstance(grads, sequence) || py::isinstance<py::str>(grads) || PyObject_CheckBuffer(grads.ptr())) {
+        throw py::type_error("grads: expected a list, tuple or other sequence of arrays, got " +
+                             py::cast<std::string>(py::type::of(grads).attr("__name__")));
+    }
+    return py::tuple(grads);
+}
+
 /// Runs its function when the scope is left, also by an exception.
 template <class F>
 struct AtExit {
@@ -101,11 +112,7 @@ bool Plan::matches(const py::list& param_groups) const {
 }
 
 void Plan::read_given(const py::object& grads) {
-    if (!py::isinstance<py::list>(grads) && !py::isinstance<py::tuple>(grads)) {
-        throw py::type_error("grads: expected a list or tuple of arrays, got " +
-                             py::cast<std::string>(py::type::of(grads).attr("__name__")));
-    }
-    const auto list = py::reinterpret_borrow<py::sequence>(grads);
+    const py::sequence list = as_list(grads);
     if (list.size() != entries_.size()) {
         throw py::value_error("grads: expected " + std::to_string(entries_.size()) +
                               " gradients, one per parameter, got " + std::to_string(list.size()));

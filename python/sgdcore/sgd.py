@@ -107,7 +107,8 @@ class SGD(Optimizer):
 
         Args:
             closure: called first, if given, to compute loss and gradients; its value is returned.
-            grads: gradients to use instead of the parameters' own: one array or None for each parameter, in order.
+            grads: gradients to use instead of the parameters' own: a list, tuple or other sequence of one array or
+                None for each parameter, in order.
             zero_grad: clear each gradient in the same pass, right after it was used.
 
         Raises:
