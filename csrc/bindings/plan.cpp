@@ -35,6 +35,20 @@ bool continues(const TensorRef& tensor, const TensorRef& next) {
                                        : ends_at(tensor.momentum, tensor.momentum_dtype) == next.momentum);
 }
 
+/// The part of the work list that arrays tell.
+TensorRef tensor_of(const ArrayRef& data, const ArrayRef& grad, std::span<const Axis> grad_axes) {
+    TensorRef tensor;
+    tensor.param = data.data;
+    tensor.grad = grad.data;
+    tensor.size = data.size;
+    tensor.grad_axes = grad_axes;
+    tensor.device = data.device;
+    tensor.param_dtype = data.dtype;
+    tensor.grad_dtype = grad.dtype;
+    tensor.momentum_dtype = data.dtype;
+    return tensor;
+}
+
 /// A list or tuple as it is, what else is a sequence as a tuple.
 py::sequence as_list(const py::object& grads) {
     if (py::isinstance<py::list>(grads) || py::isinstance<py::tuple>(grads)) return py::sequence(grads);
@@ -142,34 +156,33 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     missing_.clear();
     if (!matches(param_groups)) return false;
     read_hypers(param_groups, hypers_, scalars_);
-
     const bool given = !grads.is_none();
     if (given) read_given(grads);
+    const Listed listed = list_tensors(given);
+    if (!missing_.empty()) return false;
+    check_memory(listed, given, zero_grad);
+    update(param_groups, listed, {.zero_grad = zero_grad});
+    note_first_steps();
+    return true;
+}
 
+Plan::Listed Plan::list_tensors(bool given) {
     tensors_.clear();
     first_.clear();
-    bool rebound = false, new_grads = given, on_device = false;
-    std::int64_t total = 0;
+    Listed listed;
+    listed.new_grads = given;
+    // A number on a device makes a step on the CPU wait for it; a device reads it by itself.
+    listed.on_device = !scalars_.empty();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         const Entry& entry = entries_[i];
         const Parameter& parameter = *entry.parameter;
-        const ArrayRef& data = parameter.data();
         const ArrayRef& grad = given ? given_[i].ref : parameter.grad();
-        rebound |= entry.data_version != parameter.data_version || entry.momentum_version != entry.slot->version;
+        listed.rebound |= entry.data_version != parameter.data_version || entry.momentum_version != entry.slot->version;
         used_grads_[i] = grad.empty() ? nullptr : &grad;
         if (grad.empty()) continue;
-        new_grads |= entry.grad_version != parameter.grad_version;
-        TensorRef tensor;
-        tensor.param = data.data;
-        tensor.grad = grad.data;
-        tensor.size = data.size;
-        tensor.grad_axes = given ? given_[i].axes : parameter.grad_axes();
+        listed.new_grads |= entry.grad_version != parameter.grad_version;
+        TensorRef tensor = tensor_of(parameter.data(), grad, given ? given_[i].axes : parameter.grad_axes());
         tensor.hyper = entry.group;
-        tensor.device = data.device;
-        on_device |= data.device != cpu_device;
-        tensor.param_dtype = data.dtype;
-        tensor.grad_dtype = grad.dtype;
-        tensor.momentum_dtype = data.dtype;
         if (hypers_[entry.group].momentum != 0) {
             const ArrayRef& momentum = entry.slot->momentum();
             if (momentum.empty()) missing_.push_back(i);
@@ -178,7 +191,8 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
             tensor.first = !entry.slot->initialized;
             if (tensor.first) first_.push_back(i);
         }
-        total += tensor.size;
+        listed.on_device |= tensor.device != cpu_device;
+        listed.elements += tensor.size;
         if (tensor.size == 0) continue;
         if (!tensors_.empty() && continues(tensors_.back(), tensor)) {
             tensors_.back().size += tensor.size;
@@ -186,42 +200,50 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
             tensors_.push_back(tensor);
         }
     }
-    if (!missing_.empty()) return false;
+    return listed;
+}
 
-    if (rebound) collect_writes();
-    if (rebound || new_grads) {
+void Plan::check_memory(const Listed& listed, bool given, bool zero_grad) {
+    if (listed.rebound) collect_writes();
+    if (listed.rebound || listed.new_grads) {
         disjoint_grads_checked_ = false;  // first: what a refused step has looked at is not looked at again
-        for (std::size_t i = 0; i < entries_.size(); ++i) {
-            Entry& entry = entries_[i];
-            if (used_grads_[i] == nullptr) continue;
-            if (!given && entry.grad_version == entry.parameter->grad_version) continue;
-            check_against_writes(i, *used_grads_[i], given);
-            if (!given) entry.grad_version = entry.parameter->grad_version;
-        }
+        check_grads_against_writes(given);
     }
     const bool check_disjoint = zero_grad && !disjoint_grads_checked_;
-    // A number on a device makes a step on the CPU wait for it; a device reads it by itself.
-    on_device |= !scalars_.empty();
-    const bool release_gil = total >= gil_release_elements || on_device;
     // Both let other threads run, which may rebind arrays that are in the list by now.
-    if (check_disjoint || release_gil) hold_arrays();
+    if (check_disjoint || releases_gil(listed)) hold_arrays();
     if (check_disjoint) check_disjoint_grads(given);
     if (zero_grad) disjoint_grads_checked_ = !given;
+}
 
-    const StepOptions options{.zero_grad = zero_grad};
-    if (on_device) {
+void Plan::check_grads_against_writes(bool given) {
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+        Entry& entry = entries_[i];
+        if (used_grads_[i] == nullptr) continue;
+        if (!given && entry.grad_version == entry.parameter->grad_version) continue;
+        check_against_writes(i, *used_grads_[i], given);
+        if (!given) entry.grad_version = entry.parameter->grad_version;
+    }
+}
+
+bool Plan::releases_gil(const Listed& listed) { return listed.elements >= gil_release_elements || listed.on_device; }
+
+void Plan::update(const py::list& param_groups, const Listed& listed, const StepOptions& options) {
+    if (listed.on_device) {
         update_on_devices(param_groups, options);
-    } else if (release_gil) {
+    } else if (releases_gil(listed)) {
         py::gil_scoped_release release;
         step(tensors_, hypers_, options);
     } else {
         step(tensors_, hypers_, options);
     }
+}
+
+void Plan::note_first_steps() {
     for (const std::size_t i : first_) {
         MomentumSlot& slot = *entries_[i].slot;
         if (slot.version == entries_[i].momentum_version) slot.initialized = true;  // else it was replaced meanwhile
     }
-    return true;
 }
 
 void Plan::update_on_devices(const py::list& param_groups, const StepOptions& options) {

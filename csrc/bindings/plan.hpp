@@ -58,7 +58,23 @@ class Plan {
         py::handle array;  // used while it is held only
     };
 
+    /// What a step's work list holds.
+    struct Listed {
+        std::int64_t elements = 0;
+        bool rebound = false;    // parameters or momentum buffers lie elsewhere than when they were last checked
+        bool new_grads = false;  // gradients were not checked yet
+        bool on_device = false;  // tensors or hyperparameters
+    };
+
     void read_given(const py::object& grads);
+    /// Makes tensors_, first_ and used_grads_ those of a step, and missing_ the momentum buffers that it lacks.
+    Listed list_tensors(bool given);
+    /// Raises ValueError if what the step writes overlaps other memory of the list, as far as it was not checked yet.
+    void check_memory(const Listed& listed, bool given, bool zero_grad);
+    void check_grads_against_writes(bool given);
+    static bool releases_gil(const Listed& listed);
+    void update(const py::list& param_groups, const Listed& listed, const StepOptions& options);
+    void note_first_steps();
     void update_on_devices(const py::list& param_groups, const StepOptions& options);
     /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays.
     void hold_arrays();
