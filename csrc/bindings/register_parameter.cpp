@@ -19,7 +19,7 @@ void register_parameter(py::module_& module) {
             "grad", [](const Parameter& self) { return array_or_none(self.grad()); }, &Parameter::set_grad)
         // The ndarray itself, or what describes an array on a device: shape and dtype, whose elements cannot be
         // touched.
-        .def_property_readonly("description", [](const Parameter& self) { return self.data().array; })
+        .def_property_readonly("_description", [](const Parameter& self) { return self.data().array; })
         .def_property_readonly("device", [](const Parameter& self) { return self.data().device; })
         .def_property_readonly("name", &Parameter::name)
         .def_property_readonly("buffer", &Parameter::buffer);

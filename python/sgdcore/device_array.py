@@ -107,7 +107,7 @@ class DeviceArray:
         if not _core.is_on_device(array):
             raise ValueError(f"array: expected one on a CUDA device, got {type(array).__name__}")
         parameter = _core.Parameter(array)
-        return cls(parameter.description, parameter.device, array)
+        return cls(parameter._description, parameter.device, array)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -35,6 +35,10 @@ class Parameter(_core.Parameter):
         grad: the gradient, or None (the default: the optimizer skips the parameter). Assign an
             array of the parameter's shape; its dtype and strides may be its own, and it is read in
             place. ``grad += g`` works as on any array.
+        name: as given.
+        device: the number of the CUDA device that holds ``data``; -1 for the CPU.
+        buffer: the `ParameterBuffer` that the parameter is part of, or None.
+        shape, dtype, size: those of ``data``.
 
     Raises:
         TypeError: if an array has another dtype or is no array.
@@ -55,17 +59,17 @@ class Parameter(_core.Parameter):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of ``data``."""
-        return self.description.shape
+        return self._description.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of ``data``."""
-        return self.description.dtype
+        return self._description.dtype
 
     @property
     def size(self) -> int:
         """The number of elements."""
-        return self.description.size
+        return self._description.size
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
         if self.device >= 0:
