@@ -163,7 +163,7 @@ SGDCORE_INLINE std::uint64_t pass(std::byte* SGDCORE_RESTRICT param, std::byte* 
     return check;
 }
 
-std::uint64_t stream(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size, bool clear) {
+std::uint64_t memory_pass(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size, bool clear) {
     if (momentum != nullptr) {
         return clear ? pass<true, true>(param, grad, momentum, size) : pass<true, false>(param, grad, momentum, size);
     }
@@ -193,7 +193,7 @@ constexpr Kernel kernel_at() {
 
 template <int... index>
 constexpr KernelTable make_table(std::integer_sequence<int, index...>) {
-    return {{kernel_at<index>()...}, stream};
+    return {{kernel_at<index>()...}, memory_pass};
 }
 
 }  // namespace

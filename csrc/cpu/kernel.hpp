@@ -21,13 +21,14 @@ using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* mome
 /// and writes `param` and `momentum`, exchanging their contents. Without momentum (null) it writes the exclusive or of
 /// `param` and `grad` to `param`. Sets `grad` to zero where `clear` says so. Returns a value that depends on `grad`, so
 /// that its reads happen.
-using Stream = std::uint64_t (*)(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size, bool clear);
+using MemoryPass = std::uint64_t (*)(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size,
+                                     bool clear);
 
 /// One instruction set's kernels, for every combination of storage types and variants.
 struct KernelTable {
     static constexpr int size = dtype_count * dtype_count * dtype_count * SgdVariant::count;
     Kernel entries[size];
-    Stream stream;
+    MemoryPass memory_pass;
 
     Kernel find(DType param, DType grad, DType momentum, SgdVariant variant) const {
         return entries[((static_cast<int>(param) * dtype_count + static_cast<int>(grad)) * dtype_count +

@@ -14,7 +14,7 @@ Runtime& cuda_runtime();
 
 // Of the kernel, on the current device.
 cudaError_t start_kernel(std::int64_t blocks, const Launch& launch, cudaStream_t stream);
-cudaError_t start_exchange(std::int64_t blocks, const Streams& streams, cudaStream_t stream);
+cudaError_t start_exchange(std::int64_t blocks, const ExchangeArrays& arrays, cudaStream_t stream);
 cudaError_t kernel_occupancy(int* blocks);
 
 }  // namespace sgdcore::cuda

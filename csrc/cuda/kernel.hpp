@@ -417,25 +417,26 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& b
 
 /// What one thread does of an exchange: parameter and momentum change places, with the gradient's bits flipped in one
 /// of them, so that it has to be read.
-SGDCORE_HOST_DEVICE SGDCORE_INLINE void exchange(const Streams& streams, std::int64_t thread, std::int64_t threads) {
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void exchange(const ExchangeArrays& arrays, std::int64_t thread,
+                                                 std::int64_t threads) {
     constexpr int turn = 2;
-    for (std::int64_t first = thread; first < streams.quads; first += turn * threads) {
+    for (std::int64_t first = thread; first < arrays.quads; first += turn * threads) {
         Vector<storage::Float32, 4> p[turn], g[turn], b[turn];
         std::int64_t at[turn];
         SGDCORE_UNROLL
         for (int i = 0; i < turn; ++i) {
             const std::int64_t quad = first + i * threads;
-            at[i] = (quad < streams.quads ? quad : first) * vector_bytes;
-            p[i].load(streams.param + at[i]);
-            g[i].load(streams.grad + at[i]);
-            b[i].load(streams.momentum + at[i]);
+            at[i] = (quad < arrays.quads ? quad : first) * vector_bytes;
+            p[i].load(arrays.param + at[i]);
+            g[i].load(arrays.grad + at[i]);
+            b[i].load(arrays.momentum + at[i]);
         }
         SGDCORE_UNROLL
         for (int i = 0; i < turn; ++i) {
-            if (first + i * threads >= streams.quads) break;
+            if (first + i * threads >= arrays.quads) break;
             for (int word = 0; word < 4; ++word) b[i].words[word] ^= g[i].words[word];
-            b[i].store(streams.param + at[i]);
-            p[i].store(streams.momentum + at[i]);
+            b[i].store(arrays.param + at[i]);
+            p[i].store(arrays.momentum + at[i]);
         }
     }
 }

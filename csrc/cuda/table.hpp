@@ -79,7 +79,7 @@ struct Launch {
 };
 
 /// The three arrays of a step with momentum, to be measured without its arithmetic, of `quads` vectors each.
-struct Streams {
+struct ExchangeArrays {
     std::byte *param, *momentum;
     const std::byte* grad;
     std::int64_t quads;
