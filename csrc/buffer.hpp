@@ -3,13 +3,15 @@
 
 #include <cstddef>
 
+#include "platform.hpp"
+
 namespace sgdcore {
 
 /// One owned allocation. Zero-filled and aligned to `alignment`; from two huge pages on mapped by itself, on such
 /// pages.
 class AlignedBuffer {
   public:
-    static constexpr std::size_t alignment = 64;  // a cache line, and the widest vector
+    static constexpr std::size_t alignment = cache_line;  // also the widest vector
     static constexpr std::size_t huge_page = std::size_t{2} << 20;
 
     /// Throws std::bad_alloc.

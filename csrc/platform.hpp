@@ -35,6 +35,8 @@
 
 namespace sgdcore {
 
+inline constexpr std::int64_t cache_line = 64;  // bytes
+
 /// The bits of `from`, read as a `To`. (`std::bit_cast` is not always_inline.)
 template <class To, class From>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE To bits_as(From from) {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <span>
 
 #include "dtypes.hpp"
@@ -24,6 +25,21 @@ struct Axis {
     std::int64_t length;
     std::int64_t stride;  // of the gradient, in bytes; may be zero or negative
 };
+
+/// False if no two elements share memory: every axis steps over all that the shorter-stepping ones reach.
+inline bool may_overlap(std::span<const Axis> axes, std::size_t item) {
+    for (std::size_t i = 0; i < axes.size(); ++i) {
+        if (axes[i].length == 1) continue;
+        const std::int64_t step = std::abs(axes[i].stride);
+        auto reach = static_cast<std::int64_t>(item);
+        for (std::size_t j = 0; j < axes.size(); ++j) {
+            const std::int64_t other = std::abs(axes[j].stride);
+            if (other < step || (other == step && j < i)) reach += (axes[j].length - 1) * other;
+        }
+        if (step < reach) return true;
+    }
+    return false;
+}
 
 /// One tensor of the work list: where its three arrays are and which hyperparameters apply.
 ///

@@ -227,15 +227,10 @@ Spacing spacing_of(const py::array& array) {
 }
 
 bool repeats_elements(const ArrayRef& ref) {
-    // Distinct if every stride steps over all that the faster axes cover.
-    const AxisOrder order(ref.array);
-    py::ssize_t covered = ref.array.itemsize();
-    for (const int* axis = order.end(); axis-- != order.begin();) {
-        const py::ssize_t stride = std::abs(ref.array.strides(*axis));
-        if (stride < covered) return true;
-        covered += stride * (ref.array.shape(*axis) - 1);
-    }
-    return false;
+    std::array<Axis, max_dimensions> axes;
+    const auto count = static_cast<std::size_t>(ref.array.ndim());
+    for (std::size_t i = 0; i < count; ++i) axes[i] = {ref.array.shape()[i], ref.array.strides()[i]};
+    return may_overlap({axes.data(), count}, item_size(ref.dtype));
 }
 
 std::string shape_text(const py::array& array) { return py::cast<std::string>(py::str(array.attr("shape"))); }

@@ -49,11 +49,6 @@ std::vector<cuda::DeviceScalars> scalars_of(int device, const std::vector<GroupS
     return scalars;
 }
 
-template <class T>
-T* pointer_of(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 using DevicePart = std::pair<cuda::Stepper*, Part*>;
 
 /// The error of one device, which also says which ones were stepped before it.

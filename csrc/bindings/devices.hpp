@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <vector>
@@ -15,6 +16,12 @@
 namespace sgdcore::bindings {
 
 namespace py = pybind11;
+
+/// An address as Python tells it, an integer.
+template <class T>
+T* pointer_of(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 /// The runtime. Imports sgdcore._cuda when it is first asked for; a std::runtime_error says what is missing: the
 /// module, the driver, or a device.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -80,24 +81,19 @@ py::array import_capsule(const py::object& capsule, bool writable) {
     auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule.ptr(), Managed::fresh));
     if (managed == nullptr) throw py::error_already_set();
     const DLTensor& tensor = managed->tensor;
-    const int bits = tensor.dtype.lanes == 1 ? tensor.dtype.bits : 0;
-    DType dtype;
-    if (tensor.dtype.code == code_bfloat && bits == 16) {
-        dtype = DType::bfloat16;
-    } else if (tensor.dtype.code == code_float && (bits == 64 || bits == 32 || bits == 16)) {
-        dtype = bits == 64 ? DType::float64 : bits == 32 ? DType::float32 : DType::float16;
-    } else {
+    const std::optional<DType> dtype = storage_type(tensor.dtype);
+    if (!dtype) {
         throw py::type_error("DLPack tensor: expected float64, float32, float16 or bfloat16, got type code " +
                              std::to_string(tensor.dtype.code) + " of " + std::to_string(tensor.dtype.bits) + " bits");
     }
+    const auto item = static_cast<py::ssize_t>(item_size(*dtype));
     std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.ndim), strides(shape.size());
-    py::ssize_t contiguous = static_cast<py::ssize_t>(item_size(dtype));
+    py::ssize_t contiguous = item;
     for (std::size_t axis = shape.size(); axis-- > 0;) {
-        strides[axis] =
-            tensor.strides == nullptr ? contiguous : tensor.strides[axis] * static_cast<py::ssize_t>(item_size(dtype));
+        strides[axis] = tensor.strides == nullptr ? contiguous : tensor.strides[axis] * item;
         contiguous *= shape[axis];
     }
-    const py::dtype numpy = numpy_dtype(dtype);
+    const py::dtype numpy = numpy_dtype(*dtype);
     // From here on the memory is ours to release.
     PyCapsule_SetName(capsule.ptr(), Managed::used);
     const py::capsule owner(managed, [](void* self) {

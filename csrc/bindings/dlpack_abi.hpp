@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+
+#include "../dtypes.hpp"
 
 namespace sgdcore::bindings {
 
@@ -16,6 +19,23 @@ struct DLDataType {
     std::uint16_t lanes;
 };
 inline constexpr std::uint8_t code_float = 2, code_bfloat = 4;
+
+/// The storage type, if it is one of ours.
+constexpr std::optional<DType> storage_type(const DLDataType& type) {
+    if (type.lanes != 1) return std::nullopt;
+    if (type.code == code_bfloat && type.bits == 16) return DType::bfloat16;
+    if (type.code != code_float) return std::nullopt;
+    switch (type.bits) {
+        case 64:
+            return DType::float64;
+        case 32:
+            return DType::float32;
+        case 16:
+            return DType::float16;
+        default:
+            return std::nullopt;
+    }
+}
 
 struct DLTensor {
     void* data;

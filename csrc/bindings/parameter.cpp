@@ -100,7 +100,7 @@ void Parameter::zero_grad(bool set_to_none) {
             py::module_::import("sgdcore._devices").attr("current_stream")(data_.object(), grad_.device);
         device_runtime().fill(grad_.device, grad_.data, 0,
                               static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype),
-                              reinterpret_cast<void*>(py::cast<std::uintptr_t>(stream)));
+                              pointer_of<void>(py::cast<std::uintptr_t>(stream)));
     } else if (grad_axes_.empty()) {
         std::memset(grad_.data, 0, static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype));
     } else {

@@ -8,14 +8,11 @@
 #include <utility>
 
 #include "../step.hpp"
+#include "gil.hpp"
 #include "hypers.hpp"
 
 namespace sgdcore::bindings {
 namespace {
-
-// Releasing and taking back the GIL costs about as much as updating this many elements, and other threads may make us
-// wait for it.
-constexpr std::int64_t gil_release_elements = 16 * 1024;
 
 bool overlap(const Extent& a, const Extent& b) {
     return a.begin < b.end && b.begin < a.end && a.begin < a.end && b.begin < b.end;

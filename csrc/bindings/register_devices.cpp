@@ -14,11 +14,6 @@
 namespace sgdcore::bindings {
 namespace {
 
-template <class T>
-T* pointer_of(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 /// Memory of a device.
 class DeviceMemory {
   public:

@@ -166,15 +166,15 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
 }
 
 void TorchListing::prefetch() const {
-    constexpr std::size_t ahead = 2, line = 64;
+    constexpr std::size_t ahead = 2;
     if (next_ + ahead >= tensors_.size()) return;
     const TensorRef& tensor = tensors_[next_ + ahead];
     const Found& found = found_[next_ + ahead];
     for (const void* header : {found.param_header, found.grad_header}) {
         const auto* const bytes = static_cast<const std::byte*>(header);
-        __builtin_prefetch(bytes - line);
+        __builtin_prefetch(bytes - cache_line);
         __builtin_prefetch(bytes);
-        __builtin_prefetch(bytes + line);
+        __builtin_prefetch(bytes + cache_line);
     }
     for (const std::byte* data : {tensor.param, tensor.grad, tensor.momentum}) __builtin_prefetch(data);
 }

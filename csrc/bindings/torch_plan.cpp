@@ -6,13 +6,11 @@
 #include <utility>
 
 #include "../step.hpp"
+#include "gil.hpp"
 #include "hypers.hpp"
 
 namespace sgdcore::bindings {
 namespace {
-
-// As in plan.cpp: below this the GIL costs more than the update.
-constexpr std::int64_t gil_release_elements = 16 * 1024;
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
@@ -255,7 +253,7 @@ void TorchPlan::set_pending(const py::list& flags) {
     std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending;
     for (const py::handle each : flags) {
         const auto [momentum, address] = py::cast<std::pair<py::object, std::uintptr_t>>(each);
-        pending[momentum.ptr()] = {momentum, reinterpret_cast<std::uint8_t*>(address)};
+        pending[momentum.ptr()] = {momentum, pointer_of<std::uint8_t>(address)};
     }
     std::swap(pending_, pending);
 }
@@ -288,7 +286,7 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     for (const py::handle item : items) {
         const auto [parameter, grad, momentum, group, first, flags] =
             py::cast<std::tuple<py::object, py::object, py::object, std::uint32_t, bool, std::uintptr_t>>(item);
-        pending.push_back(reinterpret_cast<std::uint8_t*>(flags));
+        pending.push_back(pointer_of<std::uint8_t>(flags));
         TorchViews views;
         views.has_momentum = views.momentum_is_read = !momentum.is_none();
         if (!reader_.view(parameter.ptr(), views.param, numbers[0]) ||

@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -11,29 +12,6 @@
 
 namespace sgdcore::bindings {
 namespace {
-
-/// Finds the storage type; false if it is none of ours.
-bool storage_type(const DLDataType& type, DType& dtype) {
-    if (type.lanes != 1) return false;
-    if (type.code == code_bfloat && type.bits == 16) {
-        dtype = DType::bfloat16;
-        return true;
-    }
-    if (type.code != code_float) return false;
-    switch (type.bits) {
-        case 64:
-            dtype = DType::float64;
-            return true;
-        case 32:
-            dtype = DType::float32;
-            return true;
-        case 16:
-            dtype = DType::float16;
-            return true;
-        default:
-            return false;
-    }
-}
 
 const PyGetSetDef* getter_of(const py::object& descriptor) {
     if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) return nullptr;
@@ -75,7 +53,9 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
     view.dimensions = dl.ndim;
     view.shape = dl.shape;
     view.strides = dl.strides;
-    return storage_type(dl.dtype, view.dtype);
+    const std::optional<DType> dtype = storage_type(dl.dtype);
+    view.dtype = dtype.value_or(DType::float32);
+    return dtype.has_value();
 }
 
 bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const {

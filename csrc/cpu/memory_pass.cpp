@@ -9,8 +9,6 @@
 namespace sgdcore::cpu {
 namespace {
 
-constexpr std::int64_t cache_line = 64;
-
 struct Arrays {
     std::byte* param;
     std::byte* grad;

@@ -6,7 +6,6 @@
 #include "run.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "dispatch.hpp"
@@ -15,7 +14,6 @@
 namespace sgdcore::cpu {
 namespace {
 
-constexpr std::int64_t cache_line = 64;
 constexpr std::int64_t cut_granularity = 64;  // elements; a whole number of cache lines for every dtype
 
 // Below this many elements per thread, waking the thread costs more than it saves.
@@ -34,6 +32,8 @@ std::int64_t cut_at(const TensorRef& tensor, std::int64_t position) {
     if (position < lead) return 0;
     return lead + (position - lead) / cut_granularity * cut_granularity;
 }
+
+bool grad_may_overlap(const TensorRef& tensor) { return may_overlap(tensor.grad_axes, item_size(tensor.grad_dtype)); }
 
 /// Walks a strided gradient in the order of its parameter's elements.
 class StridedGradient {
@@ -58,22 +58,6 @@ class StridedGradient {
     /// Zeroes the next `count` elements.
     void clear(std::int64_t count) {
         walk(count, [&](std::byte* element) { std::memset(element, 0, item_); });
-    }
-
-    /// False if no two elements share memory: every axis steps over all that the shorter-stepping ones reach.
-    static bool may_overlap(const TensorRef& tensor) {
-        const std::span<const Axis> axes = tensor.grad_axes;
-        for (std::size_t i = 0; i < axes.size(); ++i) {
-            if (axes[i].length == 1) continue;
-            const std::int64_t step = std::abs(axes[i].stride);
-            std::int64_t reach = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
-            for (std::size_t j = 0; j < axes.size(); ++j) {
-                const std::int64_t other = std::abs(axes[j].stride);
-                if (other < step || (other == step && j < i)) reach += (axes[j].length - 1) * other;
-            }
-            if (step < reach) return true;
-        }
-        return false;
     }
 
   private:
@@ -145,7 +129,7 @@ void update_range(const KernelTable& kernels, const TensorRef& tensor, const Sgd
     alignas(cache_line) std::byte gathered[block_size * sizeof(double)], product[block_size * sizeof(double)];
     StridedGradient reader(tensor, begin), cleaner(tensor, begin);
     // An element that others still have to read is cleared by `run`.
-    const bool clear = options.zero_grad && !StridedGradient::may_overlap(tensor);
+    const bool clear = options.zero_grad && !grad_may_overlap(tensor);
     for (std::int64_t first = begin; first < end; first += block_size) {
         const std::int64_t count = std::min(block_size, end - first);
         std::byte* const contiguous = tensor.grad + first * grad_item;
@@ -205,7 +189,7 @@ void run(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, c
     run_parallel(threads, run_slice, &work);
     if (!options.zero_grad) return;
     for (const TensorRef& tensor : tensors) {
-        if (tensor.size > 0 && !tensor.grad_axes.empty() && StridedGradient::may_overlap(tensor)) {
+        if (tensor.size > 0 && !tensor.grad_axes.empty() && grad_may_overlap(tensor)) {
             StridedGradient(tensor, 0).clear(tensor.size);
         }
     }

@@ -33,7 +33,6 @@ struct Work {
 #else
 #define SGDCORE_UNROLL
 #endif
-#define SGDCORE_LAMBDA_INLINE __attribute__((always_inline))
 
 // Memory
 
@@ -206,7 +205,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work& work, int 
     C b{};
     if (kind == Momentum::running) b = load_as<C>(work.momentum_dtype, momentum, index);
     if (work.scaled) g = static_cast<C>(work.factor) * g;
-    with_rule(work.variant, coefficients_of<C>(work), [&](const auto& rule) SGDCORE_LAMBDA_INLINE { rule(p, g, b); });
+    with_rule(work.variant, coefficients_of<C>(work), [&](const auto& rule) SGDCORE_INLINE_LAMBDA { rule(p, g, b); });
     if (kind != Momentum::none) store_as(work.momentum_dtype, momentum, index, b);
     store_as(work.param_dtype, param, index, p);
     if (work.zero_grad) store_as(work.grad_dtype, grad, 0, C{0});
@@ -272,7 +271,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
             SGDCORE_UNROLL
             for (int i = 0; i < turn * lanes; ++i) g[i] = static_cast<C>(work.factor) * g[i];
         }
-        with_rule(work.variant, coefficients_of<C>(work), [&](const auto& rule) SGDCORE_LAMBDA_INLINE {
+        with_rule(work.variant, coefficients_of<C>(work), [&](const auto& rule) SGDCORE_INLINE_LAMBDA {
             SGDCORE_UNROLL
             for (int i = 0; i < turn * lanes; ++i) rule(p[i], g[i], b[i]);
         });
@@ -324,9 +323,9 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
         first = first || tensor.pending[chunk.index] != 0;
         tensor.pending[chunk.index] = 0;
     }
-    const std::int64_t start = chunk.index * chunk_elements;
+    const std::int64_t start = chunk.index * chunk_size;
     const std::int64_t rest = tensor.size - start;
-    work.count = static_cast<std::int32_t>(rest < chunk_elements ? rest : chunk_elements);
+    work.count = static_cast<std::int32_t>(rest < chunk_size ? rest : chunk_size);
     work.head = tensor.head < work.count ? tensor.head : work.count;
     work.start = start;
     work.axes = launch.axes + tensor.axes;
@@ -407,7 +406,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& b
             const std::int64_t next = chunk + block.count();
             if (next < launch.chunk_count) prepare(launch, next, works[current ^ 1]);
         });
-        block.each_thread([&](int thread) SGDCORE_LAMBDA_INLINE { update(works[current], thread); });
+        block.each_thread([&](int thread) SGDCORE_INLINE_LAMBDA { update(works[current], thread); });
         block.barrier();
         current ^= 1;
     }

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -46,24 +45,9 @@ void require_aligned(const std::byte* pointer, DType dtype, const char* what) {
                                 ", is not a multiple of the size of " + dtype_name(dtype));
 }
 
-/// False if no two elements of the strided gradient share memory: every axis steps over all that the shorter-stepping
-/// ones reach.
-bool may_overlap(const TensorRef& tensor) {
-    std::vector<Axis> axes(tensor.grad_axes.begin(), tensor.grad_axes.end());
-    std::sort(axes.begin(), axes.end(),
-              [](const Axis& a, const Axis& b) { return std::abs(a.stride) < std::abs(b.stride); });
-    auto reach = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
-    for (const Axis& axis : axes) {
-        if (axis.length == 1) continue;
-        if (std::abs(axis.stride) < reach) return true;
-        reach += (axis.length - 1) * std::abs(axis.stride);
-    }
-    return false;
-}
-
 void require_for_device(const TensorRef& tensor, bool momentum, bool zero_grad) {
     if (tensor.size == 0) return;
-    if ((tensor.size - 1) / chunk_elements >= std::numeric_limits<std::uint32_t>::max()) {
+    if ((tensor.size - 1) / chunk_size >= std::numeric_limits<std::uint32_t>::max()) {
         throw std::invalid_argument("step: a tensor of " + std::to_string(tensor.size) + " elements is too large");
     }
     require_aligned(tensor.param, tensor.param_dtype, "parameter");
@@ -76,7 +60,7 @@ void require_for_device(const TensorRef& tensor, bool momentum, bool zero_grad) 
                                         " bytes is not a multiple of the size of " + dtype_name(tensor.grad_dtype));
         }
     }
-    if (zero_grad && !tensor.grad_axes.empty() && may_overlap(tensor)) {
+    if (zero_grad && may_overlap(tensor.grad_axes, item_size(tensor.grad_dtype))) {
         throw std::invalid_argument("step: zero_grad with a gradient whose strides reach an element twice");
     }
 }
@@ -199,7 +183,7 @@ void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper>
     std::uint32_t number = 0;
     for (const TensorRef& tensor : tensors) {
         if (tensor.size == 0) continue;
-        const std::int64_t pieces = (tensor.size - 1) / chunk_elements + 1;
+        const std::int64_t pieces = (tensor.size - 1) / chunk_size + 1;
         for (std::int64_t i = 0; i < pieces; ++i) chunks_.push_back({number, static_cast<std::uint32_t>(i)});
         sizes_.push_back(tensor.size);
         ++number;

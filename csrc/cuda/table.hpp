@@ -16,7 +16,6 @@ namespace sgdcore::cuda {
 inline constexpr int block_threads = 256;
 /// Blocks that are to share a multiprocessor: together their loads in flight cover the latency of its memory.
 inline constexpr int resident_blocks = 3;
-inline constexpr std::int64_t chunk_elements = chunk_size;
 /// The widest access of a thread, in bytes.
 inline constexpr int vector_bytes = 16;
 

@@ -16,8 +16,6 @@
 namespace sgdcore::test {
 namespace {
 
-using cuda::chunk_elements;
-
 /// A device whose blocks and threads come in a random order.
 cuda::SimulatedRuntime& device() {
     static cuda::SimulatedRuntime runtime;
@@ -54,18 +52,10 @@ TEST(cuda_kernel, every_instance_and_vector_boundary) {
 TEST(cuda_kernel, turns_of_a_block_and_chunk_boundary) {
     // Around one and two vectors for each thread of a block, around chunks, and more chunks than blocks at once.
     const std::int64_t turn = 8 * cuda::block_threads;
-    const std::int64_t sizes[] = {turn / 4 - 1,
-                                  turn / 2 + 1,
-                                  turn - 1,
-                                  turn,
-                                  turn + 1,
-                                  2 * turn + 7,
-                                  chunk_elements - 1,
-                                  chunk_elements,
-                                  chunk_elements + 1,
-                                  2 * chunk_elements,
-                                  7 * chunk_elements + 3};
-    Bench bench(step_on_device, 7 * chunk_elements + 3, true);
+    const std::int64_t sizes[] = {turn / 4 - 1,   turn / 2 + 1,   turn - 1,          turn,
+                                  turn + 1,       2 * turn + 7,   chunk_size - 1,    chunk_size,
+                                  chunk_size + 1, 2 * chunk_size, 7 * chunk_size + 3};
+    Bench bench(step_on_device, 7 * chunk_size + 3, true);
     Random random(6);
     int skipped = 0;
     for (const DTypes& dtypes : all_triples()) {
