@@ -23,13 +23,19 @@ namespace {
     throw py::error_already_set();
 }
 
+/// True for arrays and tensors. A tensor that requires a gradient warns when it is converted in another way; NumPy's
+/// scalars are converted as they are, since their item() allocates memory.
+bool converts_by_item(PyObject* value) {
+    static PyObject* const tensor_mark = PyUnicode_InternFromString("requires_grad");
+    return py::isinstance<py::array>(value) || PyObject_HasAttr(value, tensor_mark) != 0;
+}
+
 /// A number: a float, whatever converts to one, or an array or tensor of one element.
 double number_of(PyObject* group, PyObject* key, std::size_t index) {
     PyObject* value = group_item(group, key, index);
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
     py::object scalar = py::reinterpret_borrow<py::object>(value);
-    // A tensor that requires a gradient warns when it is converted in another way.
-    if (!PyFloat_Check(value) && !PyLong_Check(value) && py::hasattr(scalar, "item")) {
+    if (!PyFloat_Check(value) && !PyLong_Check(value) && converts_by_item(value)) {
         PyObject* item = PyObject_CallMethod(value, "item", nullptr);
         if (item == nullptr) refuse_number(value, key, index);
         scalar = py::reinterpret_steal<py::object>(item);
