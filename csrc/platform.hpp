@@ -1,4 +1,5 @@
-// The only compiler conditionals of the core: inlining, restrict, bit casts, and the fused multiply-add.
+// What the kernels need of the compiler, its conditionals in one place: inlining, restrict, bit casts, and the fused
+// multiply-add.
 //
 // Everything here is `always_inline` on purpose. The kernel source is compiled once per instruction set, and an
 // inline function that survived as a symbol in one of those objects could be the copy the linker keeps for the

@@ -22,7 +22,7 @@ def device_number(device: Any) -> int | None:
     """Return the number of a CUDA device given as ``"cuda"``, ``"cuda:1"`` or 1; None for the CPU.
 
     Raises:
-        TypeError, ValueError: if it is neither.
+        ValueError: if it is neither.
     """
     if device is None or device == "cpu":
         return None
@@ -41,7 +41,7 @@ def device_number(device: Any) -> int | None:
 class DeviceArray:
     """An array on a CUDA device that shares its memory through ``__cuda_array_interface__`` and DLPack.
 
-    ``cupy.asarray(array)`` or ``torch.from_dlpack(array)`` computes with it in place. Of arithmetic of its own it has none.
+    ``cupy.asarray(array)`` or ``torch.from_dlpack(array)`` computes with it in place. It does no arithmetic itself.
 
     Attributes:
         shape, dtype, size, nbytes, strides: as an ndarray's.
@@ -75,12 +75,12 @@ class DeviceArray:
 
     @classmethod
     def empty(cls, size: int, dtype: DTypeLike, device: int) -> Self:
-        """Return a new 1-d array of anything."""
+        """Return a new uninitialised 1-d array."""
         return cls._allocate((size,), dtype, device, False)
 
     @classmethod
     def empty_like(cls, array: Self, dtype: DTypeLike) -> Self:
-        """Return an array of anything, of another dtype and in the memory order of a dense one."""
+        """Return an uninitialised array of another dtype, in the memory order of a dense one."""
         order = sorted(range(len(array.shape)), key=lambda axis: -array.strides[axis])
         shape = tuple(array.shape[axis] for axis in order)
         flat = cls._allocate(shape, dtype, array.device, False)

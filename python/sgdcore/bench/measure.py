@@ -216,8 +216,7 @@ def _orders(case: Case, names: Sequence[str]) -> list[list[str]]:
 def _release_memory() -> None:
     """Return what earlier cases freed to the system.
 
-    The C library would hand out their scattered small pages again, to whoever comes first: a step over 256 MiB arrays
-    took 104 ms on such pages, 27 on fresh ones.
+    The C library would hand out their scattered small pages again, to whoever comes first.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
