@@ -45,9 +45,7 @@ AlignedBuffer::AlignedBuffer(std::size_t size) : size_(size) {
     mapping_ = reinterpret_cast<std::byte*>(start + head);
     mapped_ = needed;
     data_ = mapping_ + offset;
-#if defined(MADV_HUGEPAGE)
-    madvise(mapping_, mapped_, MADV_HUGEPAGE);  // advice: without it the pages are ordinary ones
-#endif
+    advise_huge_pages(mapping_, mapped_);
 }
 
 AlignedBuffer::~AlignedBuffer() {
@@ -56,6 +54,15 @@ AlignedBuffer::~AlignedBuffer() {
     } else {
         ::operator delete(data_, std::align_val_t{alignment});
     }
+}
+
+void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] std::size_t size) {
+#if defined(MADV_HUGEPAGE)
+    const std::uintptr_t page = AlignedBuffer::huge_page, start = reinterpret_cast<std::uintptr_t>(begin);
+    const std::uintptr_t first = (start + page - 1) / page * page, last = (start + size) / page * page;
+    // Advice: where it is not taken the pages are ordinary ones.
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace sgdcore

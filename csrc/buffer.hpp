@@ -30,4 +30,7 @@ class AlignedBuffer {
     std::size_t mapped_ = 0;  // length of the mapping; 0 if the memory came from the heap
 };
 
+/// Asks the system to put the whole huge pages within a range on such pages, as they are touched.
+void advise_huge_pages(void* begin, std::size_t size);
+
 }  // namespace sgdcore

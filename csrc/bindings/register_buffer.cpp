@@ -1,4 +1,5 @@
 // Aligned memory and its exchange with other libraries.
+#include <cstdint>
 #include <memory>
 #include <new>
 
@@ -25,6 +26,10 @@ void register_buffer(py::module_& module) {
     module.attr("alignment") = AlignedBuffer::alignment;
     module.attr("huge_page") = AlignedBuffer::huge_page;
     module.def("allocate", &allocate, py::arg("size"), py::arg("dtype"));
+    module.def(
+        "advise_huge_pages",
+        [](std::uintptr_t address, std::size_t size) { advise_huge_pages(reinterpret_cast<void*>(address), size); },
+        py::arg("address"), py::arg("size"));
     module.def("to_dlpack", &to_dlpack, py::arg("array"), py::arg("versioned"), py::arg("device") = cpu_device);
     module.def("from_dlpack", &from_dlpack, py::arg("object"));
 }

@@ -16,6 +16,7 @@ from sgdcore import _core
 __all__ = [
     "STORAGE_TYPES",
     "device_index",
+    "empty_like",
     "increment_versions",
     "is_capturing",
     "new_plan",
@@ -51,6 +52,16 @@ def on_device(tensor: torch.Tensor, index: int) -> torch.Tensor:
 def is_capturing() -> bool:
     """Tell whether the current stream makes a CUDA graph of what it gets."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return new memory laid out like a parameter: on huge pages where the core uses them, which torch does not."""
+    memory = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    usual = type(parameter) in (torch.Tensor, torch.nn.Parameter) and device_index(memory) == -1
+    large = memory.numel() * memory.element_size() >= 2 * _core.huge_page
+    if usual and large and not torch._C._functorch.is_functorch_wrapped_tensor(memory):
+        _core.advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+    return memory
 
 
 def current_stream(device: int) -> int:

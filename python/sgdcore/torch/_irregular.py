@@ -329,7 +329,7 @@ def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tenso
             "step before the capture"
         )
     # Zeros, for the rows that a lazy step leaves out.
-    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return _interface.empty_like(parameter, dtype).zero_()
 
 
 def _placed_like(parameter: Tensor, grad: Tensor, label: str) -> Tensor:

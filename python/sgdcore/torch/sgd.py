@@ -450,5 +450,4 @@ def _momentum_for(parameter: Tensor, momentum: Tensor, dtype: torch.dtype | None
     with torch.no_grad():
         if momentum.layout is not torch.strided:  # torch's, of sparse gradients
             momentum = momentum.to_dense()
-        copy = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        return copy.copy_(momentum)
+        return _interface.empty_like(parameter, dtype).copy_(momentum)
