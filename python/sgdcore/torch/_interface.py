@@ -58,9 +58,9 @@ def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tens
     """Return new memory laid out like a parameter: on huge pages where the core uses them, which torch does not."""
     memory = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     usual = type(parameter) in (torch.Tensor, torch.nn.Parameter) and device_index(memory) == -1
-    large = memory.numel() * memory.element_size() >= 2 * _core.huge_page
+    large = memory.nbytes >= 2 * _core.huge_page
     if usual and large and not torch._C._functorch.is_functorch_wrapped_tensor(memory):
-        _core.advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+        _core.advise_huge_pages(memory.data_ptr(), memory.nbytes)
     return memory
 
 
