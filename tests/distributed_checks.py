@@ -9,7 +9,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from sgdcore.distributed import (
     RoundError,
     SlowMo,
     Stagewise,
+    _traffic,
     as_process_group,
+    local_sgd,
 )
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
@@ -1097,8 +1099,78 @@ def results_to_compare(context: Context) -> None:
     optimizer = make("numpy flat")
     train(context, DataParallel(optimizer), 20)
     results["data parallel"] = params_of(optimizer)[0].buffer.data
+    with by_messages(context):
+        optimizer = make("numpy flat")
+        train(context, LocalSGD(optimizer, sync_every=4), 20)
+        results["messages"] = params_of(optimizer)[0].buffer.data
     if context.rank == 0:
         np.savez(context.folder / f"{context.engine}-{context.size}.npz", **results)
+
+
+@contextmanager
+def by_messages(context: Context) -> Iterator[list[int]]:
+    """Let everything be averaged by messages of some hundred bytes; yields the numbers of elements sent."""
+    sent: list[int] = []
+    engine = type(context.group)
+    send = engine._send
+
+    def counting(group: Any, view: Any, target: int, tag: int) -> Any:
+        sent.append(len(view))
+        return send(group, view, target, tag)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_send", counting)
+        patch.setattr(_traffic, "LEAST_MESSAGE_BYTES", 0)
+        for name, limit in {"": 600, "BUCKET_": 200, "DIRECT_": 100}.items():
+            patch.setattr(_traffic, f"MESSAGE_{name}BYTES", limit)
+        yield sent
+
+
+@check(cases=KINDS)
+def averaging_by_messages(context: Context, kind: str) -> None:
+    """On one machine; each rank sends 2 (N - 1) / N of all bytes, about."""
+    n = context.size
+    with by_messages(context) as sent:
+        averaging(context, kind)
+        # Two rounds; shares differ by a message.
+        elements = 2 * sum(as_array(p).size for p in params_of(make(kind)))
+        assert abs(sum(sent) - elements * 2 * (n - 1) / n) <= 2 * 2 * (n - 1) * 600 / 4
+        sent.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local_sgd, "machine", lambda: context.rank)
+            averaging(context, kind)
+        assert not sent
+
+
+@check()
+def a_message_given_up_touches_nothing(context: Context) -> None:
+    """What is sent later does not reach it."""
+    if context.engine == "gloo":  # which ends its connections then
+        import torch.distributed as dist
+
+        group = as_process_group(dist.new_group())
+    else:
+        group = context.group
+    array = np.zeros(1_000_000, np.float32)
+    if context.rank == 0:
+        message = group.receive(array, 1, 5)  # type: ignore[attr-defined]
+        message.abandon()
+        message.abandon()  # once more, for nothing
+    context.group.barrier()
+    sending = None
+    if context.rank == 1:
+        with suppress(RuntimeError):
+            sending = group.send(array + 1, 0, 5)  # type: ignore[attr-defined]
+    context.group.barrier()
+    assert not array.any()
+    if context.engine == "mpi":  # it waits for who wants it
+        if context.rank == 0:
+            group.receive(array, 1, 5).wait()  # type: ignore[attr-defined]
+            assert array.all()
+        if sending is not None:
+            sending.wait()
+    elif sending is not None:
+        sending.abandon()
 
 
 class Four:

@@ -21,6 +21,7 @@ from distributed_checks import (
     as_array,
     assert_equal_on_all,
     averaging,
+    averaging_by_messages,
     check,
     close,
     data_parallel_mean,
@@ -49,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 for each in (
     averaging,
+    averaging_by_messages,
     h1_equals_synchronous,
     outer_step_of_one_is_averaging,
     momentum_that_some_ranks_lack,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import sgdcore
-from sgdcore.distributed import DataParallel, LocalSGD, RoundError
+from sgdcore.distributed import DataParallel, LocalSGD, RoundError, _traffic
 
 ELEMENTS = 600_000  # some milliseconds for an average
 
@@ -63,6 +63,10 @@ def survive(
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     connect(store, f"{trial}-0", rank, ranks, options.pop("timeout", 10.0))
     how = options.pop("how", signal.SIGKILL)
+    if options.pop("by_messages"):
+        _traffic.LEAST_MESSAGE_BYTES, _traffic.MESSAGE_BYTES = 0, 100_000
+    else:
+        _traffic.MOST_RANKS = 0
     optimizer, buffer = optimizer_for(rank)
     local = LocalSGD(optimizer, sync_every=2, **options)
     if rank == ranks - 1:

@@ -21,6 +21,7 @@ from distributed_victims import survive, survive_data_parallel, survive_in_backw
 RANKS = 3
 # Each at another moment.
 KILLS = 50
+WAYS = pytest.mark.parametrize("by_messages", [False, True], ids=["all-reduce", "messages"])
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +62,17 @@ def spawn() -> Callable[..., list[dict[str, Any]]]:
     return run
 
 
+@WAYS
 def test_killed_ranks_cost_nothing_with_transactions(
-    spawn: Callable[..., list[dict[str, Any]]],
+    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
 ) -> None:
     """SIGKILL at any moment: parameters and momentum are back at the last round, bit for bit; the others go on."""
     rng = np.random.default_rng(0)
     for trial in range(KILLS):
         # Some in the first round, most in one of the following.
         delay = float(rng.uniform(0, 0.15))
-        reports = spawn(survive, f"kill-{trial}", delay, {"transactional": True})
+        options = {"transactional": True, "by_messages": by_messages}
+        reports = spawn(survive, f"kill-{trial}-{by_messages}", delay, options)
         rounds = max(report["rounds"] for report in reports)
         for report in reports:
             what = f"trial {trial}, delay {delay}: {report}"
@@ -87,33 +90,37 @@ def test_killed_ranks_cost_nothing_with_transactions(
             assert report["finite"], what
 
 
+@WAYS
 def test_a_dead_peer_is_reported_soon_and_by_round(
-    spawn: Callable[..., list[dict[str, Any]]],
+    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
 ) -> None:
     start = time.perf_counter()
-    reports = spawn(survive, "soon", 0.1, {"transactional": True, "timeout": 30.0})
+    options = {"transactional": True, "timeout": 30.0, "by_messages": by_messages}
+    reports = spawn(survive, f"soon-{by_messages}", 0.1, options)
     assert time.perf_counter() - start < 25
     for rank, report in enumerate(reports):
         expected = f"round {report['round']} of Local SGD failed on rank {rank} of {RANKS}; parameters and momentum are those of"
         assert report["error"].startswith(expected)
 
 
+@WAYS
 def test_a_peer_that_hangs_is_reported_within_the_timeout(
-    spawn: Callable[..., list[dict[str, Any]]],
+    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
 ) -> None:
     start = time.perf_counter()
     options = {"transactional": True, "timeout": 2.0, "how": signal.SIGSTOP}
-    reports = spawn(survive, "hang", 0.1, options)
+    reports = spawn(survive, f"hang-{by_messages}", 0.1, options | {"by_messages": by_messages})
     assert time.perf_counter() - start < 25
     for report in reports:
         assert report["parameters are back"]
         assert report["equal in the end"]
 
 
+@WAYS
 def test_without_transactions_the_error_says_what_is_lost(
-    spawn: Callable[..., list[dict[str, Any]]],
+    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
 ) -> None:
-    reports = spawn(survive, "plain", 0.1, {})
+    reports = spawn(survive, f"plain-{by_messages}", 0.1, {"by_messages": by_messages})
     for report in reports:
         assert not report["restored"]
         lost = "transactional=True would restore them" in report["error"]

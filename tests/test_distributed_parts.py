@@ -26,7 +26,7 @@ from sgdcore.distributed import (
     as_process_group,
 )
 from sgdcore.distributed._flat import flat, join, runs
-from sgdcore.distributed._traffic import plan_slices
+from sgdcore.distributed._traffic import Pace, plan_slices
 from sgdcore.distributed._views import Momenta, Views
 from support import assert_same_bits
 
@@ -78,7 +78,7 @@ def test_slices_hold_each_element_once(sizes: list[int], data: st.DataObject, li
             groups[-1].append(i)
         else:
             groups.append([i])
-    slices = plan_slices(groups, sizes, dtypes, limit)
+    slices = plan_slices(groups, sizes, dtypes, Pace(limit, limit))
     covered = [np.zeros(size, int) for size in sizes]
     for piece in slices:
         assert 0 < piece.size * (8 if piece.dtype == "float64" else 4) <= limit
@@ -90,7 +90,9 @@ def test_slices_hold_each_element_once(sizes: list[int], data: st.DataObject, li
 
 def test_large_arrays_are_cut_evenly_and_small_ones_gathered() -> None:
     sizes = [10_000_000, 1000, 2000, 1_000_000, 3000]
-    slices = plan_slices([[0], [1], [2], [3], [4]], sizes, ["float32"] * 5)
+    slices = plan_slices(
+        [[0], [1], [2], [3], [4]], sizes, ["float32"] * 5, Pace(16 << 20, 16 << 20)
+    )
     assert [[part.index for part in piece.parts] for piece in slices] == [
         [0],
         [0],

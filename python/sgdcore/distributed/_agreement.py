@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +28,7 @@ __all__ = [
     "check_fingerprints",
     "compare",
     "fingerprint",
+    "machine",
     "on_my_place",
     "share_settings",
     "take_settings",
@@ -63,6 +68,15 @@ def fingerprint(text: str) -> int:
 def on_my_place(group: ProcessGroup, value: float) -> list[float]:
     """Return what adds up to the values of all ranks, in their order."""
     return [float(value) if i == group.rank else 0.0 for i in range(group.size)]
+
+
+@cache
+def machine() -> int:
+    """Return a fingerprint that processes have in common if they are on one machine, and in one container of it."""
+    names = [platform.node()]
+    with suppress(OSError):
+        names.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    return fingerprint("\n".join(names))
 
 
 def check_fingerprints(everyone: Sequence[float]) -> None:

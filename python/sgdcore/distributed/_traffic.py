@@ -7,6 +7,7 @@ The cutting depends on shapes and dtypes only, which all ranks have in common.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -22,7 +23,8 @@ from sgdcore.distributed._flat import (
     join,
     operations,
 )
-from sgdcore.distributed.groups import MpiGroup, ProcessGroup, Work
+from sgdcore.distributed._messages import MessageMean
+from sgdcore.distributed.groups import MpiGroup, PeerGroup, ProcessGroup, Work
 
 __all__ = [
     "Averager",
@@ -38,8 +40,10 @@ __all__ = [
 ]
 
 SLICE_BYTES = 16 << 20
-# From this size on, an operation of its own costs less than copying into a bucket and back (benchmarks/distributed.py).
-DIRECT_BYTES = 3 << 20
+# By messages (see _messages.py) travels what has at least so many bytes, between at most so many ranks.
+LEAST_MESSAGE_BYTES, MOST_RANKS = 4 << 20, 8
+# The sizes of messages: the most bytes in one, in one of copies, and the fewest of what is not copied.
+MESSAGE_BYTES, MESSAGE_BUCKET_BYTES, MESSAGE_DIRECT_BYTES = 8 << 20, 4 << 20, 1 << 20
 # Elements that are encoded at a time: what they pass through stays in the processor's cache.
 CHUNK = 1 << 16
 
@@ -52,20 +56,32 @@ class Pace:
         slice_bytes: the most bytes in a slice that travels from where it is.
         bucket_bytes: the most bytes in one that is copied.
         in_flight: slices under way at once, while another one is prepared or taken back.
+        direct_bytes: from this size on, what lies together travels from where it is: an operation of its own costs less
+            than copying into a bucket and back.
     """
 
     slice_bytes: int
     bucket_bytes: int
-    in_flight: int
+    in_flight: int = 8
+    direct_bytes: int = 3 << 20
 
 
 # An operation of gloo's costs its threads more than it wins by being cut and overlapped (benchmarks/distributed.py).
-PACE = Pace(256 << 20, 16 << 20, 8)
+PACE = Pace(256 << 20, 16 << 20)
 # MPICH allocates up to as much memory as a slice has for each operation. What is small enough comes back from the last
 # operation; what is large comes from the system anew, page after page.
 MPI_PACE = Pace(28 << 20, 28 << 20, 2)
 # Encoding costs the processor as much as a fast link takes to send: the sooner the first slice leaves, the better.
-ENCODED_PACE = Pace(4 << 20, 4 << 20, 8)
+ENCODED_PACE = Pace(4 << 20, 4 << 20)
+
+
+def message_pace(total: int, ranks: int) -> Pace:
+    """Return the pace of messages that hold so many bytes together: each rank's share in pieces of one size."""
+    pieces = ranks * -(-total // (ranks * MESSAGE_BYTES))
+    piece = -(-total // pieces)
+    piece += -piece % 8  # of whole elements
+    # Each bucket has memory of its own.
+    return Pace(piece, min(piece, MESSAGE_BUCKET_BYTES), sys.maxsize, MESSAGE_DIRECT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -101,8 +117,7 @@ def plan_slices(
     runs: Iterable[Sequence[int]],
     sizes: Sequence[int],
     dtypes: Sequence[str],
-    slice_bytes: int = SLICE_BYTES,
-    bucket_bytes: int | None = None,
+    pace: Pace,
 ) -> list[Slice]:
     """Cut arrays into slices.
 
@@ -110,17 +125,16 @@ def plan_slices(
         runs: the arrays' positions, those together that lie side by side.
         sizes: their numbers of elements.
         dtypes: what they are on the wire.
-        slice_bytes: the most bytes in a slice.
-        bucket_bytes: the most bytes in one that holds small arrays together, if less.
+        pace: how large slices may be.
     """
-    bucket_bytes = min(slice_bytes, bucket_bytes or slice_bytes)
+    bucket_bytes = min(pace.slice_bytes, pace.bucket_bytes)
     slices: list[Slice] = []
     buckets: dict[str, list[Part]] = {}
     for run in runs:
         dtype = dtypes[run[0]]
         size = sum(sizes[i] for i in run)
-        if size * item_bytes(dtype) >= min(DIRECT_BYTES, bucket_bytes):
-            limit = max(1, slice_bytes // item_bytes(dtype))
+        if size * item_bytes(dtype) >= min(pace.direct_bytes, bucket_bytes):
+            limit = max(1, pace.slice_bytes // item_bytes(dtype))
             count = -(-size // limit)
             slices += [Slice(parts, dtype) for parts in _cut(run, sizes, -(-size // count))]
             continue
@@ -312,7 +326,9 @@ class Averager:
         if wires is None:
             wires = [wire_name(dtype_name(view.dtype)) for view in views]
         self._views, self._runs, self._wires = views, runs, wires
+        self._bytes = sum(len(v) * item_bytes(w) for v, w in zip(views, wires, strict=True))
         self._cargos: dict[Pace, list[Cargo]] = {}
+        self._means: dict[tuple[int, int], MessageMean] = {}
 
     def _pace(self, group: ProcessGroup) -> Pace:
         if not self._plain:
@@ -323,9 +339,7 @@ class Averager:
         """Cut the arrays, and find or allocate the memory that travels; kept from round to round."""
         if pace not in self._cargos:
             sizes = [len(view) for view in self._views]
-            slices = plan_slices(
-                self._runs, sizes, self._wires, pace.slice_bytes, pace.bucket_bytes
-            )
+            slices = plan_slices(self._runs, sizes, self._wires, pace)
             direct = [self._find(piece) for piece in slices]
             copied = [piece for piece, array in zip(slices, direct, strict=True) if array is None]
             copies = iter(self._stage(copied, pace.in_flight + 1))
@@ -356,26 +370,54 @@ class Averager:
         return cargos
 
     def _load(self, cargo: Cargo) -> Any:
-        """Return the array that travels."""
+        """Return the array that travels, ready to."""
         for part, place in cargo.copies:
             self._codec.pack(part, place)
         return cargo.array
 
     def _average(self, cargo: Cargo, ranks: int) -> None:
-        """Turn the sum into the mean, where the parameters are."""
+        """Turn the sum, or with one rank the mean, into the mean where the parameters are."""
         for part, place in cargo.copies:
             self._codec.unpack(part, place, ranks)
         if not cargo.copies and ranks > 1:
             divide_into(cargo.array, cargo.array, ranks)
 
-    def average(self, group: ProcessGroup) -> None:
+    def average(self, group: ProcessGroup, near: bool = False) -> None:
         """Replace each array by its mean over the group; one rank alone changes nothing.
+
+        Args:
+            group: the ranks.
+            near: they are all on one machine.
 
         Raises:
             Exception: the engine's, if a rank is gone; some of the arrays are then overwritten.
         """
-        if group.size > 1:
+        if group.size == 1:
+            return
+        if near and isinstance(group, PeerGroup) and self._goes_by_messages(group):
+            self._send_messages(group)
+        else:
             self._exchange(group, group.all_reduce, group.size)
+
+    def _goes_by_messages(self, group: PeerGroup) -> bool:
+        """Return whether messages are sooner there than an all-reduce; the same on all ranks."""
+        return (
+            self._plain
+            and group.size <= MOST_RANKS
+            and self._bytes >= LEAST_MESSAGE_BYTES
+            and all(map(group.can_send, self._views))
+        )
+
+    def _send_messages(self, group: PeerGroup) -> None:
+        cargos = self._prepare(message_pace(self._bytes, group.size))
+        key = group.rank, group.size
+        if key not in self._means:
+            self._means[key] = MessageMean([cargo.array for cargo in cargos], *key)
+        self._means[key].run(
+            group,
+            lambda number: self._load(cargos[number]),
+            lambda number: self._average(cargos[number], 1),
+        )
 
     def broadcast(self, group: ProcessGroup, source: int = 0) -> None:
         """Replace each array by that of the rank `source`."""

@@ -36,6 +36,7 @@ from sgdcore.distributed._flat import (
 from sgdcore.distributed._traffic import (
     SLICE_BYTES,
     Averager,
+    Pace,
     drain,
     places,
     plan_slices,
@@ -137,7 +138,8 @@ class DataParallel(Wrapper):
             len(view) if trained else 0
             for view, trained in zip(views.flats, self._trained, strict=True)
         ]
-        self._slices = plan_slices(views.runs[::-1], sizes, self._wires, self._slice_bytes)
+        pace = Pace(self._slice_bytes, self._slice_bytes)
+        self._slices = plan_slices(views.runs[::-1], sizes, self._wires, pace)
         self._staging: dict[int, Any] = {}
         if self._wire is not None:
             for view in views.flats[len(self._errors) :]:

@@ -10,6 +10,7 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from datetime import timedelta
 from time import monotonic, sleep
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,10 +19,19 @@ import numpy as np
 from sgdcore._arrays import Array
 from sgdcore.distributed._flat import dtype_name, is_torch
 
-__all__ = ["MpiGroup", "ProcessGroup", "TorchGroup", "Work", "as_process_group"]
+__all__ = [
+    "Message",
+    "MpiGroup",
+    "PeerGroup",
+    "ProcessGroup",
+    "TorchGroup",
+    "Work",
+    "as_process_group",
+]
 
 _OPERATIONS = ("sum", "max")
 _LETTING_GO = 1.0  # seconds, of microseconds that it takes
+_LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
@@ -79,6 +89,30 @@ class ProcessGroup(Protocol):
         """Wait until all ranks are here."""
 
 
+class Message(Work, Protocol):
+    """A message under way."""
+
+    def abandon(self) -> None:
+        """Give it up, after a failure: from here on it touches no memory. The group may be of no use any more."""
+
+
+@runtime_checkable
+class PeerGroup(ProcessGroup, Protocol):
+    """A process group whose ranks can also send each other messages.
+
+    Those from one rank to another are received in the order in which they were sent.
+    """
+
+    def can_send(self, array: Any) -> bool:
+        """Return whether `send` and `receive` take an array on this device."""
+
+    def send(self, array: Any, target: int, tag: int) -> Message:
+        """Send an array to the rank `target`."""
+
+    def receive(self, array: Any, source: int, tag: int) -> Message:
+        """Replace an array by the one that the rank `source` sent with this tag."""
+
+
 class _Engine(ABC):
     """What the engines have in common: they check their arguments alike, and then start an operation each in its way."""
 
@@ -121,6 +155,18 @@ class _Engine(ABC):
         _check_sizes("output", target, "array", view, self.size)
         return self._all_gather(target, view)
 
+    def send(self, array: Any, target: int, tag: int) -> Message:
+        """See `PeerGroup.send`."""
+        return self._send(self._view("array", array), target, tag)
+
+    def receive(self, array: Any, source: int, tag: int) -> Message:
+        """See `PeerGroup.receive`."""
+        return self._receive(self._view("array", array), source, tag)
+
+    @abstractmethod
+    def can_send(self, array: Any) -> bool:
+        """See `PeerGroup.can_send`."""
+
     @abstractmethod
     def _view(self, argument: str, array: Any) -> Any:
         """Return what the engine takes, over the same memory."""
@@ -136,6 +182,12 @@ class _Engine(ABC):
 
     @abstractmethod
     def _all_gather(self, target: Any, view: Any) -> Work: ...
+
+    @abstractmethod
+    def _send(self, view: Any, target: int, tag: int) -> Message: ...
+
+    @abstractmethod
+    def _receive(self, view: Any, source: int, tag: int) -> Message: ...
 
 
 class TorchGroup(_Engine):
@@ -218,6 +270,20 @@ class TorchGroup(_Engine):
     def _all_gather(self, target: Any, view: Any) -> Work:
         return _TorchWork(self._gather(target, view, self._live(), async_op=True), target, view)
 
+    def can_send(self, array: Any) -> bool:
+        """See `PeerGroup.can_send`: gloo sends memory of the CPU."""
+        return "gloo" in self.backend and not (is_torch(array) and array.device.type != "cpu")
+
+    def _send(self, view: Any, target: int, tag: int) -> Message:
+        group = self._live()
+        target = self._dist.get_global_rank(group, target)
+        return _TorchMessage(self._dist.isend(view, target, group, tag), view)
+
+    def _receive(self, view: Any, source: int, tag: int) -> Message:
+        group = self._live()
+        source = self._dist.get_global_rank(group, source)
+        return _TorchMessage(self._dist.irecv(view, source, group, tag), view)
+
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
         self._dist.barrier(self._live())
@@ -248,6 +314,18 @@ class _TorchWork:
 
     def test(self) -> bool:
         return self._work is None or bool(self._work.is_completed())
+
+
+class _TorchMessage(_TorchWork):
+    """A message of gloo's."""
+
+    def abandon(self) -> None:
+        if self._work is not None:
+            with suppress(
+                RuntimeError
+            ):  # gloo ends all connections then, and with them what is under way
+                self._work.wait(_LAST_CHANCE)
+            self._work = None
 
 
 class MpiGroup(_Engine):
@@ -306,6 +384,16 @@ class MpiGroup(_Engine):
     def _all_gather(self, target: Any, view: Any) -> Work:
         return _MpiWork(self._comm.Iallgather(view, target), target, view)
 
+    def can_send(self, array: Any) -> bool:
+        """See `PeerGroup.can_send`: MPI sends memory of the CPU."""
+        return not (is_torch(array) and array.device.type != "cpu")
+
+    def _send(self, view: Any, target: int, tag: int) -> Message:
+        return _MpiMessage(self._comm.Isend(view, target, tag), view, writes=False)
+
+    def _receive(self, view: Any, source: int, tag: int) -> Message:
+        return _MpiMessage(self._comm.Irecv(view, source, tag), view, writes=True)
+
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
         self._comm.Barrier()
@@ -325,6 +413,19 @@ class _MpiWork:
 
     def test(self) -> bool:
         return bool(self._request.Test())
+
+
+class _MpiMessage(_MpiWork):
+    """A message of MPI's, which writes to its array or only reads it."""
+
+    def __init__(self, request: Any, array: Array, writes: bool) -> None:
+        super().__init__(request, array)
+        self._writes = writes
+
+    def abandon(self) -> None:
+        if self._writes and not self.test():
+            self._request.Cancel()
+            self._request.Wait()
 
 
 def as_process_group(group: Any = None) -> ProcessGroup:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sgdcore.distributed._agreement import check_fingerprints, compare, on_my_place
+from sgdcore.distributed._agreement import check_fingerprints, compare, machine, on_my_place
 from sgdcore.distributed._checks import check_count, check_wire, integer
 from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
 from sgdcore.distributed._traffic import Averager, Differences, wire_name
@@ -363,14 +363,19 @@ class LocalSGD(Wrapper):
         writing = False
         try:
             self._follow_moves()
-            header = [self._steps_taken, *on_my_place(group, self._views.fingerprint)]
+            header = [
+                self._steps_taken,
+                *on_my_place(group, self._views.fingerprint),
+                *on_my_place(group, machine()),
+            ]
             total = numbers(self._views.flats[0], header)
             group.all_reduce(total).wait()
-            taken, *fingerprints = total.tolist()
-            check_fingerprints(fingerprints)
+            taken, *rest = total.tolist()
+            check_fingerprints(rest[: group.size])
+            near = len(set(rest[group.size :])) == 1
             if taken > 0:
                 writing = True
-                self._plain.average(group)
+                self._plain.average(group, near)
         except Exception as error:
             raise self._failure(error, writing) from error
         except BaseException:
@@ -391,20 +396,23 @@ class LocalSGD(Wrapper):
                 float(self._losses_count),
                 *on_my_place(self._group, self._views.fingerprint),
                 *on_my_place(self._group, self._step),
+                *on_my_place(self._group, machine()),
                 *(present if self._momentum_sync == "average" else ()),
             ]
             total = numbers(self._views.flats[0], header)
             self._group.all_reduce(total).wait()
             training, losses, count, *rest = total.tolist()
             size = self._group.size
-            fingerprints, steps, has_momentum = rest[:size], rest[size : 2 * size], rest[2 * size :]
+            fingerprints, steps, machines = (rest[i * size :][:size] for i in range(3))
+            has_momentum = rest[3 * size :]
             check_fingerprints(fingerprints)
+            near = len(set(machines)) == 1
             if training > 0:
                 writing = True
-                self._averager.average(self._group)
+                self._averager.average(self._group, near)
                 averager = self._momentum.averager([each > 0 for each in has_momentum])
                 if averager is not None:
-                    averager.average(self._group)
+                    averager.average(self._group, near)
         except Exception as error:
             raise self._failure(error, writing) from error
         except BaseException:
