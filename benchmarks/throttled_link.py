@@ -2,11 +2,11 @@
 
     python benchmarks/throttled_link.py [--ranks N] [--rate 1gbit] [--json FILE]
 
-Each rank gets a network namespace of its own, like a machine, joined by a bridge; its link is throttled in both directions by
-tc's token bucket. Within, `measure` fits latency and bandwidth, and then steps are timed for several periods H and wire dtypes.
-The computation of gradients is a pause, so that the ranks do not compete for cores as machines would not; update and averaging
-are real. Prints measured and predicted seconds: from what was measured, and from the nominal rate alone, as one plans
-for machines that are not here. Needs torch, ip and tc (Debian's iproute2).
+Each rank gets a network namespace and a host name of its own, like a machine, joined by a bridge; its link is throttled
+in both directions by tc's token bucket. Within, `measure` fits latency and bandwidth, and then steps are timed for several
+periods H and wire dtypes. The computation of gradients is a pause, so that the ranks do not compete for cores as machines
+would not; update and averaging are real. Prints measured and predicted seconds: from what was measured, and from the nominal
+rate alone, as one plans for machines that are not here. Needs torch, ip and tc (Debian's iproute2).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ CHILD, SETUP = "--child", "--inside"
 
 def child(rank: int, ranks: int, bandwidth: float, output: str) -> None:
     """Measure, as one of the ranks."""
+    socket.sethostname(f"rank{rank}")
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -138,7 +140,8 @@ def inside(ranks: int, rate: str, bandwidth: float, output: str) -> None:
     processes = [
         subprocess.Popen(
             [
-                *("ip", "netns", "exec", f"rank{rank}", sys.executable, __file__, CHILD),
+                *("ip", "netns", "exec", f"rank{rank}", "unshare", "--uts"),
+                *(sys.executable, __file__, CHILD),
                 *map(str, (rank, ranks, bandwidth, output)),
             ],
             env=environment,
