@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgdcore.distributed._messages import AHEAD, MessageMean, share
+from sgdcore.distributed import _messages
+from sgdcore.distributed._messages import MOST_AHEAD, MessageMean, share
 
 SECONDS = 20.0
 
@@ -134,10 +135,19 @@ def on_ranks(size: int, work: Any) -> list[BaseException | None]:
     st.integers(2, 5),
     st.sampled_from(["numpy", "torch"]),
     st.sampled_from(["float32", "float64"]),
+    st.sampled_from([100, 1000, 1 << 20]),
     st.integers(0, 9),
 )
-def test_the_mean(lengths: list[int], ranks: int, kind: str, dtype: str, seed: int) -> None:
+def test_the_mean(
+    lengths: list[int], ranks: int, kind: str, dtype: str, ahead: int, seed: int
+) -> None:
     """Exact sums, so that there is one right answer; twice, through the same memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_messages, "AHEAD_BYTES", ahead)
+        check_mean(lengths, ranks, kind, dtype, seed)
+
+
+def check_mean(lengths: list[int], ranks: int, kind: str, dtype: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = [[rng.integers(-99, 99, n).astype(dtype) for n in lengths] for _ in range(ranks)]
     arrays: list[list[Any]] = [[array.copy() for array in own] for own in values]
@@ -198,12 +208,12 @@ def test_after_a_failure_nothing_is_under_way(after: int) -> None:
             raise KeyboardInterrupt
 
     def work(rank: int) -> None:
-        arrays = [np.ones(4, np.float32) for _ in range(4 * AHEAD)]
+        arrays = [np.ones(4, np.float32) for _ in range(4 * MOST_AHEAD)]
         mean = MessageMean(arrays, rank, ranks)
         mean.run(groups[rank], fail if rank == 0 else lambda number: None, lambda number: None)  # type: ignore[arg-type]
 
     errors = on_ranks(ranks, work)
-    interrupted = after < 4 * AHEAD
+    interrupted = after < 4 * MOST_AHEAD
     assert isinstance(errors[0], KeyboardInterrupt) == interrupted
     if interrupted:
         failed = [error is not None for error in errors]

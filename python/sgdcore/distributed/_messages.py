@@ -17,8 +17,8 @@ from sgdcore.distributed.groups import Message, PeerGroup
 
 __all__ = ["MessageMean", "share"]
 
-# Turns under way at once: in each, every rank forms the mean of one of its slices.
-AHEAD = 3
+# In a turn every rank forms the mean of one array. So many bytes of a rank's are under way at once, in at most so many turns.
+AHEAD_BYTES, MOST_AHEAD = 24 << 20, 6
 # Tags of our own, apart from the small ones that others use, and no larger than every MPI allows.
 FIRST_TAG, TAGS = 16_384, 8_192
 
@@ -50,17 +50,19 @@ class MessageMean:
         names = [dtype_name(array.dtype) for array in arrays]
         bytes_of = [len(a) * item_bytes(n) for a, n in zip(arrays, names, strict=True)]
         self._owned = share(bytes_of, ranks)
-        # The others' values of an own array, in memory that is free again AHEAD turns later.
+        average = sum(bytes_of) // max(1, len(arrays))
+        self._ahead = min(MOST_AHEAD, max(1, AHEAD_BYTES // max(1, average)))
+        # The others' values of an own array, in memory that is free again so many turns later.
         largest: dict[tuple[int, str], int] = {}
         for turn, number in enumerate(self._owned[rank]):
-            key = turn % AHEAD, names[number]
+            key = turn % self._ahead, names[number]
             largest[key] = max(largest.get(key, 0), len(arrays[number]))
         memory = {
             key: [empty(arrays[0], size, key[1]) for _ in self._others]
             for key, size in largest.items()
         }
         self._received = [
-            [place[: len(arrays[number])] for place in memory[turn % AHEAD, names[number]]]
+            [place[: len(arrays[number])] for place in memory[turn % self._ahead, names[number]]]
             for turn, number in enumerate(self._owned[rank])
         ]
 
@@ -107,7 +109,7 @@ class MessageMean:
         leaving: list[list[tuple[int, int, Message]]] = []
         means: list[tuple[int, Message]] = []
         sent: list[Message] = []
-        for turn in range(turns + AHEAD - 1):
+        for turn in range(turns + self._ahead - 1):
             # What is mine of this turn comes in, what is the others' goes out.
             if turn < len(mine):
                 places = zip(self._received[turn], self._others, strict=True)
@@ -119,7 +121,7 @@ class MessageMean:
                         load(number)
                         leaving[turn].append((number, rank, send(number, rank, False)))
             # That of an earlier turn is there by now.
-            turn -= AHEAD - 1
+            turn -= self._ahead - 1
             if 0 <= turn < len(mine):
                 self._form_mean(turn, arriving[turn], load)
                 sent += [send(mine[turn], rank, True) for rank in self._others]

@@ -41,9 +41,9 @@ __all__ = [
 
 SLICE_BYTES = 16 << 20
 # By messages (see _messages.py) travels what has at least so many bytes, between at most so many ranks.
-LEAST_MESSAGE_BYTES, MOST_RANKS = 4 << 20, 8
+LEAST_MESSAGE_BYTES, MOST_RANKS = 8 << 20, 8
 # The sizes of messages: the most bytes in one, in one of copies, and the fewest of what is not copied.
-MESSAGE_BYTES, MESSAGE_BUCKET_BYTES, MESSAGE_DIRECT_BYTES = 8 << 20, 4 << 20, 1 << 20
+MESSAGE_BYTES, MESSAGE_BUCKET_BYTES, MESSAGE_DIRECT_BYTES = 8 << 20, 4 << 20, 512 << 10
 # Elements that are encoded at a time: what they pass through stays in the processor's cache.
 CHUNK = 1 << 16
 
