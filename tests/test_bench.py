@@ -627,6 +627,23 @@ def test_a_run_writes_its_table_json_and_plot(
     assert [len(r["seconds"]) for r in only["contenders"].values()] == [3, 3]
 
 
+def test_contenders_without_memory_keep_their_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "fitting", lambda *_: ["sgdcore"])
+    target = tmp_path / "r.json"
+    names = ["sgdcore", "NumPy", "torch fused"]
+    options = [word for name in names for word in ("--contender", name)]
+    assert bench(*options, "--workload", "tiny", "--json", str(target)) == 0
+    (only,) = report.read(target)["cases"]
+    found = {name: (r["kind"], r["check"]) for name, r in only["contenders"].items()}
+    assert found == {
+        "sgdcore": ("numpy", "equal"),
+        "NumPy": ("numpy", "unsuitable"),
+        "torch fused": ("torch", "unsuitable"),
+    }
+
+
 def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = measure.run
 

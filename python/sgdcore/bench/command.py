@@ -273,7 +273,8 @@ def _measure(
                 found = measure.run(case, kept, extent, args.contender or ())
                 for name in names:
                     if name not in kept and name in CONTENDERS:
-                        found.results[name] = measure.Result("numpy", "unsuitable", _NO_MEMORY)
+                        kind = CONTENDERS[name].kind
+                        found.results[name] = measure.Result(kind, "unsuitable", _NO_MEMORY)
                 measured.append(found)
                 report.print_case(console, found)
             progress.advance(task)
