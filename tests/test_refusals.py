@@ -186,7 +186,10 @@ def test_what_is_no_array_is_refused(place: str, bad: str) -> None:
 def test_only_parameters_and_arrays_are_optimized(place: str, value: Any, name: str) -> None:
     give, prefix = PLACES[place]
     optimizer = trained()
-    expected = f"optimizer can only optimize Parameters and NumPy arrays, but got {name}$"
+    expected = (
+        "optimizer can only optimize Parameters, NumPy arrays and arrays on CUDA devices, "
+        f"but got {name}$"
+    )
     with refused(TypeError, f"^{prefix}{expected}", optimizer):
         give(optimizer, value)
 

@@ -414,7 +414,7 @@ class Optimizer:
                 momenta[parameter] = _momentum_array(key, values["momentum_buffer"], parameter)
         storage = _filled_momentum(momenta)
 
-        # Nothing raises from here on.
+        # From here on only the user's hooks can raise.
         self.state.clear()
         for parameter, values in others.items():
             self.state[parameter].update(values)
@@ -522,7 +522,8 @@ def _as_parameter(value: Any, position: int) -> Parameter:
         kind = "torch." + kind  # which has a Parameter, too
         hint = "; for torch's tensors there is sgdcore.torch.SGD"
     raise TypeError(
-        f"params[{position}]: optimizer can only optimize Parameters and NumPy arrays, but got {kind}{hint}"
+        f"params[{position}]: optimizer can only optimize Parameters, NumPy arrays and arrays on CUDA devices, "
+        f"but got {kind}{hint}"
     )
 
 

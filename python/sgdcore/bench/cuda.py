@@ -1,8 +1,8 @@
 """Steps on a CUDA device: ``python -m sgdcore bench --device cuda``.
 
 Device time is taken with events around whole steps, over sets of tensors that are used in turn and together exceed the
-second-level cache; host time with the clock around calls that do not wait; launches are counted by torch's profiler. Before
-anything is timed, ours is compared with itself on the CPU, bit by bit.
+second-level cache; host time with the clock around calls that do not wait; launches are counted by torch's profiler.
+Before anything is timed, ours is compared with itself on the CPU, bit by bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CEILINGS = ("device copy", "same streams")
 _ROUNDS = 31
 _TURN = 5e-3  # seconds of device time in a round, about
 
-# By name: shapes, and whether each tensor is a group of its own. The first is left out where memory does not suffice.
+# By name: shapes, and whether each tensor is a group of its own. What the device's memory does not hold is left out.
 CASES: dict[str, tuple[Shapes, bool]] = {
     "flat1G": ([(1_000_000_000,)], False),
     "flat64M": (WORKLOADS["flat64M"], False),
