@@ -18,7 +18,7 @@ import pytest
 import sgdcore
 from sgdcore import _core, _devices
 from sgdcore.__main__ import main
-from sgdcore.device_array import DeviceArray
+from sgdcore.device_array import DeviceArray, device_number
 from support import BFLOAT16, STORAGE_TYPES, Array, assert_same_bits, numbers, refused
 
 SHAPES = {"w": (3, 5), "b": (5,), "empty": (0, 4), "v": (2, 20_000)}
@@ -351,6 +351,22 @@ def test_memory_that_is_given_to_a_buffer(device: Simulated) -> None:
     ):
         with pytest.raises(error, match=r"^(data|device): expected "):
             sgdcore.ParameterBuffer({"a": (2, 2), "b": 2}, **kwargs)
+
+
+@pytest.mark.parametrize("place", [None, "cpu", -1, "cuda", "cuda:1", 0, np.int64(1)])
+def test_a_parameters_device_places_another_buffer(device: Simulated, place: Any) -> None:
+    first = sgdcore.ParameterBuffer({"w": 3}, device=place)["w"]
+    second = sgdcore.ParameterBuffer({"w": 3}, device=first.device)["w"]
+    assert first.device == second.device == device_number(place)
+    assert isinstance(second.data, np.ndarray if place in (None, "cpu", -1) else DeviceArray)
+
+
+@pytest.mark.parametrize("place", [-2, "-1", "cuda:-1", "cuda:", 1.0])
+def test_no_device(device: Simulated, place: Any) -> None:
+    expected = r"'cpu', 'cuda', 'cuda:<number>', a number from 0 on or -1 for the CPU"
+    with pytest.raises(ValueError, match=f"^device: expected {expected}, got {place!r}$"):
+        sgdcore.ParameterBuffer({"w": 3}, device=place)
+    assert device["allocations"] == 0
 
 
 def test_refusals_change_nothing(device: Simulated) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 from sgdcore import _core
 
-__all__ = ["assign", "current_stream", "load_runtime", "reason_against", "status"]
+__all__ = ["CPU", "assign", "current_stream", "load_runtime", "reason_against", "status"]
+
+CPU = -1  # the CPU's number among devices, as in the core; CUDA's count from 0
 
 _BUILT_WITHOUT = (
-    "this installation of sgdcore has no CUDA module, because no CUDA compiler (nvcc 12 or newer) was found when it was "
-    "built, or SGDCORE_CUDA=OFF was set"
+    "this installation of sgdcore has no CUDA module, because no CUDA compiler (nvcc 12 or newer) was found when it "
+    "was built, or SGDCORE_CUDA=OFF was set"
 )
 
 

@@ -11,31 +11,41 @@ from numpy.typing import DTypeLike
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
-from sgdcore._devices import current_stream
+from sgdcore._devices import CPU, current_stream
 
 __all__ = ["DeviceArray", "device_number"]
 
 _KDLCUDA = 2  # DLPack's name for CUDA devices
 
 
-def device_number(device: Any) -> int | None:
-    """Return the number of a CUDA device given as ``"cuda"``, ``"cuda:1"`` or 1; None for the CPU.
+def device_number(device: Any) -> int:
+    """Return the number of a CUDA device, or -1, the CPU's.
+
+    Args:
+        device: ``"cuda"``, ``"cuda:1"`` or a number from 0 on, whether there is such a device or not; or None,
+            ``"cpu"`` or -1.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is none of these.
     """
     if device is None or device == "cpu":
-        return None
+        return CPU
     if isinstance(device, str):
         kind, _, number = device.partition(":")
         if kind == "cuda" and (number.isdecimal() or device == "cuda"):
             return int(number or 0)
     elif not isinstance(device, bool):
         try:
-            return operator.index(device)
+            index = operator.index(device)
         except TypeError:
             pass
-    raise ValueError(f"device: expected 'cpu', 'cuda', 'cuda:<number>' or a number, got {device!r}")
+        else:
+            if index >= CPU:
+                return index
+    raise ValueError(
+        "device: expected 'cpu', 'cuda', 'cuda:<number>', a number from 0 on or -1 for the CPU, "
+        f"got {device!r}"
+    )
 
 
 class DeviceArray:
@@ -169,7 +179,10 @@ class DeviceArray:
         return copy
 
     def assign(self, values: Any) -> None:
-        """Copy values into the array: an array-like on the host, or a dense array of this shape and dtype on the device.
+        """Copy values into the array.
+
+        Args:
+            values: an array-like on the host, or a dense array of this shape and dtype on the device.
 
         Raises:
             ValueError: if shapes, dtypes or memory orders do not match, or an array is not contiguous.

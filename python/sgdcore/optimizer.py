@@ -9,12 +9,13 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain, count
-from typing import Any, Self, TypeVar, overload
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
+from sgdcore._devices import CPU
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
 
@@ -542,44 +543,52 @@ def _filled_momentum(
     return dict(zip(momenta, storage, strict=True))
 
 
+class _Flat(NamedTuple):
+    """One flat array of momentum, by what the parameters that share it have in common."""
+
+    buffer: ParameterBuffer
+    dtype: np.dtype[Any]
+    device: int
+
+    def allocate(self, size: int) -> Any:
+        if self.device == CPU:
+            return _core.allocate(size, self.dtype)
+        return DeviceArray.empty(size, self.dtype, self.device)
+
+
 def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Array | DeviceArray]:
     """Return storage for the momentum of each parameter, laid out like it.
 
     That of parameters in one buffer is one flat array, so that the step runs through all three without a break.
     """
-    flat_sizes: dict[tuple[int, np.dtype[Any], int], int] = {}
+    sizes: dict[_Flat, int] = {}
     for parameter, dtype in parameters:
         if parameter.buffer is not None:
-            key = id(parameter.buffer), dtype, parameter.device
-            flat_sizes[key] = flat_sizes.get(key, 0) + parameter.size
-    flats: dict[tuple[int, np.dtype[Any], int], Any] = {
-        key: DeviceArray.empty(size, key[1], key[2])
-        if key[2] >= 0
-        else _core.allocate(size, key[1])
-        for key, size in flat_sizes.items()
-    }
-    starts = dict.fromkeys(flats, 0)
+            flat = _Flat(parameter.buffer, dtype, parameter.device)
+            sizes[flat] = sizes.get(flat, 0) + parameter.size
+    arrays = {flat: flat.allocate(size) for flat, size in sizes.items()}
+    starts = dict.fromkeys(arrays, 0)
     momenta: list[Array | DeviceArray] = []
     for parameter, dtype in parameters:
         if parameter.buffer is None:
-            if parameter.device >= 0:
-                momenta.append(DeviceArray.empty_like(DeviceArray.of(parameter.data), dtype))
-            else:
-                momenta.append(_separate_momentum(parameter.data, dtype))
+            momenta.append(_separate_momentum(parameter, dtype))
             continue
-        key = id(parameter.buffer), dtype, parameter.device
-        start = starts[key]
-        starts[key] = start + parameter.size
-        momenta.append(flats[key][start : starts[key]].reshape(parameter.shape))
+        flat = _Flat(parameter.buffer, dtype, parameter.device)
+        start = starts[flat]
+        starts[flat] = start + parameter.size
+        momenta.append(arrays[flat][start : starts[flat]].reshape(parameter.shape))
     return momenta
 
 
-def _separate_momentum(data: Array, dtype: np.dtype[Any]) -> Array:
-    """Return storage laid out like `data`.
+def _separate_momentum(parameter: Parameter, dtype: np.dtype[Any]) -> Array | DeviceArray:
+    """Return storage laid out like the parameter.
 
-    Large storage is mapped by itself. malloc would often place it right behind the parameter, where a step may take several
-    times as long: see csrc/buffer.cpp.
+    Large storage on the CPU is mapped by itself. malloc would often place it right behind the parameter, where a step
+    may take several times as long: see csrc/buffer.cpp.
     """
+    data = parameter.data
+    if parameter.device != CPU:
+        return DeviceArray.empty_like(DeviceArray.of(data), dtype)
     if data.size * dtype.itemsize < 2 * _core.huge_page or not data.flags.c_contiguous:
         return np.empty_like(data, dtype=dtype, subok=False)
     return _core.allocate(data.size, dtype).reshape(data.shape)

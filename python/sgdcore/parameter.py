@@ -13,12 +13,12 @@ from numpy.typing import DTypeLike
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
+from sgdcore._devices import CPU
 from sgdcore.device_array import DeviceArray, device_number
 
 __all__ = ["Parameter", "ParameterBuffer"]
 
-
-_CPU = (1, 0)  # DLPack's device: kDLCPU, and the only one of its kind
+_DLPACK_CPU = (1, 0)  # kDLCPU, and the only one of its kind
 
 
 class Parameter(_core.Parameter):
@@ -72,7 +72,7 @@ class Parameter(_core.Parameter):
         return self._description.size
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
-        if self.device >= 0:
+        if self.device != CPU:
             raise TypeError(
                 f"{self}: it is on CUDA device {self.device}; copy it to the host first"
             )
@@ -136,8 +136,9 @@ class ParameterBuffer(Mapping[str, Parameter]):
         data: memory to use for the parameters instead of allocating it: a contiguous 1-d array of
             exactly the total size. It keeps its values unless `parameters` holds arrays.
         grad: the same for the gradients.
-        device: ``"cuda"``, ``"cuda:1"`` or a number puts the buffer on a CUDA device. `data`, `grad` and all views are
-            then `DeviceArray` objects, or whatever arrays were given as `data` and `grad`.
+        device: ``"cuda"``, ``"cuda:1"`` or a number from 0 on puts the buffer on a CUDA device. `data`, `grad` and all
+            views are then `DeviceArray` objects, or whatever arrays were given as `data` and `grad`. None (the
+            default), ``"cpu"`` and -1 mean the CPU.
 
     Attributes:
         data: all parameters, 1-d.
@@ -172,14 +173,18 @@ class ParameterBuffer(Mapping[str, Parameter]):
                 f"parameters: expected a mapping of names to shapes or arrays, got {type(parameters).__name__}"
             )
         shapes = {name: _shape_of(name, value) for name, value in parameters.items()}
-        number = device_number(device)
+        self._device = device_number(device)
         arrays = {
             n: v
             for n, v in parameters.items()
             if isinstance(v, np.ndarray | Parameter) or _core.is_on_device(v)
         }
         for name, array in arrays.items():
-            if number is None and not isinstance(array, np.ndarray) and _core.is_on_device(array):
+            if (
+                self._device == CPU
+                and not isinstance(array, np.ndarray)
+                and _core.is_on_device(array)
+            ):
                 raise ValueError(
                     f"parameters[{name!r}]: on a CUDA device; say device= to put the buffer there"
                 )
@@ -193,15 +198,14 @@ class ParameterBuffer(Mapping[str, Parameter]):
                 )
             dtype = found.pop() if found else np.float32
         size = sum(math.prod(shape) for shape in shapes.values())
-        self._device = number
-        self._data = _flat("data", data, size, dtype, number)
+        self._data = _flat("data", data, size, dtype, self._device)
         self._dtype = _description(self._data).dtype
         self._grad = _flat(
             "grad",
             grad,
             size,
             grad_dtype if grad_dtype is not None or grad is not None else self._dtype,
-            number,
+            self._device,
         )
         if np.shares_memory(_description(self.data), _description(self.grad)):
             raise ValueError("grad: overlaps data in memory")
@@ -213,7 +217,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
             start = part.stop
             view, grad_view = self.data[part].reshape(shape), self.grad[part].reshape(shape)
             self._parameters[name] = _BufferParameter(self, name, view, grad_view)
-        if number is not None:
+        if self._device != CPU:
             for name, array in arrays.items():
                 DeviceArray.of(self[name].data).assign(
                     array.data if isinstance(array, Parameter) else array
@@ -304,16 +308,16 @@ class ParameterBuffer(Mapping[str, Parameter]):
         shapes = {name: parameter.shape for name, parameter in self.items()}
         without_grad = [name for name, parameter in self.items() if parameter.grad is None]
         data, grad = self.data, self.grad
-        if self._device is None:
+        if self._device == CPU:
             return _restore_buffer, (type(self), shapes, data, grad, without_grad)
         data, grad = DeviceArray.of(data).numpy(), DeviceArray.of(grad).numpy()
         return _restore_buffer, (type(self), shapes, data, grad, without_grad, self._device)
 
     @classmethod
     def _restore(
-        cls, shapes: dict[str, tuple[int, ...]], data: Array, grad: Array, device: int | None
+        cls, shapes: dict[str, tuple[int, ...]], data: Array, grad: Array, device: int
     ) -> Self:
-        if device is not None:
+        if device != CPU:
             buffer = cls(shapes, data.dtype, grad_dtype=grad.dtype, device=device)
             buffer.data.assign(data)
             buffer.grad.assign(grad)
@@ -330,7 +334,7 @@ def _restore_buffer(
     data: Array,
     grad: Array,
     without_grad: list[str],
-    device: int | None = None,
+    device: int = CPU,
 ) -> ParameterBuffer:
     buffer = cls._restore(shapes, data, grad, device)
     for name in without_grad:
@@ -340,7 +344,7 @@ def _restore_buffer(
 
 def _dlpack_device(array: Any) -> tuple[int, int]:
     if isinstance(array, np.ndarray):
-        return _CPU
+        return _DLPACK_CPU
     device: tuple[int, int] = array.__dlpack_device__()
     return device
 
@@ -360,8 +364,8 @@ def _export(
         return shared
     if stream is not None:
         raise BufferError(f"stream: memory on the CPU has none, got {stream!r}")
-    if dl_device is not None and tuple(dl_device) != _CPU:
-        raise BufferError(f"dl_device: expected the CPU, {_CPU}, got {dl_device!r}")
+    if dl_device is not None and tuple(dl_device) != _DLPACK_CPU:
+        raise BufferError(f"dl_device: expected the CPU, {_DLPACK_CPU}, got {dl_device!r}")
     versioned = max_version is not None and max_version >= (1, 0)
     return _core.to_dlpack(array.copy("K") if copy else array, versioned=versioned)
 
@@ -392,9 +396,9 @@ def _description(array: Any) -> Array:
     return array if isinstance(array, np.ndarray) else DeviceArray.of(array)._description
 
 
-def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None, device: int | None) -> Any:
+def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None, device: int) -> Any:
     """Return the given memory, checked, or new zeros."""
-    if given is None and device is not None:
+    if given is None and device != CPU:
         return DeviceArray.zeros(size, storage_dtype(dtype), device)
     if given is None:
         if size > sys.maxsize // storage_dtype(dtype).itemsize:
@@ -406,14 +410,14 @@ def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None, device:
                 f"{argument}: cannot allocate {size} elements of {storage_dtype(dtype)}, "
                 f"{size * storage_dtype(dtype).itemsize} bytes"
             ) from None
-    if device is None and not isinstance(given, np.ndarray):
+    if device == CPU and not isinstance(given, np.ndarray):
         raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")
-    if device is not None and not _core.is_on_device(given):
+    if device != CPU and not _core.is_on_device(given):
         raise TypeError(
             f"{argument}: expected an array on CUDA device {device}, got {type(given).__name__}"
         )
     array = _description(given)
-    if device is not None and DeviceArray.of(given).device != device:
+    if device != CPU and DeviceArray.of(given).device != device:
         raise ValueError(
             f"{argument}: expected an array on CUDA device {device}, got one on {DeviceArray.of(given).device}"
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sgdcore import _core
+from sgdcore._devices import CPU
 
 __all__ = [
     "STORAGE_TYPES",
@@ -33,9 +34,9 @@ STORAGE_TYPES = {
 
 
 def device_index(tensor: torch.Tensor) -> int | None:
-    """Return -1 for the CPU, the number of a CUDA device, and None for all others."""
+    """Return the number of the tensor's device, as `sgdcore.Parameter.device`; None if the core cannot read it."""
     if tensor.device.type == "cpu":
-        return -1
+        return CPU
     # What torch calls cuda is another company's device in its builds for ROCm.
     if tensor.device.type == "cuda" and torch.version.hip is None:
         return tensor.device.index
@@ -57,7 +58,7 @@ def is_capturing() -> bool:
 def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Return new memory laid out like a parameter: on huge pages where the core uses them, which torch does not."""
     memory = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    usual = type(parameter) in (torch.Tensor, torch.nn.Parameter) and device_index(memory) == -1
+    usual = type(parameter) in (torch.Tensor, torch.nn.Parameter) and device_index(memory) == CPU
     large = memory.nbytes >= 2 * _core.huge_page
     if usual and large and not torch._C._functorch.is_functorch_wrapped_tensor(memory):
         _core.advise_huge_pages(memory.data_ptr(), memory.nbytes)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from sgdcore import _core, _devices
+from sgdcore._devices import CPU
 from sgdcore.torch import _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
@@ -41,7 +42,7 @@ class Scaling:
         self._held: list[Tensor] = []
 
     def __call__(self, device: int) -> tuple[Any, Any]:
-        if device < 0:  # parameters on the CPU have to wait for the numbers
+        if device == CPU:  # parameters on the CPU have to wait for the numbers
             return self.on_host()
         return self._address(self.found_inf, device), self._address(self.scale, device)
 
@@ -180,7 +181,7 @@ def _await_device(
         return
     update.pending = pending.get(update.momentum)
     device = _interface.device_index(parameter)
-    if update.first and scaling is not None and scaling.found_inf is not None and device != -1:
+    if update.first and scaling is not None and scaling.found_inf is not None and device != CPU:
         count = -(-momentum.numel() // _core.chunk_size)
         update.pending = torch.ones(count, dtype=torch.uint8, device=momentum.device)
         scaling.pending[update.momentum] = update.pending
@@ -302,7 +303,7 @@ def _was_freed(tensor: Tensor) -> bool:
 
 def _require_usable_device(tensor: Tensor, what: str) -> None:
     index = _interface.device_index(tensor)
-    if index == -1:
+    if index == CPU:
         return
     if index is None:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import optimizer as _optimizer
 
 from sgdcore import _core
+from sgdcore._devices import CPU
 from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
 
@@ -401,7 +402,7 @@ class SGD(torch.optim.SGD):
 def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
     """Return a GradScaler's numbers as something that leaves them on their device; None if they are on the CPU."""
     tensors = [each for each in (found_inf, scale) if isinstance(each, Tensor)]
-    if all(_interface.device_index(each) == -1 for each in tensors):
+    if all(_interface.device_index(each) == CPU for each in tensors):
         return None
     return _irregular.Scaling(
         *(None if each is None else _irregular.as_tensor(each) for each in (found_inf, scale))
