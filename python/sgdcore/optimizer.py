@@ -199,7 +199,10 @@ class Optimizer:
         Raises:
             TypeError: if the group or one of its parameters is of the wrong kind.
             ValueError: if a hyperparameter is out of range, or a parameter appears twice or overlaps
-                another one in memory. The optimizer is then as it was.
+                another one in memory.
+            RuntimeError: if the optimizer is stepping in another thread.
+
+        The optimizer is then as it was.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")

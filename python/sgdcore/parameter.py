@@ -25,13 +25,15 @@ class Parameter(_core.Parameter):
     """An array that an optimizer updates in place, and its gradient.
 
     Args:
-        data: the values, float64, float32, float16 or bfloat16 (ml_dtypes) of any shape; an ndarray,
-            or an object whose memory can be shared through the buffer protocol or DLPack. Writable
-            and contiguous in any order of axes; never copied.
+        data: the values, float64, float32, float16 or bfloat16 (ml_dtypes) of any shape: an ndarray;
+            an object that shares its memory through the buffer protocol or DLPack; or an array on a
+            CUDA device, through DLPack or ``__cuda_array_interface__``. Writable and contiguous in any
+            order of axes; never copied.
         name: shown in error messages.
 
     Attributes:
-        data: the ndarray that was given. Assign another of the same shape, dtype and layout to swap it.
+        data: the array that was given, or an ndarray over the memory of another object on the CPU.
+            Assign another of the same shape, dtype and layout to swap it.
         grad: the gradient, or None (the default: the optimizer skips the parameter). Assign an
             array of the parameter's shape; its dtype and strides may be its own, and it is read in
             place. ``grad += g`` works as on any array.

@@ -18,18 +18,19 @@ __all__ = ["SGD"]
 class SGD(Optimizer):
     r"""Stochastic gradient descent, optionally with momentum, Nesterov's too.
 
-    One step updates each parameter p, given its gradient g and momentum buffer b::
+    One step updates each parameter p, given its gradient g and momentum buffer b, all of one shape::
 
-        g = -g                                    if maximize
-        g = g + weight_decay * p                  if weight_decay != 0
-        b = g                                     on a parameter's first step
-        b = momentum * b + (1 - dampening) * g    afterwards
-        g = g + momentum * b if nesterov else b   if momentum != 0
-        p = p - lr * g
+        g = -g                                          if maximize
+        g = fma(weight_decay, p, g)                     if weight_decay != 0
+        b = g                                           if momentum != 0, on the parameter's first step
+        b = fma(1 - dampening, g, round(momentum * b))  if momentum != 0, on later steps
+        g = fma(momentum, b, g)                         if momentum != 0 and nesterov
+        g = b                                           if momentum != 0 and not nesterov
+        p = fma(-lr, g, p)
 
-    Each ``x + a * y`` is one fused multiply-add; float32 and float64 results equal
-    ``torch.optim.SGD(foreach=False)`` in every bit. Arithmetic is float64 if the parameter, its gradient
-    or its momentum is stored as float64, else float32, with one rounding per stored value.
+    ``fma(x, y, z)`` is x * y + z, rounded once. Arithmetic is float64 if the parameter, its gradient or its
+    momentum is stored as float64, else float32; at the end p and b are rounded to the dtypes they are stored
+    in, once. float32 and float64 results equal ``torch.optim.SGD(foreach=False)`` in every bit.
     `sgdcore.reference` spells it out.
 
     Args:
@@ -37,8 +38,8 @@ class SGD(Optimizer):
             or of dicts that define groups. An array has no place for its gradient: it gets one in each step, by
             ``step(grads=[...])``.
         lr: learning rate, >= 0; a number or an array of one element, read at each step.
-        momentum: momentum factor, >= 0.
-        dampening: dampening of the momentum.
+        momentum: the part of the buffer that survives a step, >= 0.
+        dampening: the part of the gradient that an existing buffer does not receive; any number but NaN.
         weight_decay: L2 penalty, >= 0.
         nesterov: use Nesterov's momentum; needs momentum > 0 and dampening 0.
         maximize: ascend instead of descend.
@@ -113,7 +114,11 @@ class SGD(Optimizer):
 
         Raises:
             TypeError, ValueError: if a hyperparameter is not a number, a gradient does not fit, or arrays overlap
-                in memory; before anything is changed.
+                in memory.
+            KeyError: if a group lacks a hyperparameter.
+            RuntimeError: if the optimizer is stepping in another thread.
+
+        All of them are raised before anything is changed.
         """
         if closure is None and not self._step_pre_hooks and not self._step_post_hooks:
             # The usual call: one call into the core and nothing else.

@@ -61,26 +61,26 @@ class _OfOneStep:
 class SGD(torch.optim.SGD):
     """Stochastic gradient descent for torch parameters on the CPU and CUDA; takes the place of torch.optim.SGD.
 
-    For each parameter p with gradient g and momentum buffer b, in the parameter's shape::
+    For each parameter p with gradient g and momentum buffer b, all of one shape::
 
-        g = -g                                   if maximize
-        g = g + weight_decay * p                 if weight_decay != 0
-        b = g                                    on a parameter's first step
-        b = momentum * b + (1 - dampening) * g   afterwards
-        g = g + momentum * b  if nesterov, else b           both only if momentum != 0
-        p = p - lr * g
+        g = -g                                          if maximize
+        g = fma(weight_decay, p, g)                     if weight_decay != 0
+        b = g                                           if momentum != 0, on the parameter's first step
+        b = fma(1 - dampening, g, round(momentum * b))  if momentum != 0, on later steps
+        g = fma(momentum, b, g)                         if momentum != 0 and nesterov
+        g = b                                           if momentum != 0 and not nesterov
+        p = fma(-lr, g, p)
 
-    For float32 and float64 parameters every bit equals torch.optim.SGD(foreach=False); complex ones agree to a few
-    roundings. bfloat16 and
-    float16 are computed in float32 and rounded once per stored value. docs/torch.md says what is equal, better,
-    and refused.
+    ``fma(x, y, z)`` is x * y + z, rounded once. For float32 and float64 parameters every bit equals
+    torch.optim.SGD(foreach=False); complex ones agree to a few roundings. bfloat16 and float16 are computed in float32
+    and rounded once per stored value. docs/torch.md says what is equal, better, and refused.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define groups, as in torch.
         lr: learning rate, a number or a tensor of one element. On the parameters' CUDA device it is read there, also
             by a captured graph; so is weight_decay.
-        momentum: momentum factor.
-        dampening: dampening for momentum.
+        momentum: the part of the buffer that survives a step.
+        dampening: the part of the gradient that an existing buffer does not receive.
         weight_decay: weight decay (L2 penalty), a number or a tensor of one element.
         nesterov: use Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.
@@ -215,6 +215,7 @@ class SGD(torch.optim.SGD):
 
         Raises:
             TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
+            KeyError: if a group lacks a hyperparameter; before anything is changed.
         """
         observed = (
             self._optimizer_step_pre_hooks
