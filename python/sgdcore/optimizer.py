@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain, count
 from typing import Any, NamedTuple, Self, TypeVar, overload
 
@@ -181,9 +181,8 @@ class Optimizer:
     def _start(self) -> None:
         """Set up what is not part of a checkpoint."""
         self._plan = _core.Plan()
-        self._run_plan = (
-            self._plan.run
-        )  # bound once: the binding costs a tenth of the smallest step
+        # Bound once: the binding costs a tenth of the smallest step.
+        self._run_plan = self._plan.run
         self._step_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._step_post_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -218,7 +217,7 @@ class Optimizer:
                 "all optimizer param groups should be with/without names. "
                 f"cannot add param group {which} to the optimizer"
             )
-        self._check_group(group)
+        self._normalize_group(group)
         known = {_identity(p) for each in self.param_groups for p in each["params"]}
         for position, parameter in enumerate(group["params"]):
             if _identity(parameter) in known:
@@ -234,8 +233,8 @@ class Optimizer:
             raise
         self.param_groups.append(group)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise if a group's hyperparameters are invalid."""
+    def _normalize_group(self, group: dict[str, Any]) -> None:
+        """Put a group's hyperparameters into the form that groups keep, or raise if one is invalid."""
 
     def _build_plan(self, groups: list[dict[str, Any]]) -> None:
         for i, group in enumerate(groups):
@@ -370,7 +369,9 @@ class Optimizer:
             TypeError: if `state_dict` is not laid out as `state_dict` returns it.
             KeyError: if it lacks "state" or "param_groups".
             ValueError: if the groups do not match this optimizer's, or a momentum buffer does not have its
-                parameter's shape. The optimizer is then as it was.
+                parameter's shape.
+
+        The optimizer is then as it was.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
@@ -379,54 +380,58 @@ class Optimizer:
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         _check_layout(state_dict)
-        saved = [dict(group) for group in state_dict["param_groups"]]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(
-                "loaded state dict has a different number of parameter groups: "
-                f"{len(saved)}, expected {len(self.param_groups)}"
-            )
-        for i, (own, other) in enumerate(zip(self.param_groups, saved, strict=True)):
-            if len(own["params"]) != len(other["params"]):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
-                    f"group: group {i} has {len(other['params'])} parameters, expected {len(own['params'])}"
-                )
-        keys = chain.from_iterable(group["params"] for group in saved)
+        saved = state_dict["param_groups"]
+        _require_matching(saved, self.param_groups)
+        groups = [
+            self._merged_group(own, other)
+            for own, other in zip(self.param_groups, saved, strict=True)
+        ]
+        self._replace_state(self._read_state(state_dict))
+        # From here on only the user's hooks can raise.
+        self.param_groups[:] = groups
+        for hook in self._load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _merged_group(self, own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a group of the optimizer's with a checkpoint's hyperparameters, or the defaults where it has none."""
+        loaded = copy.deepcopy({k: v for k, v in saved.items() if k != "params"})
+        group = {**self.defaults, **loaded}
+        if "param_names" in own:
+            group.setdefault("param_names", own["param_names"])
+        group["params"] = own["params"]
+        self._normalize_group(group)
+        return group
+
+    def _read_state(self, state_dict: Mapping[str, Any]) -> dict[Parameter, dict[str, Any]]:
+        """Return a checkpoint's state by parameter: momentum buffers as arrays, copies of all else."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         parameter_of = dict(zip(keys, parameters, strict=True))
-        groups = []
-        for own, other in zip(self.param_groups, saved, strict=True):
-            group = {
-                **self.defaults,
-                **copy.deepcopy({k: v for k, v in other.items() if k != "params"}),
-            }
-            if "param_names" in own:
-                group.setdefault("param_names", own["param_names"])
-            group["params"] = own["params"]
-            self._check_group(group)
-            groups.append(group)
-        others: dict[Parameter, dict[str, Any]] = {}
-        momenta: dict[Parameter, Array | DeviceArray] = {}
+        state = {}
         for key, values in state_dict["state"].items():
             parameter = parameter_of.get(key)
             if parameter is None:
                 raise ValueError(f"state_dict['state']: no parameter has the key {key!r}")
-            others[parameter] = copy.deepcopy(
-                {k: v for k, v in values.items() if k != "momentum_buffer"}
-            )
-            if values.get("momentum_buffer") is not None:
-                momenta[parameter] = _momentum_array(key, values["momentum_buffer"], parameter)
-        storage = _filled_momentum(momenta)
+            momentum = values.get("momentum_buffer")
+            read = copy.deepcopy({k: v for k, v in values.items() if k != "momentum_buffer"})
+            if momentum is not None:
+                read["momentum_buffer"] = _momentum_array(key, momentum, parameter)
+            state[parameter] = read
+        return state
 
-        # From here on only the user's hooks can raise.
+    def _replace_state(self, new: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        """Put new values in the place of all state; a failure changes nothing.
+
+        Momentum buffers are copied into new storage, so that the momentum of a buffer is one flat array again, and
+        every other laid out like its parameter: pickle keeps some orders of axes and not others.
+        """
+        state = {parameter: dict(values) for parameter, values in new.items()}
+        momenta = {p: v["momentum_buffer"] for p, v in state.items() if "momentum_buffer" in v}
+        for parameter, momentum in _filled_momentum(momenta).items():
+            state[parameter]["momentum_buffer"] = momentum
         self.state.clear()
-        for parameter, values in others.items():
+        for parameter, values in state.items():
             self.state[parameter].update(values)
-        for parameter, momentum in storage.items():
-            self.state[parameter]["momentum_buffer"] = momentum
-        self.param_groups[:] = groups
-        for hook in self._load_state_dict_post_hooks.values():
-            hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {parameter: dict(values) for parameter, values in self.state.items()}
@@ -437,20 +442,7 @@ class Optimizer:
         self.param_groups = state["param_groups"]
         self.state = OptimizerState()
         self._start()
-        momenta = {
-            p: values["momentum_buffer"]
-            for p, values in state["state"].items()
-            if "momentum_buffer" in values
-        }
-        # In new storage, so that the momentum of a buffer is one flat array again, and every other laid out like its
-        # parameter: pickle keeps some orders of axes and not others.
-        storage = _filled_momentum(momenta)
-        for parameter, values in state["state"].items():
-            self.state[parameter].update(
-                {k: v for k, v in values.items() if k != "momentum_buffer"}
-            )
-        for parameter, momentum in storage.items():
-            self.state[parameter]["momentum_buffer"] = momentum
+        self._replace_state(state["state"])
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__} ("
@@ -480,6 +472,21 @@ def _check_layout(state_dict: Any) -> None:
     for key, values in state_dict["state"].items():
         if not isinstance(values, Mapping):
             raise TypeError(f"state_dict['state'][{key!r}]: expected a mapping, got {values!r}")
+
+
+def _require_matching(saved: Sequence[Mapping[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """Raise if a checkpoint's groups are not as many as the optimizer's, and each as large."""
+    if len(saved) != len(groups):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved)}, expected {len(groups)}"
+        )
+    for i, (own, other) in enumerate(zip(groups, saved, strict=True)):
+        if len(own["params"]) != len(other["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+                f"group: group {i} has {len(other['params'])} parameters, expected {len(own['params'])}"
+            )
 
 
 def _identity(parameter: Parameter) -> int:

@@ -82,7 +82,7 @@ class SGD(Optimizer):
             "maximize": maximize,
             "momentum_dtype": momentum_dtype,
         }
-        self._check_group(defaults)
+        self._normalize_group(defaults)
         super().__init__(params, defaults)
 
     @overload
@@ -127,7 +127,7 @@ class SGD(Optimizer):
             return None
         return self._step_with_hooks(closure, {"grads": grads, "zero_grad": zero_grad})
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _normalize_group(self, group: dict[str, Any]) -> None:
         lr, momentum = _number("lr", group["lr"]), _number("momentum", group["momentum"])
         dampening = _number("dampening", group["dampening"])
         weight_decay = _number("weight_decay", group["weight_decay"])
