@@ -1405,7 +1405,7 @@ def test_buffer_argument_is_refused(case: str) -> None:
 
 
 def test_gradient_dtype_of_a_buffer_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"expected one of .* got 'int8'$"):
+    with pytest.raises(TypeError, match=r"^grad_dtype: expected one of .* got 'int8'$"):
         sgdcore.ParameterBuffer({"w": 3}, grad_dtype="int8")
     with pytest.raises(TypeError, match=r"^grad: expected dtype float64, got float32$"):
         sgdcore.ParameterBuffer({"w": 3}, grad_dtype="float64", grad=np.zeros(3, np.float32))

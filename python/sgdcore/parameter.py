@@ -176,60 +176,45 @@ class ParameterBuffer(Mapping[str, Parameter]):
             )
         shapes = {name: _shape_of(name, value) for name, value in parameters.items()}
         self._device = device_number(device)
-        arrays = {
-            n: v
-            for n, v in parameters.items()
-            if isinstance(v, np.ndarray | Parameter) or _core.is_on_device(v)
-        }
-        for name, array in arrays.items():
-            if (
-                self._device == CPU
-                and not isinstance(array, np.ndarray)
-                and _core.is_on_device(array)
-            ):
-                raise ValueError(
-                    f"parameters[{name!r}]: on a CUDA device; say device= to put the buffer there"
-                )
-            storage_dtype(array.dtype, f"parameters[{name!r}]")
+        arrays = _arrays_in(parameters, self._device)
         if dtype is None and data is None:
-            found = {np.dtype(array.dtype) for array in arrays.values()}
-            if len(found) > 1:
-                names = ", ".join(sorted(str(each) for each in found))
-                raise TypeError(
-                    f"parameters: arrays of several dtypes ({names}); say which with dtype="
-                )
-            dtype = found.pop() if found else np.float32
+            dtype = _common_dtype(arrays)
         size = sum(math.prod(shape) for shape in shapes.values())
         self._data = _flat("data", data, size, dtype, self._device)
         self._dtype = _description(self._data).dtype
-        self._grad = _flat(
-            "grad",
-            grad,
-            size,
-            grad_dtype if grad_dtype is not None or grad is not None else self._dtype,
-            self._device,
-        )
-        if np.shares_memory(_description(self.data), _description(self.grad)):
+        if grad_dtype is not None:
+            grad_dtype = storage_dtype(grad_dtype, "grad_dtype")
+        elif grad is None:
+            grad_dtype = self._dtype
+        self._grad = _flat("grad", grad, size, grad_dtype, self._device)
+        if np.shares_memory(_description(self._data), _description(self._grad)):
             raise ValueError("grad: overlaps data in memory")
+        self._parameters = self._views(shapes)
+        self._take_values(arrays)
 
-        self._parameters: dict[str, Parameter] = {}
+    def _views(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parameter]:
+        """Return parameters of these shapes that follow each other in the flat arrays."""
+        parameters: dict[str, Parameter] = {}
         start = 0
         for name, shape in shapes.items():
             part = slice(start, start + math.prod(shape))
             start = part.stop
-            view, grad_view = self.data[part].reshape(shape), self.grad[part].reshape(shape)
-            self._parameters[name] = _BufferParameter(self, name, view, grad_view)
+            data, grad = self._data[part].reshape(shape), self._grad[part].reshape(shape)
+            parameters[name] = _BufferParameter(self, name, data, grad)
+        return parameters
+
+    def _take_values(self, arrays: Mapping[str, Any]) -> None:
+        """Copy arrays into the parameters of their names."""
         if self._device != CPU:
             for name, array in arrays.items():
-                DeviceArray.of(self[name].data).assign(
-                    array.data if isinstance(array, Parameter) else array
-                )
+                values = array.data if isinstance(array, Parameter) else array
+                DeviceArray.of(self[name].data).assign(values)
             return
         # All that lies in the given memory itself is read before anything is written there.
-        values = {n: np.array(v, copy=np.may_share_memory(v, self.data)) for n, v in arrays.items()}
-        for name, array in values.items():
+        read = {n: np.array(v, copy=np.may_share_memory(v, self._data)) for n, v in arrays.items()}
+        for name, values in read.items():
             # Between storage types; NumPy counts bfloat16 as no kind of float, hence "unsafe".
-            np.copyto(self[name].data, array, casting="unsafe")
+            np.copyto(self[name].data, values, casting="unsafe")
 
     @property
     def data(self) -> Any:
@@ -376,7 +361,7 @@ def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
     """Return the shape that a value of the mapping stands for."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"parameters: expected non-empty strings as names, got {name!r}")
-    if isinstance(value, np.ndarray | Parameter) or _core.is_on_device(value):
+    if _is_array(value):
         return tuple(value.shape)
     try:
         shape = (
@@ -393,6 +378,33 @@ def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
     return shape
 
 
+def _is_array(value: Any) -> bool:
+    """Tell whether a value of the mapping is an array, rather than a shape."""
+    return isinstance(value, np.ndarray | Parameter) or _core.is_on_device(value)
+
+
+def _arrays_in(parameters: Mapping[str, Any], device: int) -> dict[str, Any]:
+    """Return those values of the mapping that are arrays, after checking that a buffer on the device can take them."""
+    arrays = {name: value for name, value in parameters.items() if _is_array(value)}
+    for name, array in arrays.items():
+        on_device = not isinstance(array, np.ndarray) and _core.is_on_device(array)
+        if device == CPU and on_device:
+            raise ValueError(
+                f"parameters[{name!r}]: on a CUDA device; say device= to put the buffer there"
+            )
+        storage_dtype(array.dtype, f"parameters[{name!r}]")
+    return arrays
+
+
+def _common_dtype(arrays: Mapping[str, Any]) -> DTypeLike:
+    """Return the dtype of all arrays; float32 if there are none."""
+    found = {np.dtype(array.dtype) for array in arrays.values()}
+    if len(found) > 1:
+        names = ", ".join(sorted(str(each) for each in found))
+        raise TypeError(f"parameters: arrays of several dtypes ({names}); say which with dtype=")
+    return found.pop() if found else np.float32
+
+
 def _description(array: Any) -> Array:
     """Return an ndarray itself, or what describes one on a device."""
     return array if isinstance(array, np.ndarray) else DeviceArray.of(array)._description
@@ -400,29 +412,42 @@ def _description(array: Any) -> Array:
 
 def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None, device: int) -> Any:
     """Return the given memory, checked, or new zeros."""
-    if given is None and device != CPU:
-        return DeviceArray.zeros(size, storage_dtype(dtype), device)
     if given is None:
-        if size > sys.maxsize // storage_dtype(dtype).itemsize:
-            raise MemoryError(f"parameters: {size} elements of {dtype} exceed the address space")
-        try:
-            return _core.allocate(size, storage_dtype(dtype))
-        except MemoryError:
-            raise MemoryError(
-                f"{argument}: cannot allocate {size} elements of {storage_dtype(dtype)}, "
-                f"{size * storage_dtype(dtype).itemsize} bytes"
-            ) from None
-    if device == CPU and not isinstance(given, np.ndarray):
-        raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")
-    if device != CPU and not _core.is_on_device(given):
+        return _zeros(argument, size, storage_dtype(dtype), device)
+    _check_given(argument, given, size, None if dtype is None else storage_dtype(dtype), device)
+    return given
+
+
+def _zeros(argument: str, size: int, dtype: np.dtype[Any], device: int) -> Any:
+    """Return a new flat array of zeros."""
+    if device != CPU:
+        return DeviceArray.zeros(size, dtype, device)
+    if size > sys.maxsize // dtype.itemsize:
+        raise MemoryError(f"parameters: {size} elements of {dtype} exceed the address space")
+    try:
+        return _core.allocate(size, dtype)
+    except MemoryError:
+        raise MemoryError(
+            f"{argument}: cannot allocate {size} elements of {dtype}, {size * dtype.itemsize} bytes"
+        ) from None
+
+
+def _check_given(
+    argument: str, given: Any, size: int, dtype: np.dtype[Any] | None, device: int
+) -> None:
+    """Raise if the memory given for a buffer does not suit it; its dtype is free where None is asked for."""
+    if device == CPU:
+        if not isinstance(given, np.ndarray):
+            raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")
+    elif not _core.is_on_device(given):
         raise TypeError(
             f"{argument}: expected an array on CUDA device {device}, got {type(given).__name__}"
         )
-    array = _description(given)
-    if device != CPU and DeviceArray.of(given).device != device:
+    elif DeviceArray.of(given).device != device:
         raise ValueError(
             f"{argument}: expected an array on CUDA device {device}, got one on {DeviceArray.of(given).device}"
         )
+    array = _description(given)
     if array.shape != (size,):
         raise ValueError(f"{argument}: expected shape ({size},), the total size, got {array.shape}")
     if not array.flags.c_contiguous or not array.flags.writeable:
@@ -430,6 +455,5 @@ def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None, device:
             f"{argument}: expected a contiguous and writable array, got flags {array.flags}"
         )
     storage_dtype(array.dtype, argument)
-    if dtype is not None and array.dtype != storage_dtype(dtype):
-        raise TypeError(f"{argument}: expected dtype {storage_dtype(dtype)}, got {array.dtype}")
-    return given
+    if dtype is not None and array.dtype != dtype:
+        raise TypeError(f"{argument}: expected dtype {dtype}, got {array.dtype}")
