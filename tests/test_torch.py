@@ -689,7 +689,7 @@ def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     with pytest.raises(cases[1][1], match=cases[1][2]):
         optimizer.step()
     optimizer.state[bad]["momentum_buffer"] = torch.ones(3, dtype=torch.int32)
-    with pytest.raises(TypeError, match="momentum of parameter 'bad': expected one of float64"):
+    with pytest.raises(TypeError, match="buffer of parameter 'bad': expected one of float64"):
         optimizer.step()
     optimizer.state[bad]["momentum_buffer"] = bad.data
     with pytest.raises(ValueError, match="parameter 'bad': expected a momentum buffer"):

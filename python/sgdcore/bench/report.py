@@ -32,6 +32,7 @@ __all__ = [
     "compare",
     "document",
     "duration",
+    "machine",
     "merge",
     "print_case",
     "read",

@@ -18,6 +18,7 @@ __all__ = [
     "STORAGE_TYPES",
     "device_index",
     "empty_like",
+    "exchange_api",
     "increment_versions",
     "is_capturing",
     "new_plan",

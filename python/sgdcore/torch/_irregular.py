@@ -1,15 +1,15 @@
 """Steps over tensors that the core does not read by itself: turned into such as it does.
 
-The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose momentum is there already. Everything else comes
-here: first steps, sparse and complex tensors, views with gaps, tensor subclasses, shared memory. Each parameter is
-prepared as a `_Update` whose tensors the core can read (aliases of the user's memory, or copies that are written back);
-nothing is changed before all are prepared and found acceptable.
+The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose momentum is there already.
+Everything else comes here: first steps, sparse and complex tensors, views with gaps, tensor subclasses, shared memory.
+Each parameter is prepared as a `_Update` whose tensors the core can read (aliases of the user's memory, or copies that
+are written back); nothing is changed before all are prepared and found acceptable.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +128,9 @@ def step(
         items = [update.item() for update in real]
         # Copies of memory that others share would miss what is written to it meanwhile.
         copies_are_current = not any(update.write_back for update in real) or _all_apart(real)
-        if copies_are_current and plan.run_items(groups, items, grad_factor, False, scaling):
+        if copies_are_current and plan.run_items(
+            groups, items, grad_factor, dry_run=False, scaling=scaling
+        ):
             for update in real:
                 for write in update.write_back:
                     write()
@@ -156,7 +158,8 @@ def _step_in_sequence(
     """
     for update in updates:
         parameter, grad, *others = update.item()
-        if not plan.run_items(groups, [(parameter, grad.clone(), *others)], grad_factor, True):
+        item = (parameter, grad.clone(), *others)
+        if not plan.run_items(groups, [item], grad_factor, dry_run=True):
             raise ValueError(
                 f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
             )
@@ -166,7 +169,7 @@ def _step_in_sequence(
             _arrange(plan, groups[update.group], update)
         parameter, grad, *others = update.item()
         item = (parameter, grad.clone(), *others)
-        plan.run_items(groups, [item], grad_factor, False, scaling)
+        plan.run_items(groups, [item], grad_factor, dry_run=False, scaling=scaling)
         for write in update.write_back:
             write()
 
@@ -244,32 +247,25 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
     grad = parameter.grad
     assert grad is not None
     if momentum is not None and momentum.layout is not torch.strided:
-        momentum = update.momentum = (
-            momentum.to_dense()
-        )  # as torch leaves it after sparse gradients
+        # As torch leaves it after sparse gradients.
+        momentum = update.momentum = momentum.to_dense()
     p = _plain(parameter, label)
     g = _plain(_placed_like(parameter, grad, label), f"the gradient of {label}")
     b = None if momentum is None else _plain(momentum, f"the momentum buffer of {label}")
-    for tensor, what in ((p, label), (g, f"the gradient of {label}"), (b, f"momentum of {label}")):
-        if tensor is not None:
-            _require_usable_device(tensor, what)
+    for tensor, what in _named(label, p, g, b):
+        _require_usable_device(tensor, what)
     if b is not None and b.device != p.device:
         raise ValueError(
             f"the momentum buffer of {label}: expected a tensor on {p.device}, where its parameter is now, got one on "
             f"{b.device}. Move a model before its optimizer takes a step; afterwards, "
             "optimizer.load_state_dict(optimizer.state_dict()) moves the state to where the parameters are"
         )
-    if g.shape != p.shape:
-        raise ValueError(
-            f"the gradient of {label}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(g.shape)}"
-        )
-    if b is not None and b.shape != p.shape:
-        raise ValueError(
-            f"the momentum buffer of {label}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(b.shape)}"
-        )
-
-    for tensor, what in ((p, label), (g, f"the gradient of {label}"), (b, f"momentum of {label}")):
-        if tensor is not None and _was_freed(tensor):
+    for tensor, what in _named(label, p, g, b):
+        if tensor.shape != p.shape:
+            raise ValueError(
+                f"{what}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(tensor.shape)}"
+            )
+        if _was_freed(tensor):
             raise ValueError(
                 f"{what}: expected a tensor with memory, got one whose memory was freed"
             )
@@ -280,8 +276,8 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
         else:
             g = g.to_dense()
     p, g, b = _real(update, p, g, b)
-    for tensor, what in ((p, label), (g, f"the gradient of {label}"), (b, f"momentum of {label}")):
-        if tensor is not None and tensor.dtype not in STORAGE_TYPES:
+    for tensor, what in _named(label, p, g, b):
+        if tensor.dtype not in STORAGE_TYPES:
             expected = ", ".join(STORAGE_TYPES.values())
             raise TypeError(f"{what}: expected one of {expected} or complex, got {tensor.dtype}")
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
@@ -293,6 +289,14 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
     if b is not None and (b.is_neg() or b.stride() != p.stride()):
         b = _staged(update, b, torch.empty_like(p, dtype=b.dtype).copy_(b))
     update.arguments = (p, g.resolve_neg(), b)
+
+
+def _named(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> Iterator[tuple[Tensor, str]]:
+    """Yield parameter, gradient and momentum buffer, if there is one, each with its name in error messages."""
+    yield p, label
+    yield g, f"the gradient of {label}"
+    if b is not None:
+        yield b, f"the momentum buffer of {label}"
 
 
 def _was_freed(tensor: Tensor) -> bool:
