@@ -19,7 +19,7 @@ from sgdcore._devices import CPU
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
 
-__all__ = ["HookHandle", "Optimizer", "OptimizerState", "ParameterState"]
+__all__ = ["HookHandle", "Loss", "Optimizer", "OptimizerState", "ParameterState", "ParamsLike"]
 
 ParamsLike = ParameterBuffer | Iterable[Any]
 Hook = Callable[..., Any]
