@@ -712,19 +712,6 @@ def _resolve_nesterov(args: argparse.Namespace) -> bool:
     return defined if args.nesterov is None else bool(args.nesterov)
 
 
-def _report_steps(times: StepTimes, what: str) -> None:
-    isa = sgdcore.build_info()["isa"]
-    threads = sgdcore.get_num_threads()
-    limit = "1 thread" if threads == 1 else f"at most {threads} threads"
-    _say(f"One optimizer step ({what}; {isa}, {limit}), median:")
-    _say(f"  sgdcore                {1e6 * times.sgdcore:10.2f} us")
-    for name, seconds in (
-        ("NumPy, array by array", times.numpy),
-        ("NumPy, one flat array", times.numpy_flat),
-    ):
-        _say(f"  {name}  {1e6 * seconds:10.2f} us  {seconds / times.sgdcore:6.1f} x sgdcore's time")
-
-
 def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
     """Train and report, alone or with the other ranks of a group, and return the exit code."""
     options = {
@@ -741,9 +728,8 @@ def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
     sizes = (data.train_images.shape[1], *args.hidden, CLASSES)
     model = MLP(sizes, args.dtype, rng)
     optimizer = sgdcore.SGD(model.parameters, **options)
-    count = sum(math.prod(shape) for shape in model.shapes.values())
     network = f"MLP {'-'.join(map(str, sizes))}"
-    what = f"{count:,} {args.dtype} parameters in {len(model.shapes)} arrays"
+    what = f"{model.parameters.size:,} {args.dtype} parameters in {len(model.shapes)} arrays"
     if not args.quiet:
         _say(
             f"{network}, {what}, {args.loss} loss; "
@@ -751,7 +737,34 @@ def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
         )
 
     history = History()
-    interrupted = False
+    finished = _run_training(args, group, model, optimizer, data, rng, history)
+    _report_training(history, args.epochs, finished)
+    if group is None or group.rank == 0:
+        if finished:
+            try:
+                _report_steps(compare_steps(model.shapes, args.dtype, options, rng), what)
+            except KeyboardInterrupt:
+                finished = False
+                _say("Interrupted while timing the optimizer step")
+        if args.plot is not None:
+            finished &= _report_plot(args.plot, history, network, args.loss)
+    return 0 if finished else INTERRUPTED
+
+
+def _run_training(
+    args: argparse.Namespace,
+    group: ProcessGroup | None,
+    model: MLP,
+    optimizer: sgdcore.SGD,
+    data: Digits,
+    rng: np.random.Generator,
+    history: History,
+) -> bool:
+    """Train, filling `history`; return whether it ran to its end, or Ctrl-C came first.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came before there was anything to report.
+    """
     samples = len(data.train_labels)
     train_function: Callable[..., None] = train
     if group is not None:
@@ -788,36 +801,47 @@ def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
                 progress=progress,
             )
     except KeyboardInterrupt:
-        interrupted = True
         if not history.records:
             raise
+        return False
+    return True
+
+
+def _report_training(history: History, epochs: int, finished: bool) -> None:
     last = history.records[-1]
-    done = "Interrupted after" if interrupted else "Trained"
     _say(
-        f"{done} {last.epoch} of {args.epochs} epochs ({history.steps} steps) in {history.seconds:.1f} s: "
+        f"{'Trained' if finished else 'Interrupted after'} {last.epoch} of {epochs} epochs "
+        f"({history.steps} steps) in {history.seconds:.1f} s: "
         f"test accuracy {100 * last.test_accuracy:.1f} %, "
         f"training accuracy {100 * last.train_accuracy:.1f} %, loss {last.train_loss:.4f}"
     )
 
-    if group is not None and group.rank != 0:
-        return INTERRUPTED if interrupted else 0
-    if not interrupted:
-        try:
-            _report_steps(compare_steps(model.shapes, args.dtype, options, rng), what)
-        except KeyboardInterrupt:
-            interrupted = True
-            _say("Interrupted while timing the optimizer step")
-    if args.plot is not None:
-        title = f"{network} on handwritten digits, sgdcore.SGD"
-        loss_label = f"{args.loss} on training images"
-        try:
-            write_plot(args.plot, history, title, loss_label)
-        except KeyboardInterrupt:
-            # The first Ctrl-C still leaves the plot; a second one here ends the program.
-            interrupted = True
-            write_plot(args.plot, history, title, loss_label)
-        _say(f"Plot: {args.plot}")
-    return INTERRUPTED if interrupted else 0
+
+def _report_steps(times: StepTimes, what: str) -> None:
+    isa = sgdcore.build_info()["isa"]
+    threads = sgdcore.get_num_threads()
+    limit = "1 thread" if threads == 1 else f"at most {threads} threads"
+    _say(f"One optimizer step ({what}; {isa}, {limit}), median:")
+    _say(f"  sgdcore                {1e6 * times.sgdcore:10.2f} us")
+    for name, seconds in (
+        ("NumPy, array by array", times.numpy),
+        ("NumPy, one flat array", times.numpy_flat),
+    ):
+        _say(f"  {name}  {1e6 * seconds:10.2f} us  {seconds / times.sgdcore:6.1f} x sgdcore's time")
+
+
+def _report_plot(path: Path, history: History, network: str, loss: str) -> bool:
+    """Write the plot and return True; False if Ctrl-C came meanwhile, of which only a second one prevents it."""
+    title = f"{network} on handwritten digits, sgdcore.SGD"
+    loss_label = f"{loss} on training images"
+    finished = True
+    try:
+        write_plot(path, history, title, loss_label)
+    except KeyboardInterrupt:
+        finished = False
+        write_plot(path, history, title, loss_label)
+    _say(f"Plot: {path}")
+    return finished
 
 
 def main(args: argparse.Namespace) -> int:
