@@ -473,9 +473,8 @@ def test_the_worst_rounding_of_all_placements_is_told(
     found = measure.run(case("mlp"), ["other"], SHORT).results["other"]
     assert found.check == "rounding"
     assert found.roundings is not None
-    assert (
-        1 < found.roundings < measure.WRONG
-    )  # three halves, of the last placement, for a value of 1 or less
+    # Three halves, of the last placement, for a value of 1 or less.
+    assert 1 < found.roundings < measure.WRONG
     assert found.placements == [3, 3, 3, 3]
 
 

@@ -307,9 +307,8 @@ def test_none_skips_until_the_next_assignment() -> None:
     optimizer.zero_grad()
     optimizer.zero_grad(set_to_none=False)
     assert buffer["b"].grad is None
-    assert_same_bits(
-        view, numbers(2, (SIZE,))[7:10]
-    )  # not cleared either: it is not a gradient now
+    # Not cleared either: it is not a gradient now.
+    assert_same_bits(view, numbers(2, (SIZE,))[7:10])
     step()
     buffer["b"].grad = numbers(3, (3,))
     assert buffer["b"].grad is view

@@ -1,7 +1,7 @@
 """What people change between two steps, at random: a step keeps its work list and must notice each change.
 
-Every change is made to our optimizer and to torch's own; parameters are compared in every bit after each step, momentum at
-the end, since our optimizer reads its momentum buffers' memory only after somebody has asked for them.
+Every change is made to our optimizer and to torch's own; parameters are compared in every bit after each step, momentum
+at the end, since our optimizer reads its momentum buffers' memory only after somebody has asked for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One rank of a distributed test: python torch_worker.py SCENARIO RANK RANKS FILE. Exits with an error if a check fails."""
+"""One rank of a distributed test: python torch_worker.py SCENARIO RANK RANKS FILE.
+
+Exits with an error if a check fails.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 `train_on_shards` is the demo's loop again, and shows what changes with several ranks:
 
-1. The optimizer is wrapped: `LocalSGD` averages the parameters every H steps, `DataParallel` the gradients in each step.
+1. The optimizer is wrapped: `LocalSGD` averages the parameters every H steps, `DataParallel` the gradients in each
+   step.
 2. A `ShardSampler` says which images are this rank's, in place of a permutation of all.
 3. The parameters are made equal before the network is judged.
 

@@ -48,8 +48,8 @@ def get_isa() -> str:
 def set_isa(isa: str | None) -> None:
     """Use the kernels of the named instruction set; None returns to the default.
 
-    The default is what the environment variable ``SGDCORE_ISA`` names, else the best that the machine can run. Results do
-    not depend on it.
+    The default is what the environment variable ``SGDCORE_ISA`` names, else the best that the machine can run. Results
+    do not depend on it.
 
     Raises:
         TypeError: if `isa` is neither a string nor None.
@@ -64,8 +64,8 @@ def build_info() -> dict[str, Any]:
     """Return what was built and what is used, as ``python -m sgdcore info`` prints it.
 
     Keys: version, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda_built and cuda (bool:
-    whether its module was built, and whether it can be used here), cuda_reason (why not), python, numpy. If it was built
-    also cuda_compiler and cuda_architectures, and where it can be used cuda_devices.
+    whether its module was built, and whether it can be used here), cuda_reason (why not), python, numpy. If it was
+    built also cuda_compiler and cuda_architectures, and where it can be used cuda_devices.
     """
     built = _core.instruction_sets()
     return {

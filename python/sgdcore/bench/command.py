@@ -204,9 +204,8 @@ def _contenders(args: argparse.Namespace) -> list[str]:
             raise _UsageError(f"--contender: {name}: {CONTENDERS[name].needs} is not installed")
     chosen = args.contender or versions
     if not args.full and not args.contender:
-        chosen = [
-            name for name in chosen if name != _COMPILED
-        ]  # compiling takes longer than all others
+        # Compiling takes longer than all others.
+        chosen = [name for name in chosen if name != _COMPILED]
     return [name for name in versions if name in chosen and (versions[name] or args.list)]
 
 

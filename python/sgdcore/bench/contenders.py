@@ -1,9 +1,9 @@
 """Who takes part: one class for each way to take an optimizer step.
 
 To add one: derive from `Contender`, decorate it with `@contender(name, kind, needs)`, copy the starting values in
-`__init__`, set `self.step`, and return the parameters from `result`. What it computes is compared with the oracle before
-it is timed, so a mistake shows up as "wrong", not as a time. Libraries are imported inside the classes: only those that
-are installed take part. docs/measuring.md shows an example.
+`__init__`, set `self.step`, and return the parameters from `result`. What it computes is compared with the oracle
+before it is timed, so a mistake shows up as "wrong", not as a time. Libraries are imported inside the classes: only
+those that are installed take part. docs/measuring.md shows an example.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Check, then time: contenders take turns, round by round, in one process.
 
-Where a step's memory lies moves the time of a large one by more than contenders differ by: of three times the same step,
-set up one after the other, the first took 6 to 12 % longer (GPT-2's shapes; not if scattered pages were used up before
-it). So large cases are set up several times, in orders where each of two contenders comes first equally often.
+Where a step's memory lies moves the time of a large one by more than contenders differ by: of three times the same
+step, set up one after the other, the first took 6 to 12 % longer (GPT-2's shapes; not if scattered pages were used up
+before it). So large cases are set up several times, in orders where each of two contenders comes first equally often.
 """
 
 from __future__ import annotations

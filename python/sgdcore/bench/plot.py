@@ -42,7 +42,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     """Draw both pictures into one file; its suffix chooses the format.
 
     Raises:
-        ValueError: if the document holds no times of the usual kind (nesterov, float32, warm gradients), or none of ours.
+        ValueError: if the document holds no times of the usual kind (nesterov, float32, warm gradients), or none of
+            ours.
     """
     _draw(document, path, [_draw_bars, _draw_roofline], [1.35, 1])
 

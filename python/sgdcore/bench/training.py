@@ -1,7 +1,7 @@
 """Training in torch, where the optimizer is what differs.
 
-Timed are whole steps, of forward, backward, update and zero_grad; or the optimizer's step alone, which finds the caches, the
-gradients and the heap as the backward pass leaves them.
+Timed are whole steps, of forward, backward, update and zero_grad; or the optimizer's step alone, which finds the
+caches, the gradients and the heap as the backward pass leaves them.
 """
 
 from __future__ import annotations

@@ -140,9 +140,8 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
     The gradients of all parameters are then never in memory together, and each is used while it is in the cache. The
     training loop stays as it is: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, where ``step()`` updates
     the parameters that got a gradient in another way, runs the hooks and schedulers' bookkeeping, and lets the next
-    backward pass begin. Hyperparameters are read at each update. The
-    numbers are those of separate steps, provided the backward pass uses no parameter after its gradient was
-    complete; autograd raises an error if it does.
+    backward pass begin. Hyperparameters are read at each update. The numbers are those of separate steps, provided the
+    backward pass uses no parameter after its gradient was complete; autograd raises an error if it does.
 
     Between the backward pass and ``step()``, ``p.grad`` is a placeholder without memory that raises a RuntimeError when
     it is used: by clip_grad_norm_, or by a second backward pass that would accumulate. A GradScaler gets a

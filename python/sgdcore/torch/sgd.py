@@ -376,7 +376,8 @@ class SGD(torch.optim.SGD):
             hook.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Called by load_state_dict, copy and pickle; the first two pass what may be kept, so nothing is changed in place.
+        # Called by load_state_dict, copy and pickle; the first two pass what may be kept, so nothing is changed in
+        # place.
         defaults = state.get("defaults") or self.defaults
         groups = state.get("param_groups", ())
         # What a checkpoint of torch's does not say of a group stays as it is.

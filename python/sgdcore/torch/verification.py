@@ -63,8 +63,8 @@ def verify(
 ) -> Verification:
     """Train two copies of a model side by side, with torch.optim.SGD(foreach=False) and with sgdcore.
 
-    Both copies see the same batches and the same random numbers. The model itself is not changed. A model whose backward
-    pass is not deterministic differs for reasons of its own: use torch.use_deterministic_algorithms.
+    Both copies see the same batches and the same random numbers. The model itself is not changed. A model whose
+    backward pass is not deterministic differs for reasons of its own: use torch.use_deterministic_algorithms.
 
     Args:
         model: any module with parameters on the CPU or CUDA devices.
