@@ -2,9 +2,9 @@
 
     python benchmarks/aliasing.py
 
-All are views into one allocation, three arrays of 16 MiB each time, so that nothing but the distance differs. Caches that
-find a line by some bits of its address cannot hold lines at the same time that agree in these; see csrc/buffer.cpp, which
-keeps the arrays of a ParameterBuffer apart. results/ holds a run.
+All are views into one allocation, three arrays of 16 MiB each time, so that nothing but the distance differs. Caches
+that find a line by some bits of its address cannot hold lines at the same time that agree in these; see
+csrc/buffer.cpp, which keeps the arrays of a ParameterBuffer apart. results/ holds a run.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python benchmarks/distributed.py [--ranks 2 4] [--engines gloo mpi] [--rounds N] [--json FILE]
 
-ResNet-50's 161 parameters (25.6 million elements, float32), on ranks of this machine, started anew for each engine and number of
-ranks. Every contender averages once first, and the results are compared; then all take turns, in an order drawn anew for each
-round, each begun together by a barrier, timed by the slowest rank. Before that, each writes to all of its parameters once, as
-a step does. "flat" contenders have their parameters in one allocation, as
-a ParameterBuffer; for torch, torch.nn.utils.vector_to_parameters makes one. The base is one all-reduce of a flat array and
-a pass that divides it: a ParameterBuffer's, which lies on huge pages, and for comparison a tensor's, which does not. Needs
-torch; for MPI, mpi4py and mpiexec.
+ResNet-50's 161 parameters (25.6 million elements, float32), on ranks of this machine, started anew for each engine and
+number of ranks. Every contender averages once first, and the results are compared; then all take turns, in an order
+drawn anew for each round, each begun together by a barrier, timed by the slowest rank. Before that, each writes to all
+of its parameters once, as a step does. "flat" contenders have their parameters in one allocation, as a ParameterBuffer;
+for torch, torch.nn.utils.vector_to_parameters makes one. The base is one all-reduce of a flat array and a pass that
+divides it: a ParameterBuffer's, which lies on huge pages, and for comparison a tensor's, which does not. Needs torch;
+for MPI, mpi4py and mpiexec.
 """
 
 from __future__ import annotations

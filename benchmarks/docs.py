@@ -34,8 +34,8 @@ HEAD = """\
 
 <!-- Written by benchmarks/docs.py from benchmarks/results/ and benchmarks/notes.md: change those. -->
 
-Whole optimizer steps, measured by `python -m sgdcore bench`; [measuring.md](measuring.md) says how, and how to repeat it.
-Times are medians; a ratio is somebody's time over ours, so above 1 we are faster, with its 95 % bootstrap interval.
+Whole optimizer steps, measured by `python -m sgdcore bench`; [measuring.md](measuring.md) says how, and how to repeat
+it. Times are medians; a ratio is somebody's time over ours, so above 1 we are faster, with its 95 % bootstrap interval.
 """
 
 
@@ -99,10 +99,10 @@ def machine_part(document: dict[str, Any]) -> str:
         "",
         "### All cases",
         "",
-        "Each cell: everybody's time over that of `sgdcore.torch` (torch) or `sgdcore` (NumPy, numba, optax, memory streams);",
-        "the columns of ours give their times. `!` marks a spread (interquartile range over median) above 20 %, `wrong` a result",
-        "that is not timed because it differs from the oracle's. The files in `benchmarks/results/` hold every sample, spread, page",
-        "fault and allocation.",
+        "Each cell: everybody's time over that of `sgdcore.torch` (torch) or `sgdcore` (NumPy, numba, optax, memory",
+        "streams); the columns of ours give their times. `!` marks a spread (interquartile range over median) above",
+        "20 %, `wrong` a result that is not timed because it differs from the oracle's. The files in",
+        "`benchmarks/results/` hold every sample, spread, page fault and allocation.",
         "",
     ]
     order = [*WORKLOADS, *TRAINING]
@@ -137,7 +137,8 @@ def aims(found: Found) -> Iterator[str]:
     for dtype, least in (("float32", 0.95), ("bfloat16", 0.9)):
         for case, results in cases(found, "flat64M", dtype):
             yield aim(
-                f"{case.elements:,} elements, flat, {dtype}, {threads(case)}: {100 * least:.0f} % of the memory streams' speed",
+                f"{case.elements:,} elements, flat, {dtype}, {threads(case)}: "
+                f"{100 * least:.0f} % of the memory streams' speed",
                 share(results, "memory streams", "sgdcore flat"),
                 least,
             )

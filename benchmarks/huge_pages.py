@@ -2,7 +2,8 @@
 
     python benchmarks/huge_pages.py
 
-Each side runs in processes of its own, in turn; the one without switches the pages off with prctl. results/ holds a run.
+Each side runs in processes of its own, in turn; the one without switches the pages off with prctl. results/ holds a
+run.
 """
 
 from __future__ import annotations
@@ -16,13 +17,8 @@ import sys
 import time
 
 PR_SET_THP_DISABLE = 41
-SIZES = [
-    1 << 18,
-    1 << 20,
-    1 << 22,
-    1 << 24,
-    1 << 26,
-]  # elements of float32: 1 MiB to 256 MiB an array
+# Elements of float32: 1 MiB to 256 MiB an array.
+SIZES = [1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26]
 ROUNDS = 5
 
 

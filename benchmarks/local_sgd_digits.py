@@ -3,9 +3,9 @@
     python benchmarks/local_sgd_digits.py --json benchmarks/results/distributed/local-sgd-digits.json
     python benchmarks/local_sgd_digits.py --draw benchmarks/results/distributed/local-sgd-digits.json
 
-The first trains every row of METHODS, for each seed, once on shards that are drawn anew each epoch (iid), once on shards sorted by
-label, where a rank sees three or four of the ten digits; all start from the same weights and see the same batches. The second
-writes the plot and the table of docs/distributed.md from the file. Needs torch, for gloo.
+The first trains every row of METHODS, for each seed, once on shards that are drawn anew each epoch (iid), once on
+shards sorted by label, where a rank sees three or four of the ten digits; all start from the same weights and see the
+same batches. The second writes the plot and the table of docs/distributed.md from the file. Needs torch, for gloo.
 """
 
 from __future__ import annotations
@@ -201,10 +201,11 @@ def row(shards: str, method: str, runs: list[dict[str, Any]]) -> str:
 def table(document: dict[str, Any]) -> str:
     """Return the table of the guide, in Markdown."""
     runs = document["runs"]
-    lines = [
-        "| | reductions | iid shards: training loss | validation accuracy, % | sorted by label: training loss | validation accuracy, % |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = (
+        "| | reductions | iid shards: training loss | validation accuracy, % "
+        "| sorted by label: training loss | validation accuracy, % |"
+    )
+    lines = [head, "|---|---|---|---|---|---|"]
     for method in dict.fromkeys(run["method"] for run in runs):
         cells = [summary(shards, method, runs) for shards in SHARDS]
         results = " | ".join(

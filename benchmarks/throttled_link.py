@@ -3,10 +3,10 @@
     python benchmarks/throttled_link.py [--ranks N] [--rate 1gbit] [--json FILE]
 
 Each rank gets a network namespace and a host name of its own, like a machine, joined by a bridge; its link is throttled
-in both directions by tc's token bucket. Within, `measure` fits latency and bandwidth, and then steps are timed for several
-periods H and wire dtypes. The computation of gradients is a pause, so that the ranks do not compete for cores as machines
-would not; update and averaging are real. Prints measured and predicted seconds: from what was measured, and from the nominal
-rate alone, as one plans for machines that are not here. Needs torch, ip and tc (Debian's iproute2).
+in both directions by tc's token bucket. Within, `measure` fits latency and bandwidth, and then steps are timed for
+several periods H and wire dtypes. The computation of gradients is a pause, so that the ranks do not compete for cores
+as machines would not; update and averaging are real. Prints measured and predicted seconds: from what was measured, and
+from the nominal rate alone, as one plans for machines that are not here. Needs torch, ip and tc (Debian's iproute2).
 """
 
 from __future__ import annotations

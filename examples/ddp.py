@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/ddp.py
 
-Trains a small network on scikit-learn's digits (``pip install 'sgdcore[demo,torch]'``). The gradients of all ranks are averaged
-in every step; local_sgd.py, beside this, averages parameters now and then instead.
+Trains a small network on scikit-learn's digits (``pip install 'sgdcore[demo,torch]'``). The gradients of all ranks are
+averaged in every step; local_sgd.py, beside this, averages parameters now and then instead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main() -> None:
     )
     # This was torch.optim.SGD(...).
     optimizer = sgdcore.torch.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    # After the optimizer, which imports torch's compiler: a group from before that outlives its end, and gloo may abort.
+    # After the optimizer, which imports torch's compiler: a group from before that outlives its end, and gloo may
+    # abort.
     dist.init_process_group("gloo")  # torchrun has told rank, size and address in the environment
     model = DistributedDataParallel(network)
     sampler = DistributedSampler(train_set, seed=0)
@@ -55,7 +56,8 @@ def main() -> None:
         accuracy = (network(test_images).argmax(dim=1) == test_labels).double().mean().item()
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks, {args.epochs} epochs: test accuracy {accuracy:.1%}")
-    # Or the group would end with the model, later, and while it waits for gloo's threads they may wait for Python (torch 2.13).
+    # Or the group would end with the model, later, and while it waits for gloo's threads they may wait for Python
+    # (torch 2.13).
     del model
     dist.destroy_process_group()
 

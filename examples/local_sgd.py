@@ -1,4 +1,4 @@
-"""Local SGD: each rank takes 16 steps on its own shard, then the parameters are averaged; otherwise as ddp.py, beside this.
+"""Local SGD: each rank takes 16 steps on its own shard, then the parameters are averaged; otherwise as ddp.py.
 
     torchrun --standalone --nproc-per-node 2 examples/local_sgd.py
 

@@ -2,8 +2,8 @@
 
     mpiexec -n 2 python -m mpi4py examples/local_sgd_mpi.py
 
-``-m mpi4py`` ends all ranks where one fails. Needs mpi4py and an MPI (``pip install 'sgdcore[demo,mpi]' mpich`` brings both),
-and scikit-learn for the digits. The network and its backward pass are the demo's, in plain NumPy.
+``-m mpi4py`` ends all ranks where one fails. Needs mpi4py and an MPI (``pip install 'sgdcore[demo,mpi]' mpich`` brings
+both), and scikit-learn for the digits. The network and its backward pass are the demo's, in plain NumPy.
 """
 
 from __future__ import annotations
