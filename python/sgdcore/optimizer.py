@@ -126,6 +126,12 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def clear(self) -> None:
+        """Empty the state of every parameter."""
+        # The inherited method looks for the next one from the first on each time, past all that are empty by now.
+        for state in self._states.values():
+            state.clear()
+
     def forget_empty(self, parameters: Iterable[Parameter]) -> None:
         """Let go of those of the parameters that have no state."""
         for parameter in parameters:
