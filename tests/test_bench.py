@@ -185,8 +185,23 @@ def test_contenders_that_do_not_fit_into_memory_are_left_out_last_first() -> Non
     array = large.elements * 4
     names = ["NumPy", "sgdcore", "torch fused", "sgdcore.torch"]
     assert measure.fitting(large, names, 100 * array) == names
-    assert measure.fitting(large, names, (5 + 3 * 2) * array) == names[1:]
-    assert measure.fitting(large, names, 5 * array) == []
+    # Torch's have gradients of their own.
+    assert measure.fitting(large, names, (6 + 3 * 2) * array) == names[1:]
+    assert measure.fitting(large, names[:2], (5 + 2) * array) == names[1:2]
+    assert measure.fitting(large, names, 6 * array) == []
+
+
+def test_torchs_contenders_have_memory_as_torch_allocates_it() -> None:
+    problem = contenders.Problem(case("161x8", clear=True))
+    fused = contenders.TorchFused(problem)
+    for tensor in [
+        *fused.params,
+        *fused.tensors[0],
+        *map(contenders._tensor, problem.torch_gradients[0]),
+    ]:
+        assert tensor.data_ptr() % 64 == 0
+    for tensor, values in zip(fused.tensors[0], problem.gradients[0], strict=True):
+        assert np.array_equal(tensor.numpy(), values)
 
 
 # --- Checking and timing ----------------------------------------------------------------------------

@@ -132,8 +132,9 @@ def fitting(case: Case, names: Sequence[str], available: int) -> list[str]:
     names = [name for name in names if name in CONTENDERS]  # others take part in training only
     array = case.elements * DTYPES[case.dtype]
     gradients = 2 if case.grads == "cold" else 1
+    shared = gradients * (2 if any(CONTENDERS[name].kind == "torch" for name in names) else 1)
     # Starting values, gradients, and what a step allocates at the most; then parameters, momentum and own gradients.
-    free = available - (1 + gradients + 3) * array
+    free = available - (1 + shared + 3) * array
     each = (2 + gradients * case.clear) * array
     count = max(0, free // each) if each else len(names)
     precedence = [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
