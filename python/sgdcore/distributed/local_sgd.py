@@ -273,7 +273,10 @@ class LocalSGD(Wrapper):
             **kwargs: further arguments of the inner optimizer's step, such as ``grads``.
 
         Raises:
-            RoundError: if the round ended here and could not be averaged.
+            RoundError: if the round, or a level's part of it, ended here and could not be averaged.
+            RuntimeError: after a round that failed and left the parameters in the middle of it, see `rebind`; or if
+                step_in_backward was turned on and does not go with the options.
+            TypeError, ValueError: if the schedule's period is no integer of at least 1.
         """
         self._refuse_broken()
         if self._needs_anchor and self._steps_in_backward():
@@ -299,6 +302,7 @@ class LocalSGD(Wrapper):
 
         Raises:
             RoundError: if that failed.
+            RuntimeError: after a round that failed and left the parameters in the middle of it; see `rebind`.
         """
         self._refuse_broken()
         self._average_all()
@@ -306,10 +310,12 @@ class LocalSGD(Wrapper):
     def finish(self) -> None:
         """End training: take part in the others' rounds until all ranks are here, whatever their numbers of steps.
 
-        Afterwards all ranks' parameters are equal. A ``with`` block calls it at its end, unless an exception is on its way.
+        Afterwards all ranks' parameters are equal. A ``with`` block calls it at its end, unless an exception is on its
+        way.
 
         Raises:
             RoundError: if a round failed.
+            RuntimeError: after a round that failed and left the parameters in the middle of it; see `rebind`.
         """
         self._refuse_broken()
         self._make_sure_of_anchor()
