@@ -100,7 +100,7 @@ class Message(Work, Protocol):
 class PeerGroup(ProcessGroup, Protocol):
     """A process group whose ranks can also send each other messages.
 
-    Those from one rank to another are received in the order in which they were sent.
+    Those with the same tag from one rank to another are received in the order in which they were sent.
     """
 
     def can_send(self, array: Any) -> bool:

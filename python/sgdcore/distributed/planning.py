@@ -1,12 +1,15 @@
 """How often to average, and what it costs: the alpha-beta model of an all-reduce, measured or given.
 
-An all-reduce of S bytes over N ranks in a ring takes 2 (N - 1) messages one after the other, each of S / N bytes, so with a
-latency of alpha seconds and a bandwidth of beta bytes a second::
+An all-reduce of S bytes over N ranks in a ring takes 2 (N - 1) messages one after the other, each of S / N bytes, so
+with a latency of alpha seconds and a bandwidth of beta bytes a second::
 
     t_s = 2 (N - 1) alpha + 2 (N - 1) / N * S / beta
 
-A worker whose own step takes t_c and that averages every H steps spends t_c + t_s / H a step; where the traffic is hidden
-behind the computation, max(t_c, t_s / H). Its efficiency is t_c over that.
+A worker whose own step takes t_c and that averages every H steps spends t_c + t_s / H a step; where the traffic is
+hidden behind the computation, max(t_c, t_s / H). Its efficiency is t_c over that.
+
+The model is of an engine's all-reduce. Where all ranks are on one machine, `LocalSGD` averages large parameters by
+messages instead (_traffic.py says from which size on, and up to how many ranks), which the model does not describe.
 """
 
 from __future__ import annotations
@@ -93,9 +96,12 @@ def measure(
 ) -> Link:
     """Time all-reduces of several sizes and fit latency and bandwidth to them; every rank gets the same.
 
-    Each size is timed `rounds` times, in turn with the others, and its median counts. The line through the medians is the
-    one with the least sum of relative deviations, weighted by the square root of the size: a size that does not fit, because
-    of caches or another algorithm, does not bend it.
+    Each size is timed `rounds` times, in turn with the others, and its median counts. The line through the medians is
+    the one with the least sum of relative deviations, weighted by the square root of the size: a size that does not
+    fit, because of caches or another algorithm, does not bend it.
+
+    The result does not describe rounds of `LocalSGD` between up to eight ranks of one machine, which from 8 MiB on,
+    without a `wire_dtype`, use no all-reduce: time a round there.
 
     Args:
         group: what `as_process_group` takes; all ranks call this together.
@@ -339,6 +345,9 @@ def plan(
     overlap: bool = False,
 ) -> Plan:
     """Predict step time and efficiency of averaging every H steps over N ranks, t_c + t_s / H.
+
+    t_s is the time of an engine's all-reduce. Between up to eight ranks of one machine, rounds of `LocalSGD` use none
+    from 8 MiB on, without a `wire_dtype`: time a round there.
 
     Args:
         parameters: how many elements are trained.
