@@ -9,7 +9,7 @@ import hashlib
 import pickle
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from sgdcore.distributed._views import Views
 
 __all__ = [
+    "add_up",
     "check_failures",
     "check_fingerprints",
     "compare",
     "fingerprint",
     "machine",
-    "on_my_place",
     "share_settings",
     "take_settings",
 ]
@@ -65,9 +65,32 @@ def fingerprint(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def on_my_place(group: ProcessGroup, value: float) -> list[float]:
-    """Return what adds up to the values of all ranks, in their order."""
-    return [float(value) if i == group.rank else 0.0 for i in range(group.size)]
+def add_up(
+    group: ProcessGroup, like: Any, sums: Iterable[float], per_rank: Sequence[float]
+) -> tuple[list[float], list[list[float]]]:
+    """Tell all ranks a few numbers of each, in one all-reduce of float64.
+
+    Args:
+        group: the ranks.
+        like: an array of the kind that the group takes.
+        sums: numbers of this rank to be added up; as many on all ranks.
+        per_rank: numbers of this rank that the others are to know one by one; as many on all ranks.
+
+    Returns:
+        The sums over all ranks; and for each number of `per_rank` the values on all ranks, in their order.
+    """
+    own = [float(value) for value in sums]
+    # A rank's number in a place of its own, among zeros, is its sum.
+    one_hot = [
+        float(value) if rank == group.rank else 0.0
+        for value in per_rank
+        for rank in range(group.size)
+    ]
+    header = numbers(like, own + one_hot)
+    group.all_reduce(header).wait()
+    totals = [float(value) for value in header.tolist()]
+    starts = range(len(own), len(totals), group.size)
+    return totals[: len(own)], [totals[start : start + group.size] for start in starts]
 
 
 @cache

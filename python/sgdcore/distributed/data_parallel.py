@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from sgdcore.distributed._agreement import (
+    add_up,
     check_failures,
     check_fingerprints,
     compare,
     fingerprint,
-    on_my_place,
     share_settings,
     take_settings,
 )
@@ -447,18 +447,12 @@ class DataParallel(Wrapper):
             self._weighed(weight, wait=True)
             while self._next < len(self._slices):
                 self._send(self._next, gradients, weight)
-            header = [
-                weight,
-                not idle,
-                *on_my_place(group, self._failed is not None),
-                *on_my_place(group, self._fingerprint),
-                *(gradient is not None for gradient in gradients),
-            ]
-            total = numbers(like, header)
-            group.all_reduce(total).wait()
-            weights, training, *rest = total.tolist()
-            failures, rest = rest[: group.size], rest[group.size :]
-            fingerprints, present = rest[: group.size], rest[group.size :]
+            (weights, training, *present), (failures, fingerprints) = add_up(
+                group,
+                like,
+                sums=[weight, not idle, *(gradient is not None for gradient in gradients)],
+                per_rank=[self._failed is not None, self._fingerprint],
+            )
             check_failures(group, like, failures, self._failed)
             check_fingerprints(fingerprints)
             if training > 0 and weights == 0:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from sgdcore.distributed._agreement import check_fingerprints, compare, machine, on_my_place
+from sgdcore.distributed._agreement import add_up, check_fingerprints, compare, machine
 from sgdcore.distributed._checks import check_count, check_wire, integer
 from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
 from sgdcore.distributed._traffic import Averager, Differences, wire_name
@@ -118,7 +119,8 @@ class LocalSGD(Wrapper):
         self._last_loss: float | None = None
         self._first_loss: float | None = None
         self._start_round()
-        self._broken = False
+        self._broken = False  # the parameters are left in the middle of a round
+        self._writing = False  # the last average got as far as overwriting them
         self._views = Views(optimizer)
         self._anchors: list[Any] = []
         self._errors: list[Any] = []
@@ -365,66 +367,58 @@ class LocalSGD(Wrapper):
 
     # Averaging
 
-    def _average_level(self, group: ProcessGroup) -> None:
-        writing = False
+    @contextmanager
+    def _failures_as_round_errors(self) -> Iterator[None]:
+        """Average in here: what fails becomes a RoundError, and what then holds for the parameters is kept track of."""
+        self._writing = False
         try:
-            self._follow_moves()
-            header = [
-                self._steps_taken,
-                *on_my_place(group, self._views.fingerprint),
-                *on_my_place(group, machine()),
-            ]
-            total = numbers(self._views.flats[0], header)
-            group.all_reduce(total).wait()
-            taken, *rest = total.tolist()
-            check_fingerprints(rest[: group.size])
-            near = len(set(rest[group.size :])) == 1
-            if taken > 0:
-                writing = True
-                self._plain.average(group, near)
+            yield
         except Exception as error:
-            raise self._failure(error, writing) from error
+            raise self._failure(error) from error
         except BaseException:
             # An interrupt: operations may be under way still, and what they leave cannot be known.
-            self._broken = writing
+            self._broken = self._writing
             raise
+
+    def _average_level(self, group: ProcessGroup) -> None:
+        with self._failures_as_round_errors():
+            self._follow_moves()
+            (steps,), (fingerprints, machines) = add_up(
+                group,
+                self._views.flats[0],
+                sums=[self._steps_taken],
+                per_rank=[self._views.fingerprint, machine()],
+            )
+            check_fingerprints(fingerprints)
+            if steps > 0:
+                self._writing = True
+                self._plain.average(group, len(set(machines)) == 1)
 
     def _average_all(self) -> int:
         """End the round; returns how many ranks stepped in it."""
-        writing = False
-        try:
+        with self._failures_as_round_errors():
             self._follow_moves()
             self._make_sure_of_anchor()
-            present = [momentum is not None for momentum in self._momentum.all()]
-            header = [
-                float(self._steps_taken > 0),
-                float(self._losses),
-                float(self._losses_count),
-                *on_my_place(self._group, self._views.fingerprint),
-                *on_my_place(self._group, self._step),
-                *on_my_place(self._group, machine()),
-                *(present if self._momentum_sync == "average" else ()),
-            ]
-            total = numbers(self._views.flats[0], header)
-            self._group.all_reduce(total).wait()
-            training, losses, count, *rest = total.tolist()
-            size = self._group.size
-            fingerprints, steps, machines = (rest[i * size :][:size] for i in range(3))
-            has_momentum = rest[3 * size :]
+            momenta = self._momentum.all() if self._momentum_sync == "average" else []
+            (training, losses, count, *has_momentum), (fingerprints, steps, machines) = add_up(
+                self._group,
+                self._views.flats[0],
+                sums=[
+                    self._steps_taken > 0,
+                    self._losses,
+                    self._losses_count,
+                    *(momentum is not None for momentum in momenta),
+                ],
+                per_rank=[self._views.fingerprint, self._step, machine()],
+            )
             check_fingerprints(fingerprints)
             near = len(set(machines)) == 1
             if training > 0:
-                writing = True
+                self._writing = True
                 self._averager.average(self._group, near)
                 averager = self._momentum.averager([each > 0 for each in has_momentum])
                 if averager is not None:
                     averager.average(self._group, near)
-        except Exception as error:
-            raise self._failure(error, writing) from error
-        except BaseException:
-            # An interrupt: operations may be under way still, and what they leave cannot be known.
-            self._broken = writing
-            raise
         if training > 0:
             self._commit(int(max(steps)))
             if count > 0:
@@ -511,14 +505,14 @@ class LocalSGD(Wrapper):
         self._step -= self._step_in_round
         self._start_round()
 
-    def _failure(self, error: Exception, writing: bool) -> RoundError:
+    def _failure(self, error: Exception) -> RoundError:
         """Leave a failed round behind in a state that is known; returns what to raise."""
         number = self._round + 1
         if self._transactional:
             if self._anchored:  # else this rank has taken no step yet
                 self._restore()
             outcome = f"parameters and momentum are those of the end of round {self._round}"
-        elif writing:
+        elif self._writing:
             self._broken = True
             outcome = (
                 "parameters are left in the middle of it (transactional=True would restore them)"
