@@ -524,7 +524,7 @@ def uneven_shards(context: Context) -> None:
             train(context, local, 9 + 7 * context.rank)
         assert_equal_on_all(context, params_of(optimizer))
         assert len(set(on_all(context, local.round))) == 1
-        assert len(set(on_all(context, local._step))) == 1
+        assert len(set(on_all(context, local._steps))) == 1
 
 
 @check()
@@ -534,7 +534,7 @@ def equal_shards_end_without_extra_rounds(context: Context) -> None:
         train(context, local, 8)
         before = values_of(optimizer)
     assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
-    assert (local._step, local.round) == (8, 2)
+    assert (local._steps, local.round) == (8, 2)
 
 
 @check()
@@ -729,7 +729,7 @@ def resuming(context: Context, kind: str) -> None:
             assert same_bits(ours, theirs), name
         for ours, theirs in zip(momenta_of(second), momenta_of(unbroken), strict=True):
             assert same_bits(ours, theirs), name
-        assert (second._step, second._round) == (unbroken._step, unbroken._round)
+        assert (second._steps, second._round) == (unbroken._steps, unbroken._round)
         if name == "losses":
             seen = second._schedule.seen
             assert seen
@@ -1204,7 +1204,9 @@ def going_on_with_other_ranks(context: Context) -> None:
             local.rebind(context.group)
         assert_equal_on_all(context, params_of(optimizer))
         # With `transactional` back at the end of the round.
-        assert set(on_all(context, local._step)) == {14.0 if options.get("transactional") else 16.0}
+        assert set(on_all(context, local._steps)) == {
+            14.0 if options.get("transactional") else 16.0
+        }
         for loss in (local._last_loss, local._first_loss):
             assert loss is not None
             assert len(set(on_all(context, loss))) == 1
@@ -1420,7 +1422,7 @@ def steps_are_counted_alike(context: Context) -> None:
     local._schedule = 100
     train(context, local, 4 * context.rank)
     local.sync()
-    assert on_all(context, local._step) == [4 * context.size - 3] * context.size
+    assert on_all(context, local._steps) == [4 * context.size - 3] * context.size
     assert on_all(context, local._last_period) == [4 * (context.size - 1)] * context.size
 
 
@@ -1464,7 +1466,7 @@ def a_failed_first_round(context: Context, steps: int) -> None:
             local.sync()
         assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), start, strict=True))
         assert all(momentum is None for momentum in momenta_of(optimizer))
-        assert (local._step, local.step_in_round) == (0, 0)
+        assert (local._steps, local.step_in_round) == (0, 0)
     else:
         local.sync()
 

@@ -114,7 +114,7 @@ class LocalSGD(Wrapper):
         if self._needs_anchor and self._steps_in_backward():
             raise ValueError(f"optimizer: {_STEPS_IN_BACKWARD}")
 
-        self._step = self._round = 0
+        self._steps = self._round = 0
         self._last_period = 0
         self._last_loss: float | None = None
         self._first_loss: float | None = None
@@ -135,7 +135,7 @@ class LocalSGD(Wrapper):
 
     def _start_round(self) -> None:
         self._step_in_round = 0
-        self._steps_taken = 0  # those that were not the idle ones of `finish`
+        self._active_steps = 0  # of these, those that were not idle ones of `finish`
         self._period = 0  # found out when the round's first step is there
         self._losses: Any = 0.0
         self._losses_count = 0
@@ -228,11 +228,11 @@ class LocalSGD(Wrapper):
         """Bring what is not a parameter to all ranks."""
         like = self._views.flats[0]
         absent = math.nan
-        lrs = self._outer._lrs if self._outer is not None else []
+        lrs = self._outer.lrs if self._outer is not None else []
         state = numbers(
             like,
             [
-                self._step,
+                self._steps,
                 self._round,
                 self._last_period,
                 absent if self._last_loss is None else self._last_loss,
@@ -242,11 +242,11 @@ class LocalSGD(Wrapper):
         )
         self._group.broadcast(state, source).wait()
         step, rounds, period, last, first, *lrs = state.tolist()
-        self._step, self._round, self._last_period = int(step), int(rounds), int(period)
+        self._steps, self._round, self._last_period = int(step), int(rounds), int(period)
         self._last_loss = None if math.isnan(last) else last
         self._first_loss = None if math.isnan(first) else first
         if self._outer is not None:
-            self._outer._lrs = lrs
+            self._outer.lrs = lrs
             momenta = self._outer.momenta()
             Averager(momenta, [[i] for i in range(len(momenta))]).broadcast(self._group, source)
         if self._momentum_sync == "average":
@@ -287,7 +287,7 @@ class LocalSGD(Wrapper):
         try:
             result = self._inner_step(closure, kwargs)
             self._count_loss(result if loss is None else loss)
-            self._steps_taken += 1
+            self._active_steps += 1
             self._advance()
         except BaseException:
             self._forget_scaling()
@@ -344,7 +344,7 @@ class LocalSGD(Wrapper):
         """Count steps; average what is due. Returns, at the end of a round, how many ranks stepped in it."""
         if self._period == 0:
             self._period = self._next_period()
-        self._step += steps
+        self._steps += steps
         self._step_in_round += steps
         if self._step_in_round >= self._period:
             return self._average_all()
@@ -355,13 +355,13 @@ class LocalSGD(Wrapper):
         return None
 
     def _next_period(self) -> int:
-        if self._step < self._warmup_steps:
+        if self._steps < self._warmup_steps:
             return 1
         if isinstance(self._schedule, int):
             return self._schedule
         lr = float(self._optimizer.param_groups[0].get("lr", 0.0))
         progress = Progress(
-            self._step, self._round, self._last_period, lr, self._last_loss, self._first_loss
+            self._steps, self._round, self._last_period, lr, self._last_loss, self._first_loss
         )
         return check_count("the schedule's period", self._schedule.period(progress), 1)
 
@@ -386,7 +386,7 @@ class LocalSGD(Wrapper):
             (steps,), (fingerprints, machines) = add_up(
                 group,
                 self._views.flats[0],
-                sums=[self._steps_taken],
+                sums=[self._active_steps],
                 per_rank=[self._views.fingerprint, machine()],
             )
             check_fingerprints(fingerprints)
@@ -404,12 +404,12 @@ class LocalSGD(Wrapper):
                 self._group,
                 self._views.flats[0],
                 sums=[
-                    self._steps_taken > 0,
+                    self._active_steps > 0,
                     self._losses,
                     self._losses_count,
                     *(momentum is not None for momentum in momenta),
                 ],
-                per_rank=[self._views.fingerprint, self._step, machine()],
+                per_rank=[self._views.fingerprint, self._steps, machine()],
             )
             check_fingerprints(fingerprints)
             near = len(set(machines)) == 1
@@ -426,19 +426,19 @@ class LocalSGD(Wrapper):
                 if self._first_loss is None and math.isfinite(self._last_loss):
                     self._first_loss = self._last_loss
         else:
-            self._step -= self._step_in_round  # idle steps only
+            self._steps -= self._step_in_round  # idle steps only
         self._start_round()
         return int(training)
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, steps: int) -> None:
         """What follows the averaging on each rank by itself.
 
         Args:
-            step: the most steps that a rank has taken; from here on all count so many.
+            steps: the most that a rank has taken; from here on all count so many.
         """
-        self._step_in_round += step - self._step
-        self._step = step
-        warmup = step <= self._warmup_steps
+        self._step_in_round += steps - self._steps
+        self._steps = steps
+        warmup = steps <= self._warmup_steps
         if self._outer is not None and not warmup and self._group.size > 1:
             self._take_outer_step()
         if self._momentum_sync == "reset" and self._group.size > 1:
@@ -502,7 +502,7 @@ class LocalSGD(Wrapper):
             elif momentum is not None:
                 del self._optimizer.state[parameter]["momentum_buffer"]
         self._forget_errors()
-        self._step -= self._step_in_round
+        self._steps -= self._step_in_round
         self._start_round()
 
     def _failure(self, error: Exception) -> RoundError:
@@ -587,10 +587,10 @@ class LocalSGD(Wrapper):
         """
         state: dict[str, Any] = dict(self._optimizer.state_dict())
         state[_KEY] = {
-            "step": self._step,
+            "steps": self._steps,
             "round": self._round,
             "step_in_round": self._step_in_round,
-            "steps_taken": self._steps_taken,
+            "active_steps": self._active_steps,
             "period": self._period,
             "last_period": self._last_period,
             "losses": float(self._losses),
@@ -623,8 +623,8 @@ class LocalSGD(Wrapper):
         self._forget_errors()
         if own is None:
             return
-        self._step, self._round = own["step"], own["round"]
-        self._step_in_round, self._steps_taken = own["step_in_round"], own["steps_taken"]
+        self._steps, self._round = own["steps"], own["round"]
+        self._step_in_round, self._active_steps = own["step_in_round"], own["active_steps"]
         self._period, self._last_period = own["period"], own["last_period"]
         self._losses, self._losses_count = own["losses"], own["losses_count"]
         self._last_loss, self._first_loss = own["last_loss"], own["first_loss"]

@@ -80,11 +80,14 @@ class Outer:
     Args:
         spec: `OuterSGD` or `SlowMo`.
         anchors: for each of the inner optimizer's groups, the flat anchors of its parameters.
+
+    Attributes:
+        lrs: for `SlowMo` the learning rate of each of the inner optimizer's groups in the last round; 0 before the first.
     """
 
     def __init__(self, spec: OuterSGD | SlowMo, anchors: Sequence[Sequence[Any]]) -> None:
         self._spec = spec
-        self._lrs = [0.0] * len(anchors)  # of the last round
+        self.lrs = [0.0] * len(anchors)
         self._torch = any(is_torch(anchor) for each in anchors for anchor in each)
         hyper: dict[str, Any] = {"lr": spec.lr, "momentum": spec.momentum}
         if isinstance(spec, OuterSGD):
@@ -107,7 +110,7 @@ class Outer:
     def add(self, anchors: Sequence[Any]) -> None:
         """Add those of a new group."""
         self._optimizer.add_param_group(self._group(anchors))
-        self._lrs.append(0.0)
+        self.lrs.append(0.0)
 
     def step(self, differences: Sequence[Any], lrs: Sequence[float]) -> None:
         """Update the anchors.
@@ -131,12 +134,12 @@ class Outer:
         """Rescale the slow momentum to the new learning rates, as part of the step."""
         for i, (group, lr) in enumerate(zip(self._optimizer.param_groups, lrs, strict=True)):
             group["momentum"] = self._spec.momentum
-            if lr > 0 and self._lrs[i] > 0:
-                group["momentum"] *= lr / self._lrs[i]
+            if lr > 0 and self.lrs[i] > 0:
+                group["momentum"] *= lr / self.lrs[i]
             else:
                 for parameter in group["params"]:
                     self._optimizer.state[parameter].pop("momentum_buffer", None)
-            self._lrs[i] = lr
+            self.lrs[i] = lr
 
     def momenta(self) -> list[Any]:
         """Return the outer momentum of each anchor, zeros where there is none yet."""
@@ -150,9 +153,9 @@ class Outer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the outer momentum and the last learning rates."""
-        return {"optimizer": self._optimizer.state_dict(), "lrs": list(self._lrs)}
+        return {"optimizer": self._optimizer.state_dict(), "lrs": list(self.lrs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self._optimizer.load_state_dict(state["optimizer"])
-        self._lrs = list(state["lrs"])
+        self.lrs = list(state["lrs"])
