@@ -744,7 +744,7 @@ def an_error_of_one_rank_is_told_to_all(
                 else:
                     step(ours, data, 9)
             _mended(ours, data)
-            plain._forget_errors()  # as a failed step does
+            plain._clear_residuals()  # as a failed step does
             step(ours, data, number)
             step(theirs, plain, number)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -772,7 +772,7 @@ def errors_of_the_wire_are_fed_back(context: Context, kind: str) -> None:
     for p in params_of(optimizer):
         p.grad = torch.full_like(p, float("inf") if context.rank == 0 else 1.0)
     data.step()
-    assert all(error.isfinite().all() for error in data._errors)
+    assert all(residual.isfinite().all() for residual in data._residuals)
 
 
 @check(GLOO, cases=KINDS)
@@ -815,8 +815,8 @@ def data_parallel_resumes(context: Context, kind: str) -> None:
     for a, b in zip(params_of(resumed), params_of(unbroken), strict=True):
         assert same_bits(a, b)
     assert resumed._steps == 8
-    state["data_parallel"]["errors"] = state["data_parallel"]["errors"][1:]
-    with refused(context, ValueError, r"\['errors'\]: expected sizes", *params_of(resumed)):
+    state["data_parallel"]["residuals"] = state["data_parallel"]["residuals"][1:]
+    with refused(context, ValueError, r"\['residuals'\]: expected sizes", *params_of(resumed)):
         resumed.load_state_dict(state)
 
 

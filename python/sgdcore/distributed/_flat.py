@@ -20,6 +20,7 @@ from sgdcore._arrays import storage_dtype
 __all__ = [
     "address",
     "alike",
+    "compute_dtype",
     "copied",
     "copy_into",
     "divide_into",
@@ -57,6 +58,11 @@ def dtype_name(dtype: Any) -> str:
 def item_bytes(dtype: str) -> int:
     """Return the size of an element."""
     return ITEM_BYTES[dtype]
+
+
+def compute_dtype(dtype: str) -> str:
+    """Return the dtype in which the core computes with values of a dtype: float32 for 16-bit ones, else their own."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def address(array: Any) -> int:

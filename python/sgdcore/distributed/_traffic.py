@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sgdcore.distributed._flat import (
+    compute_dtype,
     copy_into,
     divide_into,
     dtype_name,
@@ -107,10 +108,10 @@ class Slice:
 
 
 def wire_name(dtype: str, wire: str | None = None) -> str:
-    """Return the dtype on the wire for arrays of a dtype: 16-bit ones are added up in float32 if nothing is asked for."""
+    """Return the dtype on the wire for arrays of a dtype: 16-bit ones are added up in float32 unless `wire` says so."""
     if wire is not None and item_bytes(wire) <= item_bytes(dtype):
         return wire
-    return "float64" if dtype == "float64" else "float32"
+    return compute_dtype(dtype)
 
 
 def plan_slices(
@@ -230,7 +231,7 @@ class Differences:
     Args:
         views: the arrays.
         anchors: their values when they were equal.
-        errors: what is left over, in float32 or float64.
+        residuals: what rounding left over, in the arrays' `compute_dtype`.
         ranks: how many there are.
         renew: the anchors are not needed any more once the mean is there, and become it.
     """
@@ -239,17 +240,17 @@ class Differences:
         self,
         views: Sequence[Any],
         anchors: Sequence[Any],
-        errors: Sequence[Any],
+        residuals: Sequence[Any],
         ranks: int,
         renew: bool,
     ) -> None:
-        self.views, self.anchors, self.errors = views, anchors, errors
+        self.views, self.anchors, self.residuals = views, anchors, residuals
         self.ranks, self.renew = ranks, renew
         self._memory: dict[str, Any] = {}
 
     def pack(self, part: Part, target: Any) -> None:
         subtract = operations(target).subtract
-        for view, anchor, error, place, difference in self._chunks(part, target):
+        for view, anchor, residual, place, difference in self._chunks(part, target):
             if view.dtype == difference.dtype:
                 subtract(view, anchor, out=difference)
             else:
@@ -257,9 +258,9 @@ class Differences:
                 difference -= anchor
             # Divided before the sum, which could leave float16's range.
             divide_into(difference, difference, self.ranks)
-            difference += error
+            difference += residual
             copy_into(place, difference)
-            subtract(difference, place, out=error)
+            subtract(difference, place, out=residual)
 
     def unpack(self, part: Part, source: Any, ranks: int) -> None:  # noqa: ARG002
         add = operations(source).add
@@ -274,9 +275,9 @@ class Differences:
                 copy_into(anchor, view)
 
     def _chunks(self, part: Part, wire: Any) -> Iterator[tuple[Any, ...]]:
-        """Return, chunk after chunk, a part's view, anchor, error and place on the wire, and memory to compute in."""
+        """Return, chunk after chunk, a part's view, anchor, residual and place on the wire, and memory to compute in."""
         index = part.index
-        name = dtype_name(self.errors[index].dtype)
+        name = dtype_name(self.residuals[index].dtype)
         if name not in self._memory:
             self._memory[name] = empty(wire, CHUNK, name)
         for start in range(part.start, part.stop, CHUNK):
@@ -285,7 +286,7 @@ class Differences:
             yield (
                 self.views[index][where],
                 self.anchors[index][where],
-                self.errors[index][where],
+                self.residuals[index][where],
                 wire[start - part.start :][:size],
                 self._memory[name][:size],
             )

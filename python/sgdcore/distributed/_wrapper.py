@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from sgdcore.distributed._flat import is_torch
+from sgdcore.distributed._flat import alike, compute_dtype, dtype_name, is_torch
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.optimizer import Optimizer
 
@@ -35,7 +35,7 @@ class Wrapper:
 
     _optimizer: Any
     _group: ProcessGroup
-    _errors: list[Any]
+    _residuals: list[Any]
 
     param_groups = _Inner()
     state = _Inner()
@@ -96,10 +96,17 @@ class Wrapper:
         if exc is None:
             self.finish()
 
-    def _forget_errors(self) -> None:
-        """Start anew with what rounding to the wire's dtype leaves over."""
-        for error in self._errors:
-            error[...] = 0
+    def _add_residuals(self, views: Sequence[Any]) -> None:
+        """Make residuals of zeros, what rounding to the wire's dtype left over, for the views that have none yet."""
+        for view in views[len(self._residuals) :]:
+            [residual] = alike([view], compute_dtype(dtype_name(view.dtype)))
+            residual[...] = 0
+            self._residuals.append(residual)
+
+    def _clear_residuals(self) -> None:
+        """Start anew with error feedback."""
+        for residual in self._residuals:
+            residual[...] = 0
 
     def _steps_in_backward(self) -> bool:
         """Return whether `sgdcore.torch.step_in_backward` holds for the optimizer."""

@@ -21,7 +21,6 @@ from sgdcore.distributed._agreement import (
 )
 from sgdcore.distributed._checks import check_count, check_wire
 from sgdcore.distributed._flat import (
-    alike,
     divide_into,
     dtype_name,
     element_strides,
@@ -76,8 +75,9 @@ class DataParallel(Wrapper):
         optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim.
         group: see `as_process_group`; by default all ranks.
         slice_bytes: the most bytes that travel in one operation.
-        wire_dtype: ``"bfloat16"`` or ``"float16"`` (or ``"float32"`` for float64): gradients travel rounded to this type; what
-            rounding leaves over is added to the next gradient (+1 word of memory per parameter).
+        wire_dtype: ``"bfloat16"`` or ``"float16"`` (or ``"float32"`` for float64): gradients travel rounded to this
+            type; what rounding leaves over, the residual, is added to the next gradient (error feedback; +1 word of
+            memory per parameter).
         overlap: average within the backward pass; False: in `step`.
 
     Attributes:
@@ -120,7 +120,7 @@ class DataParallel(Wrapper):
         self._weight = 1.0
         self._steps = 0
         self._hooks: list[Any] = []
-        self._errors: list[Any] = []
+        self._residuals: list[Any] = []
         self._syncing = True
         self._forget_means()
         self._set_up()
@@ -142,11 +142,7 @@ class DataParallel(Wrapper):
         self._slices = plan_slices(views.runs[::-1], sizes, self._wires, pace)
         self._staging: dict[int, Any] = {}
         if self._wire is not None:
-            for view in views.flats[len(self._errors) :]:
-                wide = "float64" if dtype_name(view.dtype) == "float64" else "float32"
-                error = alike([view], wide)[0]
-                error[...] = 0
-                self._errors.append(error)
+            self._add_residuals(views.flats)
         self._waiting_for: list[set[int]] = [
             {part.index for part in piece.parts} for piece in self._slices
         ]
@@ -419,17 +415,17 @@ class DataParallel(Wrapper):
             # Where no rank has one, nobody takes the sum: what is left over has to stay here.
             place[...] = 0
             return
-        error = self._errors[i][where]
+        residual = self._residuals[i][where]
         # Divided before the sum, which could leave float16's range.
         if weight != 0:
-            share = empty(error, len(error), dtype_name(error.dtype))
+            share = empty(residual, len(residual), dtype_name(residual.dtype))
             share[...] = flat(gradient, self._label(i))[where]
             assert self._scale is not None
             share *= weight / self._scale
-            error += share
-        place[...] = error
-        error -= place
-        finite(error)  # an overflow is not carried into the steps that follow it
+            residual += share
+        place[...] = residual
+        residual -= place
+        finite(residual)  # an overflow is not carried into the steps that follow it
 
     def _average(self, gradients: list[Any] | None, given: bool = False) -> int:
         """Send what is not on its way yet, and take the means; returns how many ranks are not idle.
@@ -652,9 +648,9 @@ class DataParallel(Wrapper):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state dict with one more key: the count of steps, and this rank's rounding errors."""
+        """Return the inner optimizer's state dict with one more key: the count of steps, and this rank's residuals."""
         state: dict[str, Any] = dict(self._optimizer.state_dict())
-        state[_KEY] = {"steps": self._steps, "errors": list(self._errors)}
+        state[_KEY] = {"steps": self._steps, "residuals": list(self._residuals)}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -665,14 +661,15 @@ class DataParallel(Wrapper):
         """
         state_dict = dict(state_dict)
         own = state_dict.pop(_KEY, None)
-        errors = [] if own is None else own["errors"]
-        if errors and self._errors and list(map(len, errors)) != list(map(len, self._errors)):
+        saved = [] if own is None else own["residuals"]
+        sizes, saved_sizes = ([len(each) for each in some] for some in (self._residuals, saved))
+        if saved and sizes and saved_sizes != sizes:
             raise ValueError(
-                f"state_dict['{_KEY}']['errors']: expected sizes {list(map(len, self._errors))}, got {list(map(len, errors))}"
+                f"state_dict['{_KEY}']['residuals']: expected sizes {sizes}, got {saved_sizes}"
             )
         self._optimizer.load_state_dict(state_dict)
-        for i, error in enumerate(self._errors):
-            error[...] = errors[i] if errors else 0
+        for i, residual in enumerate(self._residuals):
+            residual[...] = saved[i] if saved else 0
         if own is not None:
             self._steps = own["steps"]
 
@@ -686,7 +683,7 @@ class DataParallel(Wrapper):
         self._drain()
         self._begin()
         self._forget_means()
-        self._forget_errors()  # some are of this step's gradients
+        self._clear_residuals()  # some are of this step's gradients
         group = self._group
         return RoundError(
             f"the gradients of step {self._steps + 1} could not be averaged on rank {group.rank} of {group.size}; "

@@ -58,14 +58,14 @@ class LocalSGD(Wrapper):
         outer: `OuterSGD` or `SlowMo`; None for plain averaging.
         levels: (group, every) pairs, from the narrowest on: every so many steps within a round the ranks of that group
             average among themselves, plainly, as those of one machine can do often.
-        wire_dtype: ``"bfloat16"`` or ``"float16"`` (or ``"float32"`` for float64): parameters then travel as differences to
-            their values at the start of the round, rounded to this type; what rounding leaves over is added to the next
-            difference. Sums of such a type round as well.
+        wire_dtype: ``"bfloat16"`` or ``"float16"`` (or ``"float32"`` for float64): parameters then travel as
+            differences to their values at the start of the round, rounded to this type; what rounding leaves over, the
+            residual, is added to the next difference (error feedback). Sums of such a type round as well.
         transactional: keep what is needed to return to the end of the last round if one fails.
 
     Memory, in words per parameter, beside p, g and momentum: +1 for `transactional`, `outer` and `wire_dtype` together (the
     values at the start of the round), +1 for the momentum of `transactional`, +1 for that of `outer`, +1 for the
-    rounding's leftovers of `wire_dtype`.
+    residuals of `wire_dtype`.
 
     Raises:
         TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' layout; before
@@ -123,7 +123,7 @@ class LocalSGD(Wrapper):
         self._writing = False  # the last average got as far as overwriting them
         self._views = Views(optimizer)
         self._anchors: list[Any] = []
-        self._errors: list[Any] = []
+        self._residuals: list[Any] = []
         self._momentum = Momenta(optimizer, self._views)
         self._kept_momenta: list[Any] = []  # as they were at the end of the last round
         self._outer: Outer | None = None
@@ -156,10 +156,7 @@ class LocalSGD(Wrapper):
         if self._needs_anchor:
             self._anchors += alike(flats[len(self._anchors) :])
         if self._wire is not None:
-            for view in flats[len(self._errors) :]:
-                wide = "float64" if dtype_name(view.dtype) == "float64" else "float32"
-                self._errors += alike([view], wide)
-            self._forget_errors()
+            self._add_residuals(flats)
         if self._outer_spec is not None:
             groups: list[list[Any]] = [[] for _ in self._optimizer.param_groups]
             for anchor, i in zip(self._anchors, self._views.group_of, strict=True):
@@ -183,7 +180,7 @@ class LocalSGD(Wrapper):
             ]
         if self._wire is not None:
             codec = Differences(
-                views.flats, self._anchors, self._errors, self._group.size, self._renews_anchor
+                views.flats, self._anchors, self._residuals, self._group.size, self._renews_anchor
             )
             wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
             self._averager = Averager(views.flats, views.runs, codec, wires)
@@ -219,7 +216,7 @@ class LocalSGD(Wrapper):
         self._plain.broadcast(self._group, everyone.index(best))
         if best >= _INTACT:
             self._receive(everyone.index(best))
-        self._forget_errors()
+        self._clear_residuals()
         self._start_round()
         self._anchored = False
         self._broken = False
@@ -501,7 +498,7 @@ class LocalSGD(Wrapper):
                 momentum[...] = kept
             elif momentum is not None:
                 del self._optimizer.state[parameter]["momentum_buffer"]
-        self._forget_errors()
+        self._clear_residuals()
         self._steps -= self._step_in_round
         self._start_round()
 
@@ -599,7 +596,7 @@ class LocalSGD(Wrapper):
             "first_loss": self._first_loss,
             "anchors": list(self._anchors) if self._anchored else None,
             "momenta": list(self._kept_momenta) if self._anchored and self._transactional else None,
-            "errors": list(self._errors),
+            "residuals": list(self._residuals),
             "outer": None if self._outer is None else self._outer.state_dict(),
         }
         return state
@@ -620,7 +617,7 @@ class LocalSGD(Wrapper):
         self._broken = False
         self._start_round()
         self._anchored = False
-        self._forget_errors()
+        self._clear_residuals()
         if own is None:
             return
         self._steps, self._round = own["steps"], own["round"]
@@ -634,13 +631,16 @@ class LocalSGD(Wrapper):
             self._anchored = self._needs_anchor and complete
         if own["momenta"] is not None:
             self._keep_momenta(own["momenta"])
-        _copy(self._errors, own["errors"])
+        _copy(self._residuals, own["residuals"])
         if self._outer is not None:
             self._outer.load_state_dict(own["outer"])
 
     def _check_state(self, own: dict[str, Any]) -> None:
         sizes = [len(view) for view in self._views.flats]
-        for name, needed in (("anchors", self._needs_anchor), ("errors", self._wire is not None)):
+        for name, needed in (
+            ("anchors", self._needs_anchor),
+            ("residuals", self._wire is not None),
+        ):
             kept = own[name]
             if kept and needed and [len(each) for each in kept] != sizes:
                 raise ValueError(

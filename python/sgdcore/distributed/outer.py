@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgdcore.distributed._flat import dtype_name, is_torch
+from sgdcore.distributed._flat import compute_dtype, dtype_name, is_torch, item_bytes
 from sgdcore.distributed._views import momentum_of, set_zero_momentum
 from sgdcore.sgd import SGD
 
@@ -101,8 +101,8 @@ class Outer:
             self._optimizer = SGD(groups, **hyper)
 
     def _group(self, anchors: Sequence[Any]) -> dict[str, Any]:
-        wide = any(dtype_name(anchor.dtype) == "float64" for anchor in anchors)
-        dtype: Any = "float64" if wide else "float32"
+        dtypes = (compute_dtype(dtype_name(anchor.dtype)) for anchor in anchors)
+        dtype: Any = max(dtypes, key=item_bytes, default="float32")
         if self._torch:
             dtype = getattr(sys.modules["torch"], dtype)
         return {"params": list(anchors), "momentum_dtype": dtype}
