@@ -28,11 +28,12 @@ import numpy as np
 
 from sgdcore._arrays import Array
 from sgdcore.distributed._checks import check_count, integer
+from sgdcore.distributed._flat import item_bytes
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 
 __all__ = ["Link", "Plan", "Prediction", "measure", "plan"]
 
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_WIRE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 # What is averaged in a round, in words per parameter.
 _WORDS = {"keep": 1, "reset": 1, "average": 2}
 # 4 KiB to 16 MiB; closest together where the time goes.
@@ -259,11 +260,11 @@ class Plan:
         return max(1, math.ceil(efficiency * ratio / (1 if self.overlap else 1 - efficiency)))
 
     def _round_bytes(self, wire_dtype: str) -> float:
-        if wire_dtype not in _ITEM_BYTES:
+        if wire_dtype not in _WIRE_DTYPES:
             raise ValueError(
-                f"wire_dtype: expected one of {', '.join(_ITEM_BYTES)}, got {wire_dtype!r}"
+                f"wire_dtype: expected one of {', '.join(_WIRE_DTYPES)}, got {wire_dtype!r}"
             )
-        return self.parameters * _WORDS[self.momentum_sync] * _ITEM_BYTES[wire_dtype]
+        return self.parameters * _WORDS[self.momentum_sync] * item_bytes(wire_dtype)
 
     def _round_seconds(self, ranks: int, wire_dtype: str) -> float:
         return self.link.all_reduce(self._round_bytes(wire_dtype), ranks)
@@ -305,7 +306,7 @@ class Plan:
         figure.suptitle(str(self).partition("\n")[0], fontsize="medium")
         left, right = figure.subplots(1, 2)
         all_ranks = sorted({p.ranks for p in self.predictions})
-        styles = dict(zip(_ITEM_BYTES, ("-.", "-", "--", ":"), strict=True))
+        styles = dict(zip(_WIRE_DTYPES, ("-.", "-", "--", ":"), strict=True))
         for (ranks, wire_dtype), row in self._rows().items():
             look: dict[str, Any] = {
                 "color": f"C{all_ranks.index(ranks)}",
