@@ -1120,7 +1120,7 @@ def by_messages(context: Context) -> Iterator[list[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_send", counting)
-        patch.setattr(_traffic, "LEAST_MESSAGE_BYTES", 0)
+        patch.setattr(_traffic, "MESSAGES_LEAST_TOTAL_BYTES", 0)
         for name, limit in {"": 600, "BUCKET_": 200, "DIRECT_": 100}.items():
             patch.setattr(_traffic, f"MESSAGE_{name}BYTES", limit)
         yield sent
@@ -1137,7 +1137,7 @@ def averaging_by_messages(context: Context, kind: str) -> None:
         assert abs(sum(sent) - elements * 2 * (n - 1) / n) <= 2 * 2 * (n - 1) * 600 / 4
         sent.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(local_sgd, "machine", lambda: context.rank)
+            patch.setattr(local_sgd, "machine_fingerprint", lambda: context.rank)
             averaging(context, kind)
         assert not sent
 

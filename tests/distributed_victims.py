@@ -64,9 +64,9 @@ def survive(
     connect(store, f"{trial}-0", rank, ranks, options.pop("timeout", 10.0))
     how = options.pop("how", signal.SIGKILL)
     if options.pop("by_messages"):
-        _traffic.LEAST_MESSAGE_BYTES, _traffic.MESSAGE_BYTES = 0, 100_000
+        _traffic.MESSAGES_LEAST_TOTAL_BYTES, _traffic.MESSAGE_BYTES = 0, 100_000
     else:
-        _traffic.MOST_RANKS = 0
+        _traffic.MESSAGES_MOST_RANKS = 0
     optimizer, buffer = optimizer_for(rank)
     local = LocalSGD(optimizer, sync_every=2, **options)
     if rank == ranks - 1:

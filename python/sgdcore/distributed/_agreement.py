@@ -29,7 +29,7 @@ __all__ = [
     "check_fingerprints",
     "compare",
     "fingerprint",
-    "machine",
+    "machine_fingerprint",
     "share_settings",
     "take_settings",
 ]
@@ -94,7 +94,7 @@ def add_up(
 
 
 @cache
-def machine() -> int:
+def machine_fingerprint() -> int:
     """Return a fingerprint that processes have in common if they are on one machine, and in one container of it."""
     names = [platform.node()]
     with suppress(OSError):

@@ -20,6 +20,7 @@ from sgdcore._arrays import storage_dtype
 __all__ = [
     "address",
     "alike",
+    "array_namespace",
     "compute_dtype",
     "copied",
     "copy_into",
@@ -27,14 +28,13 @@ __all__ = [
     "dtype_name",
     "element_strides",
     "empty",
-    "finite",
     "flat",
     "is_torch",
     "item_bytes",
     "join",
     "numbers",
-    "operations",
     "runs",
+    "zero_nonfinite",
     "zeros_like",
 ]
 
@@ -137,7 +137,7 @@ def copied(array: Any) -> Any:
     return array.clone() if is_torch(array) else array.copy("K")
 
 
-def finite(array: Any) -> None:
+def zero_nonfinite(array: Any) -> None:
     """Set what is not finite to 0, in place."""
     if is_torch(array):
         array.nan_to_num_(0.0, 0.0, 0.0)
@@ -155,7 +155,7 @@ def numbers(like: Any, values: Sequence[float], dtype: str = "float64") -> Any:
     return array
 
 
-def operations(array: Any) -> Any:
+def array_namespace(array: Any) -> Any:
     """Return the module with ``add``, ``subtract``, ``multiply`` and ``divide`` for arrays of this kind."""
     return sys.modules["torch"] if is_torch(array) else np
 
@@ -171,10 +171,11 @@ def copy_into(target: Any, source: Any) -> None:
 def divide_into(target: Any, source: Any, divisor: float) -> None:
     """``target[...] = source / divisor``, where the source may be overwritten; rounds once to the target's dtype."""
     result = target if target.dtype == source.dtype else source
-    operation, number = operations(source).divide, divisor
+    namespace = array_namespace(source)
+    operation, number = namespace.divide, divisor
     if 1 <= divisor <= 1 << 14 and math.frexp(divisor)[0] == 0.5:
         # A power of two, small enough for float16: the same bits in less time.
-        operation, number = operations(source).multiply, 1 / divisor
+        operation, number = namespace.multiply, 1 / divisor
     operation(source, number if is_torch(source) else source.dtype.type(number), out=result)
     if result is not target:
         copy_into(target, result)

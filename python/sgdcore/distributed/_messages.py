@@ -1,10 +1,13 @@
-"""The mean over the ranks of one machine, by messages from rank to rank.
+"""The mean over the ranks of one machine: a direct reduce-scatter, then an all-gather, pipelined over slices.
+
+Direct: each rank owns some of the slices, about 1 / N of all bytes, and every other rank sends it their values in one
+message each, without a ring or a tree between. The owner adds them to its own and divides (the reduce-scatter), then
+sends the mean to all, who receive it where their own values were (the all-gather). Pipelined: while the mean of some
+slices is formed, others are on their way. N ranks send and receive as much as in a ring, 2 (N - 1) / N of all bytes
+each; all get the same bits, whatever the engine.
 
 Where no network is between the ranks, averaging is work for the processors, and an engine's all-reduce does more of it
-than has to be done: a sum goes round in many small steps, or through memory that is allocated anew each time. Here each
-rank owns some of the slices, about 1 / N of all bytes. It receives the others' values of those, adds them to its own,
-divides, and sends the mean to all, who receive it where their own values were. N ranks send and receive as much as in a
-ring, 2 (N - 1) / N of all bytes each; all get the same bits, whatever the engine.
+than has to be done: a sum goes round in many small steps, or through memory that is allocated anew each time.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sgdcore.distributed._flat import divide_into, dtype_name, empty, item_bytes, operations
+from sgdcore.distributed._flat import array_namespace, divide_into, dtype_name, empty, item_bytes
 from sgdcore.distributed.groups import Message, PeerGroup
 
 __all__ = ["MessageMean", "share"]
 
-# In a turn every rank forms the mean of one array. So many bytes of a rank's are under way at once, in at most so many turns.
-AHEAD_BYTES, MOST_AHEAD = 24 << 20, 6
-# Tags of our own, apart from the small ones that others use, and no larger than every MPI allows.
-FIRST_TAG, TAGS = 16_384, 8_192
+# In a turn every rank forms the mean of one array that it owns. So many bytes of these are under way at once, about.
+AHEAD_BYTES = 24 << 20
+# The most turns under way at once, however small their arrays are.
+MOST_AHEAD = 6
+# The first of our own tags, apart from the small ones that others use.
+FIRST_TAG = 16_384
+# How many there are, after which they come again: every MPI allows tags up to 32,767.
+TAGS = 8_192
 
 
 def share(sizes: Sequence[int], ranks: int) -> list[list[int]]:
@@ -110,7 +117,7 @@ class MessageMean:
         means: list[tuple[int, Message]] = []
         sent: list[Message] = []
         for turn in range(turns + self._ahead - 1):
-            # What is mine of this turn comes in, what is the others' goes out.
+            # This turn: what is mine comes in, what is the others' goes out.
             if turn < len(mine):
                 places = zip(self._received[turn], self._others, strict=True)
                 arriving.append([receive(a, mine[turn], rank, False) for a, rank in places])
@@ -120,14 +127,14 @@ class MessageMean:
                     for number in self._owned[rank][turn : turn + 1]:
                         load(number)
                         leaving[turn].append((number, rank, send(number, rank, False)))
-            # That of an earlier turn is there by now.
-            turn -= self._ahead - 1
-            if 0 <= turn < len(mine):
-                self._form_mean(turn, arriving[turn], load)
-                sent += [send(mine[turn], rank, True) for rank in self._others]
-                take(mine[turn])
-            if turn >= 0:
-                for number, rank, message in leaving[turn]:
+            # The turn that is due, an earlier one: what is mine is there by now.
+            due = turn - (self._ahead - 1)
+            if 0 <= due < len(mine):
+                self._form_mean(due, arriving[due], load)
+                sent += [send(mine[due], rank, True) for rank in self._others]
+                take(mine[due])
+            if due >= 0:
+                for number, rank, message in leaving[due]:
                     message.wait()  # the mean comes to where it lay
                     means.append((number, receive(self._arrays[number], number, rank, True)))
         for number, message in means:
@@ -142,9 +149,10 @@ class MessageMean:
         load(number)
         for message, received in zip(arriving, self._received[turn], strict=True):
             message.wait()
-            operations(mean).add(mean, received, out=mean)
+            array_namespace(mean).add(mean, received, out=mean)
         divide_into(mean, mean, self._ranks)
 
 
 def _tag(number: int, is_mean: bool) -> int:
+    """Return a message's tag. Where tags come again, messages are told apart by their order, the same on both sides."""
     return FIRST_TAG + (2 * number + is_mean) % TAGS

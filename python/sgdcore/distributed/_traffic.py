@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sgdcore.distributed._flat import (
+    array_namespace,
     compute_dtype,
     copy_into,
     divide_into,
@@ -22,14 +23,16 @@ from sgdcore.distributed._flat import (
     empty,
     item_bytes,
     join,
-    operations,
 )
 from sgdcore.distributed._messages import MessageMean
 from sgdcore.distributed.groups import MpiGroup, PeerGroup, ProcessGroup, Work
 
 __all__ = [
+    "SLICE_BYTES",
     "Averager",
     "Codec",
+    "Differences",
+    "Pace",
     "Part",
     "Plain",
     "Slice",
@@ -40,11 +43,18 @@ __all__ = [
     "wire_name",
 ]
 
+# The most bytes in a slice of gradients, unless the user says otherwise.
 SLICE_BYTES = 16 << 20
-# By messages (see _messages.py) travels what has at least so many bytes, between at most so many ranks.
-LEAST_MESSAGE_BYTES, MOST_RANKS = 8 << 20, 8
-# The sizes of messages: the most bytes in one, in one of copies, and the fewest of what is not copied.
-MESSAGE_BYTES, MESSAGE_BUCKET_BYTES, MESSAGE_DIRECT_BYTES = 8 << 20, 4 << 20, 512 << 10
+# Between ranks of one machine arrays travel by messages (see _messages.py) if together they have at least so many bytes.
+MESSAGES_LEAST_TOTAL_BYTES = 8 << 20
+# The most ranks between which they do.
+MESSAGES_MOST_RANKS = 8
+# The most bytes in a message.
+MESSAGE_BYTES = 8 << 20
+# The most bytes in a message that is a bucket of copies.
+MESSAGE_BUCKET_BYTES = 4 << 20
+# From this size on, what lies together is sent from where it is, not copied into a bucket.
+MESSAGE_DIRECT_BYTES = 512 << 10
 # Elements that are encoded at a time: what they pass through stays in the processor's cache.
 CHUNK = 1 << 16
 
@@ -249,7 +259,7 @@ class Differences:
         self._memory: dict[str, Any] = {}
 
     def pack(self, part: Part, target: Any) -> None:
-        subtract = operations(target).subtract
+        subtract = array_namespace(target).subtract
         for view, anchor, residual, place, difference in self._chunks(part, target):
             if view.dtype == difference.dtype:
                 subtract(view, anchor, out=difference)
@@ -263,7 +273,7 @@ class Differences:
             subtract(difference, place, out=residual)
 
     def unpack(self, part: Part, source: Any, ranks: int) -> None:  # noqa: ARG002
-        add = operations(source).add
+        add = array_namespace(source).add
         for view, anchor, _, place, total in self._chunks(part, source):
             if view.dtype == total.dtype:
                 add(anchor, place, out=view)
@@ -383,19 +393,19 @@ class Averager:
         if not cargo.copies and ranks > 1:
             divide_into(cargo.array, cargo.array, ranks)
 
-    def average(self, group: ProcessGroup, near: bool = False) -> None:
+    def average(self, group: ProcessGroup, same_machine: bool = False) -> None:
         """Replace each array by its mean over the group; one rank alone changes nothing.
 
         Args:
             group: the ranks.
-            near: they are all on one machine.
+            same_machine: they are all on one machine.
 
         Raises:
             Exception: the engine's, if a rank is gone; some of the arrays are then overwritten.
         """
         if group.size == 1:
             return
-        if near and isinstance(group, PeerGroup) and self._goes_by_messages(group):
+        if same_machine and isinstance(group, PeerGroup) and self._goes_by_messages(group):
             self._send_messages(group)
         else:
             self._exchange(group, group.all_reduce, group.size)
@@ -404,8 +414,8 @@ class Averager:
         """Return whether messages are sooner there than an all-reduce; the same on all ranks."""
         return (
             self._plain
-            and group.size <= MOST_RANKS
-            and self._bytes >= LEAST_MESSAGE_BYTES
+            and group.size <= MESSAGES_MOST_RANKS
+            and self._bytes >= MESSAGES_LEAST_TOTAL_BYTES
             and all(map(group.can_send, self._views))
         )
 

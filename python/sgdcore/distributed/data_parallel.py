@@ -25,11 +25,11 @@ from sgdcore.distributed._flat import (
     dtype_name,
     element_strides,
     empty,
-    finite,
     flat,
     is_torch,
     join,
     numbers,
+    zero_nonfinite,
     zeros_like,
 )
 from sgdcore.distributed._traffic import (
@@ -425,7 +425,7 @@ class DataParallel(Wrapper):
             residual += share
         place[...] = residual
         residual -= place
-        finite(residual)  # an overflow is not carried into the steps that follow it
+        zero_nonfinite(residual)  # an overflow is not carried into the steps that follow it
 
     def _average(self, gradients: list[Any] | None, given: bool = False) -> int:
         """Send what is not on its way yet, and take the means; returns how many ranks are not idle.

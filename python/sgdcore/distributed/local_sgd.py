@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sgdcore.distributed._agreement import add_up, check_fingerprints, compare, machine
+from sgdcore.distributed._agreement import add_up, check_fingerprints, compare, machine_fingerprint
 from sgdcore.distributed._checks import check_count, check_wire, integer
 from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
 from sgdcore.distributed._traffic import Averager, Differences, wire_name
@@ -384,7 +384,7 @@ class LocalSGD(Wrapper):
                 group,
                 self._views.flats[0],
                 sums=[self._active_steps],
-                per_rank=[self._views.fingerprint, machine()],
+                per_rank=[self._views.fingerprint, machine_fingerprint()],
             )
             check_fingerprints(fingerprints)
             if steps > 0:
@@ -406,16 +406,16 @@ class LocalSGD(Wrapper):
                     self._losses_count,
                     *(momentum is not None for momentum in momenta),
                 ],
-                per_rank=[self._views.fingerprint, self._steps, machine()],
+                per_rank=[self._views.fingerprint, self._steps, machine_fingerprint()],
             )
             check_fingerprints(fingerprints)
-            near = len(set(machines)) == 1
+            same_machine = len(set(machines)) == 1
             if training > 0:
                 self._writing = True
-                self._averager.average(self._group, near)
+                self._averager.average(self._group, same_machine)
                 averager = self._momentum.averager([each > 0 for each in has_momentum])
                 if averager is not None:
-                    averager.average(self._group, near)
+                    averager.average(self._group, same_machine)
         if training > 0:
             self._commit(int(max(steps)))
             if count > 0:
