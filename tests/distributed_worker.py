@@ -1,7 +1,7 @@
 """One rank of the distributed tests: python distributed_worker.py ENGINE RANK RANKS FOLDER.
 
-Runs the checks of distributed_checks.py in turn and writes what became of them to FOLDER/ENGINE-RANKS-RANK.json. It stops at the
-first that fails, since the other ranks are then waiting somewhere.
+Runs the checks of distributed_checks.py in turn and writes what became of them to FOLDER/ENGINE-RANKS-RANK.json. It
+stops at the first that fails, since the other ranks are then waiting somewhere.
 """
 
 from __future__ import annotations

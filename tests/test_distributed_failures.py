@@ -29,9 +29,8 @@ def spawn() -> Callable[..., list[dict[str, Any]]]:
     """Run a function in RANKS processes, of which the last is lost; returns the others' reports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([distributed_victims.__name__])
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # Python 3.11's fork server does not take over sys.path
+    with pytest.MonkeyPatch.context() as patch:
+        # Python 3.11's fork server does not take over sys.path.
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -99,7 +98,10 @@ def test_a_dead_peer_is_reported_soon_and_by_round(
     reports = spawn(survive, f"soon-{by_messages}", 0.1, options)
     assert time.perf_counter() - start < 25
     for rank, report in enumerate(reports):
-        expected = f"round {report['round']} of Local SGD failed on rank {rank} of {RANKS}; parameters and momentum are those of"
+        expected = (
+            f"round {report['round']} of Local SGD failed on rank {rank} of {RANKS}; "
+            "parameters and momentum are those of"
+        )
         assert report["error"].startswith(expected)
 
 

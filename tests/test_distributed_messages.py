@@ -1,4 +1,4 @@
-"""The mean by messages, between threads instead of processes, with messages that come as early or as late as they may."""
+"""The mean by messages, between threads instead of processes; messages come as early or as late as they may."""
 
 from __future__ import annotations
 

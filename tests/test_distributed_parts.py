@@ -574,7 +574,7 @@ def fake(initialised: bool) -> types.SimpleNamespace:
     [
         (
             False,
-            "no process group is initialised. With torch, start with torchrun and call .*; with MPI, start with mpiexec",
+            "no process group is initialised. With torch, start with torchrun .*; with MPI, start with mpiexec",
         ),
         (True, "both torch.distributed and MPI are initialised; say which with group="),
     ],

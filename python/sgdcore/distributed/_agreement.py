@@ -106,8 +106,8 @@ def check_fingerprints(everyone: Sequence[float]) -> None:
     """Raise a ValueError if ranks have laid out what they are about to average in different ways."""
     if min(everyone) != max(everyone):
         raise ValueError(
-            "parameters: expected the same layout in memory on all ranks, and the same ones frozen; since they were wrapped, "
-            "some ranks have changed that and others have not"
+            "parameters: expected the same layout in memory on all ranks, and the same ones frozen; since they were "
+            "wrapped, some ranks have changed that and others have not"
         )
 
 

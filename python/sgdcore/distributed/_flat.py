@@ -1,7 +1,7 @@
 """Arrays of either kind, NumPy's and torch's, as flat pieces of memory.
 
-Indexing, slicing, ``a[...] = b`` and the in-place operators mean the same for both, so that the rest of the package is written
-once; what differs is here. Every piece is a view: nothing is moved, nothing is rebound.
+Indexing, slicing, ``a[...] = b`` and the in-place operators mean the same for both, so that the rest of the package is
+written once; what differs is here. Every piece is a view: nothing is moved, nothing is rebound.
 """
 
 from __future__ import annotations

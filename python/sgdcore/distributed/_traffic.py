@@ -1,8 +1,8 @@
 """What goes over the wire: the parameters, or their gradients, cut into slices of megabytes.
 
-Small slices cost latency, tensor after tensor costs more than all bytes together. A slice covers part of a large array, or of
-arrays side by side in memory, and is then reduced where it is; small separate arrays are copied into a bucket together.
-The cutting depends on shapes and dtypes only, which all ranks have in common.
+Small slices cost latency, tensor after tensor costs more than all bytes together. A slice covers part of a large array,
+or of arrays side by side in memory, and is then reduced where it is; small separate arrays are copied into a bucket
+together. The cutting depends on shapes and dtypes only, which all ranks have in common.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 # The most bytes in a slice of gradients, unless the user says otherwise.
 SLICE_BYTES = 16 << 20
-# Between ranks of one machine arrays travel by messages (see _messages.py) if together they have at least so many bytes.
+# Between ranks of one machine arrays travel by messages (_messages.py) if together they have at least so many bytes.
 MESSAGES_LEAST_TOTAL_BYTES = 8 << 20
 # The most ranks between which they do.
 MESSAGES_MOST_RANKS = 8
@@ -235,8 +235,8 @@ class Plain:
 class Differences:
     """What was added to the arrays since they were equal on all ranks, rounded to a shorter dtype.
 
-    What the rounding leaves over is added to the next difference (error feedback). The engine's sums of such a dtype round,
-    too, which nothing feeds back.
+    What the rounding leaves over is added to the next difference (error feedback). The engine's sums of such a dtype
+    round, too, which nothing feeds back.
 
     Args:
         views: the arrays.
@@ -285,7 +285,7 @@ class Differences:
                 copy_into(anchor, view)
 
     def _chunks(self, part: Part, wire: Any) -> Iterator[tuple[Any, ...]]:
-        """Return, chunk after chunk, a part's view, anchor, residual and place on the wire, and memory to compute in."""
+        """Yield the chunks of a part: its view, anchor, residual and place on the wire, and memory to compute in."""
         index = part.index
         name = dtype_name(self.residuals[index].dtype)
         if name not in self._memory:

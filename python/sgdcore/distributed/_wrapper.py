@@ -161,8 +161,8 @@ def _torch_flavour(cls: type, base: type) -> Any:
     if issubclass(cls, base):
         return cls
     if cls not in _flavours:
-        # GradScaler would leave out `step` for an overflow on this rank alone, and the ranks would no longer agree on when
-        # a round ends; told that `step` knows about scaling, it always calls it.
+        # GradScaler would leave out `step` for an overflow on this rank alone, and the ranks would no longer agree on
+        # when a round ends; told that `step` knows about scaling, it always calls it.
         attributes = {"__module__": cls.__module__, "_step_supports_amp_scaling": True}
         _flavours[cls] = type(cls.__name__, (cls, base), attributes)
     return _flavours[cls]

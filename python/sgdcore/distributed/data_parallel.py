@@ -63,13 +63,13 @@ class DataParallel(Wrapper):
 
         g = (w_1 g_1 + ... + w_N g_N) / (w_1 + ... + w_N)
 
-    For torch parameters this happens within the backward pass: slices of the gradients are on their way as soon as they are
-    complete, and ``p.grad`` holds the mean when ``backward()`` returns, ready for clipping and GradScaler. For
+    For torch parameters this happens within the backward pass: slices of the gradients are on their way as soon as they
+    are complete, and ``p.grad`` holds the mean when ``backward()`` returns, ready for clipping and GradScaler. For
     arrays it happens in `step`, in place, or before it in `average_gradients`.
 
-    All ranks start with the parameters, state and hyperparameters of the first one. A parameter without a gradient on some
-    ranks counts as zero there, and gets the mean; one that has none on any rank is left alone, as an optimizer does: its
-    momentum does not decay. On one rank nothing is changed.
+    All ranks start with the parameters, state and hyperparameters of the first one. A parameter without a gradient on
+    some ranks counts as zero there, and gets the mean; one that has none on any rank is left alone, as an optimizer
+    does: its momentum does not decay. On one rank nothing is changed.
 
     Args:
         optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim.
@@ -82,14 +82,15 @@ class DataParallel(Wrapper):
 
     Attributes:
         weight: this rank's weight in the next mean, such as the number of examples in its batch; 1 unless set. Set it
-            before the backward pass. With 0 this rank's gradients count for nothing, whatever they hold; some rank's has
-            to be more.
+            before the backward pass. With 0 this rank's gradients count for nothing, whatever they hold; some rank's
+            has to be more.
 
     Raises:
         TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' layout; before
             anything is changed.
-        RoundError: on all ranks, also from ``backward()``, if gradients cannot be averaged. The parameters are then those of
-            the last step. Where the ranks are all there, they go on with the next one; see `rebind` for where not.
+        RoundError: on all ranks, also from ``backward()``, if gradients cannot be averaged. The parameters are then
+            those of the last step. Where the ranks are all there, they go on with the next one; see `rebind` for where
+            not.
 
     Example (with one process; start several by torchrun or mpiexec)::
 
@@ -363,7 +364,7 @@ class DataParallel(Wrapper):
         return array
 
     def _weighed(self, weight: float, wait: bool = False) -> bool:
-        """Return whether slices can be packed: for a wire dtype the sum of weights, which is asked for here, has to be there."""
+        """Return whether slices can be packed; a wire dtype needs the sum of weights first, which is asked for here."""
         if self._wire is None or self._scale is not None:
             return True
         if self._weighing is None:
@@ -431,8 +432,8 @@ class DataParallel(Wrapper):
         """Send what is not on its way yet, and take the means; returns how many ranks are not idle.
 
         Args:
-            gradients: the parameters' gradients, changed in place, replaced where there are none. None: this rank is idle,
-                or failed; it sends zeros with the weight 0.
+            gradients: the parameters' gradients, changed in place, replaced where there are none. None: this rank is
+                idle, or failed; it sends zeros with the weight 0.
             given: new gradients are not the parameters' own.
         """
         idle = gradients is None
@@ -456,7 +457,8 @@ class DataParallel(Wrapper):
             for i, (trained, count) in enumerate(zip(self._trained, present, strict=True)):
                 if count > 0 and not trained:
                     raise ValueError(
-                        f"{self._label(i)}: expected None where requires_grad is False, got one on some rank; it is not averaged"
+                        f"{self._label(i)}: expected None where requires_grad is False, got one on some rank; "
+                        "it is not averaged"
                     )
             for number, array, work in self._pending:
                 work.wait()
@@ -504,8 +506,9 @@ class DataParallel(Wrapper):
     def average_gradients(self) -> None:
         """Average the gradients now, on all ranks; the next step does not do it again.
 
-        For whoever looks at them before the step, to clip them for instance. Does nothing where the backward pass has done
-        it since the last step and `zero_grad`; a second call averages the means, which stay what they are up to rounding.
+        For whoever looks at them before the step, to clip them for instance. Does nothing where the backward pass has
+        done it since the last step and `zero_grad`; a second call averages the means, which stay what they are up to
+        rounding.
 
         Raises:
             TypeError, ValueError: if gradients of this rank do not fit the parameters; a RoundError on the others.
@@ -522,7 +525,7 @@ class DataParallel(Wrapper):
         self._averaged = self._averaged_in_backward = False
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Call the inner optimizer's; what was averaged is forgotten, so call it on all ranks, a skipped step included."""
+        """Call the inner optimizer's; means are forgotten, so call it on all ranks, after a skipped step as well."""
         self._forget_means()
         self._optimizer.zero_grad(*args, **kwargs)
 
@@ -535,7 +538,8 @@ class DataParallel(Wrapper):
 
         Args:
             closure: called first, to compute loss and gradients; its value is returned.
-            **kwargs: further arguments of the inner optimizer's step. The arrays of ``grads`` are overwritten by the means.
+            **kwargs: further arguments of the inner optimizer's step. The arrays of ``grads`` are overwritten by the
+                means.
 
         Raises:
             TypeError, ValueError: if gradients of this rank do not fit the parameters; a RoundError on the others.
@@ -589,9 +593,9 @@ class DataParallel(Wrapper):
     def finish(self) -> None:
         """End training: take part in the others' averages until all ranks are here, whatever their numbers of steps.
 
-        A rank that has no more data weighs nothing in the means. In the end all take the parameters, the
-        optimizer's state and its hyperparameters of the rank with the most steps. (What a scheduler counts by itself stays
-        each rank's own.)
+        A rank that has no more data weighs nothing in the means. In the end all take the parameters, the optimizer's
+        state and its hyperparameters of the rank with the most steps. (What a scheduler counts by itself stays each
+        rank's own.)
 
         Raises:
             RoundError: if an average failed. As long as others go on, call it again.
@@ -622,11 +626,12 @@ class DataParallel(Wrapper):
         self._join(self._steps + 1)
 
     def rebind(self, group: Any = None) -> None:
-        """Go on with other ranks: those that are left after a failure, and new ones that construct their DataParallel now.
+        """Go on with other ranks: those left after a failure, and new ones that construct their DataParallel now.
 
         All take the parameters and the momentum of the rank with the most steps.
 
-        Where a backward pass raised when part of its gradients had been sent, the ranks of the group so far hear of it first.
+        Where a backward pass raised when part of its gradients had been sent, the ranks of the group so far hear of it
+        first.
 
         Args:
             group: a process group of the ranks that go on, as in the constructor.

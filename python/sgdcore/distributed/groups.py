@@ -1,7 +1,8 @@
 """Process groups: one small protocol over the engines that move the bytes, torch.distributed and MPI.
 
-Nothing here opens a connection: torch.distributed is initialised by its user, MPI by mpiexec. Every operation works in place,
-on memory that the caller keeps; a NumPy array reaches torch.distributed, and a CPU tensor reaches MPI, as a view.
+Nothing here opens a connection: torch.distributed is initialised by its user, MPI by mpiexec. Every operation works in
+place, on memory that the caller keeps; a NumPy array reaches torch.distributed, and a CPU tensor reaches MPI, as a
+view.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Work(Protocol):
 class ProcessGroup(Protocol):
     """The ranks that train together, and what they can do with arrays.
 
-    An array is a contiguous NumPy array or torch tensor. All ranks call the same operations in the same order, with arrays
-    of the same size and dtype; each returns at once, with a handle to wait on.
+    An array is a contiguous NumPy array or torch tensor. All ranks call the same operations in the same order, with
+    arrays of the same size and dtype; each returns at once, with a handle to wait on.
 
     Attributes:
         rank: this process's number, from 0.
@@ -114,7 +115,7 @@ class PeerGroup(ProcessGroup, Protocol):
 
 
 class _Engine(ABC):
-    """What the engines have in common: they check their arguments alike, and then start an operation each in its way."""
+    """What the engines have in common: they check arguments alike, and then start an operation each in its way."""
 
     _rank: int
     _size: int
@@ -197,8 +198,8 @@ class TorchGroup(_Engine):
         group: what ``torch.distributed.new_group`` returned; None for all ranks.
 
     Raises:
-        RuntimeError: if torch.distributed is not initialised, or this process is not in the group; from operations, once
-            the group is destroyed, also where another one is the default group by then.
+        RuntimeError: if torch.distributed is not initialised, or this process is not in the group; from operations,
+            once the group is destroyed, also where another one is the default group by then.
     """
 
     # What gloo and NCCL both add up; gloo's sums of 16-bit types round after each addition.
@@ -303,8 +304,9 @@ class _TorchWork:
             return
         self._work.wait()
         self._work = None
-        # gloo's thread refers to the tensors for a moment longer. Were it the last to do so, it would need the interpreter
-        # to let go of them, and abort the process if that is on its way out (github.com/pytorch/pytorch/pull/179291).
+        # gloo's thread refers to the tensors for a moment longer. Were it the last to do so, it would need the
+        # interpreter to let go of them, and abort the process if that is on its way out
+        # (github.com/pytorch/pytorch/pull/179291).
         deadline = monotonic() + _LETTING_GO
         for tensor in self._tensors:
             while (
@@ -321,9 +323,8 @@ class _TorchMessage(_TorchWork):
 
     def abandon(self) -> None:
         if self._work is not None:
-            with suppress(
-                RuntimeError
-            ):  # gloo ends all connections then, and with them what is under way
+            # Where it raises, gloo ends all connections, and with them what is under way.
+            with suppress(RuntimeError):
                 self._work.wait(_LAST_CHANCE)
             self._work = None
 

@@ -43,15 +43,15 @@ class LocalSGD(Wrapper):
     rank; afterwards they are equal on all ranks in every bit. On one rank nothing is changed. Only parameters (and
     momentum, if asked for) are averaged: batch norm's running statistics stay each rank's own.
 
-    Stands in for the optimizer: ``param_groups``, ``state``, ``zero_grad`` and hooks are the inner one's, and around a torch
-    optimizer it is a ``torch.optim.Optimizer``. Give it to schedulers and to GradScaler, of which each rank has its own; a
-    step that GradScaler skips still counts as one of the round.
+    Stands in for the optimizer: ``param_groups``, ``state``, ``zero_grad`` and hooks are the inner one's, and around a
+    torch optimizer it is a ``torch.optim.Optimizer``. Give it to schedulers and to GradScaler, of which each rank has
+    its own; a step that GradScaler skips still counts as one of the round.
 
     Args:
         optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim.
         group: see `as_process_group`; by default all ranks.
-        sync_every: the steps H of a round, or a schedule: `PostLocal`, `Stagewise`, `AdaComm`, or any object with a method
-            ``period(progress)``.
+        sync_every: the steps H of a round, or a schedule: `PostLocal`, `Stagewise`, `AdaComm`, or any object with a
+            method ``period(progress)``.
         warmup_steps: the first steps, after each of which parameters are averaged (plainly, without `outer`).
         momentum_sync: what becomes of ``"momentum_buffer"`` at the end of a round: ``"keep"`` each rank's own,
             ``"average"`` them (twice the traffic), or ``"reset"`` them to zero.
@@ -63,8 +63,8 @@ class LocalSGD(Wrapper):
             residual, is added to the next difference (error feedback). Sums of such a type round as well.
         transactional: keep what is needed to return to the end of the last round if one fails.
 
-    Memory, in words per parameter, beside p, g and momentum: +1 for `transactional`, `outer` and `wire_dtype` together (the
-    values at the start of the round), +1 for the momentum of `transactional`, +1 for that of `outer`, +1 for the
+    Memory, in words per parameter, beside p, g and momentum: +1 for `transactional`, `outer` and `wire_dtype` together
+    (the values at the start of the round), +1 for the momentum of `transactional`, +1 for that of `outer`, +1 for the
     residuals of `wire_dtype`.
 
     Raises:
@@ -208,7 +208,8 @@ class LocalSGD(Wrapper):
         best = max(everyone)
         if best == _BROKEN:
             raise RuntimeError(
-                "rebind: every rank's parameters are left in the middle of a round; load a checkpoint on all ranks, then rebind"
+                "rebind: every rank's parameters are left in the middle of a round; load a checkpoint on all ranks, "
+                "then rebind"
             )
         if best >= _INTACT and min(everyone) == best and not self._transactional:
             self._average_all()  # nobody is behind
@@ -325,8 +326,8 @@ class LocalSGD(Wrapper):
     def _refuse_broken(self) -> None:
         if self._broken:
             raise RuntimeError(
-                "a round failed and left the parameters in the middle of it; load a checkpoint and rebind to the ranks that "
-                "are left (transactional=True would have kept the last round's)"
+                "a round failed and left the parameters in the middle of it; load a checkpoint and rebind to the ranks "
+                "that are left (transactional=True would have kept the last round's)"
             )
 
     def _until_next_average(self) -> int:
@@ -539,7 +540,8 @@ class LocalSGD(Wrapper):
         """
         if self._step_in_round > 0:
             raise RuntimeError(
-                f"add_param_group: expected the start of a round, got step {self._step_in_round} of it; call sync() first"
+                f"add_param_group: expected the start of a round, got step {self._step_in_round} of it; "
+                "call sync() first"
             )
         self._optimizer.add_param_group(param_group)
         self._views = Views(self._optimizer)
@@ -552,9 +554,9 @@ class LocalSGD(Wrapper):
     def rebind(self, group: Any = None, levels: Sequence[tuple[Any, int]] | None = None) -> None:
         """Go on with other ranks: those that are left after a failure, and new ones that construct their LocalSGD now.
 
-        With `transactional`, all ranks return to the end of the last round that any of them completed. Otherwise ranks whose
-        round failed get the parameters of one that is intact; if all are, they average their steps since. All parameters are then equal in every bit,
-        and a new round begins.
+        With `transactional`, all ranks return to the end of the last round that any of them completed. Otherwise ranks
+        whose round failed get the parameters of one that is intact; if all are, they average their steps since. All
+        parameters are then equal in every bit, and a new round begins.
 
         Args:
             group: a process group of the ranks that go on, as in the constructor.
@@ -651,7 +653,8 @@ class LocalSGD(Wrapper):
         lacks_anchor |= in_round and self._transactional and own["momenta"] is None
         if lacks_anchor or (self._outer is not None and own["outer"] is None):
             raise ValueError(
-                f"state_dict['{_KEY}']: it was saved with other options and lacks what outer, wire_dtype or transactional need"
+                f"state_dict['{_KEY}']: it was saved with other options and lacks what outer, wire_dtype or "
+                "transactional need"
             )
 
 

@@ -1,7 +1,7 @@
 """Outer optimizers: what becomes of the average of the ranks' parameters, seen as one large step.
 
-The parameters x at the start of a round are the anchor; the difference between it and the ranks' average after the round takes the place of a
-gradient. The step is computed by the core's own kernel.
+The parameters x at the start of a round are the anchor; the difference between it and the ranks' average after the
+round takes the place of a gradient. The step is computed by the core's own kernel.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class OuterSGD:
         u = g  in the first round,  momentum * u + g  afterwards
         x = x - lr * (g + momentum * u  if nesterov, else u)
 
-    With ``lr=1`` and ``momentum=0`` this is plain averaging. DiLoCo used ``lr=0.7, momentum=0.9, nesterov=True``, for inner
-    optimizers with adaptive steps; for SGD it lowered the training loss and the validation accuracy.
+    With ``lr=1`` and ``momentum=0`` this is plain averaging. DiLoCo used ``lr=0.7, momentum=0.9, nesterov=True``, for
+    inner optimizers with adaptive steps; for SGD it lowered the training loss and the validation accuracy.
 
-    Source: Douillard et al., "DiLoCo: distributed low-communication training of language models", 2023 (arXiv 2311.08105).
+    Source: Douillard et al., "DiLoCo: distributed low-communication training of language models", 2023 (arXiv
+    2311.08105).
     """
 
     lr: float
@@ -82,7 +83,8 @@ class Outer:
         anchors: for each of the inner optimizer's groups, the flat anchors of its parameters.
 
     Attributes:
-        lrs: for `SlowMo` the learning rate of each of the inner optimizer's groups in the last round; 0 before the first.
+        lrs: for `SlowMo` the learning rate of each of the inner optimizer's groups in the last round; 0 before the
+            first.
     """
 
     def __init__(self, spec: OuterSGD | SlowMo, anchors: Sequence[Sequence[Any]]) -> None:

@@ -39,8 +39,8 @@ _WORDS = {"keep": 1, "reset": 1, "average": 2}
 # 4 KiB to 16 MiB; closest together where the time goes.
 _SIZES = tuple(1 << power for power in (12, 14, 16, 18, 20, 21, 22, 23, 24))
 
-# Each time is that of a train of all-reduces, this many bytes or calls: what travels is slice after slice, and a link that
-# is throttled lets more through after a pause.
+# Each time is that of a train of all-reduces, this many bytes or calls: what travels is slice after slice, and a link
+# that is throttled lets more through after a pause.
 _TRAIN_BYTES, _TRAIN_CALLS = 8 << 20, 32
 
 
@@ -163,8 +163,8 @@ def _mean_over_ranks(group: ProcessGroup, buffer: Any, seconds: Array) -> list[f
 def _fit_line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the a >= 0 and b > 0 that minimise the sum of ``sqrt(x) |(a + b x) / y - 1|`` over the samples (x, y).
 
-    The large ones count for more, because most of a round's time is theirs. Such a line goes through two samples, or through one
-    and the origin, so that the best is found by trying all.
+    The large ones count for more, because most of a round's time is theirs. Such a line goes through two samples, or
+    through one and the origin, so that the best is found by trying all.
     """
     x, y = np.array(samples, float).T
     lines = [(0.0, y1 / x1) for x1, y1 in samples]
@@ -271,8 +271,9 @@ class Plan:
 
     def __str__(self) -> str:
         periods = list(dict.fromkeys(p.sync_every for p in self.predictions))
+        parameters, step = _engineering(self.parameters), _seconds(self.step_seconds)
         lines = [
-            f"{_engineering(self.parameters)} parameters, {_seconds(self.step_seconds)} a step without traffic; {self.link}",
+            f"{parameters} parameters, {step} a step without traffic; {self.link}",
             f"step time and efficiency when averaging every H steps{', overlapped' * self.overlap}:",
             f"{'N':>5}  {'wire':<8}" + "".join(f"{f'H={period}':>15}" for period in periods),
         ]

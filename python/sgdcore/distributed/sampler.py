@@ -144,8 +144,9 @@ class ShardSampler:
         """Return where the epoch stands: the same on every rank that is as far.
 
         Args:
-            position: indices of this rank's shard that have been trained on since the epoch began, or since the
-                state that was loaded within it. Default: those handed out. A DataLoader asks for batches ahead of their use, so count for it.
+            position: indices of this rank's shard that have been trained on since the epoch began, or since the state
+                that was loaded within it. Default: those handed out. A DataLoader asks for batches ahead of their use,
+                so count for it.
 
         Raises:
             TypeError, ValueError: `position` is not an integer from 0 to the number of indices in the shard.

@@ -1,7 +1,7 @@
 """When to average: schedules of the number of steps between two rounds.
 
-A schedule is any object with a method ``period(progress)``. All ranks ask it at the start of each round, and have to get the
-same answer.
+A schedule is any object with a method ``period(progress)``. All ranks ask it at the start of each round, and have to
+get the same answer.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Stagewise:
         >>> schedule.period(Progress(step=1200, round=1000, period=8, lr=0.1))
         8
 
-    Source: Shen et al., "STL-SGD: speeding up Local SGD with stagewise communication period", AAAI 2021 (arXiv 2006.06377).
+    Source: Shen et al., "STL-SGD: speeding up Local SGD with stagewise communication period", AAAI 2021 (arXiv
+    2006.06377).
     """
 
     stages: Mapping[int, int]
@@ -110,8 +111,8 @@ class AdaComm:
         initial: the period at first.
         interval: steps between two changes.
 
-    Source: Wang and Joshi, "Adaptive communication strategies to achieve the best error-runtime trade-off in local-update
-    SGD", MLSys 2019 (arXiv 1810.08313).
+    Source: Wang and Joshi, "Adaptive communication strategies to achieve the best error-runtime trade-off in
+    local-update SGD", MLSys 2019 (arXiv 1810.08313).
     """
 
     initial: int
