@@ -215,8 +215,8 @@ class Codec(Protocol):
     def pack(self, part: Part, target: Any) -> None:
         """Write a part into its place on the wire."""
 
-    def unpack(self, part: Part, source: Any, ranks: int) -> None:
-        """Take a part of the sum over all ranks back."""
+    def unpack(self, part: Part, source: Any, divisor: float) -> None:
+        """Take a part of what arrived back, divided: a sum by the number of ranks, anything else by 1."""
 
 
 class Plain:
@@ -228,8 +228,8 @@ class Plain:
     def pack(self, part: Part, target: Any) -> None:
         copy_into(target, self.views[part.index][part.start : part.stop])
 
-    def unpack(self, part: Part, source: Any, ranks: int) -> None:
-        divide_into(self.views[part.index][part.start : part.stop], source, ranks)
+    def unpack(self, part: Part, source: Any, divisor: float) -> None:
+        divide_into(self.views[part.index][part.start : part.stop], source, divisor)
 
 
 class Differences:
@@ -272,7 +272,7 @@ class Differences:
             copy_into(place, difference)
             subtract(difference, place, out=residual)
 
-    def unpack(self, part: Part, source: Any, ranks: int) -> None:  # noqa: ARG002
+    def unpack(self, part: Part, source: Any, divisor: float) -> None:  # noqa: ARG002 (pack divides)
         add = array_namespace(source).add
         for view, anchor, _, place, total in self._chunks(part, source):
             if view.dtype == total.dtype:
@@ -386,12 +386,12 @@ class Averager:
             self._codec.pack(part, place)
         return cargo.array
 
-    def _average(self, cargo: Cargo, ranks: int) -> None:
-        """Turn the sum, or with one rank the mean, into the mean where the parameters are."""
+    def _unload(self, cargo: Cargo, divisor: int) -> None:
+        """Bring what arrived to where the arrays are, divided: a sum by the number of ranks, anything else by 1."""
         for part, place in cargo.copies:
-            self._codec.unpack(part, place, ranks)
-        if not cargo.copies and ranks > 1:
-            divide_into(cargo.array, cargo.array, ranks)
+            self._codec.unpack(part, place, divisor)
+        if not cargo.copies and divisor > 1:
+            divide_into(cargo.array, cargo.array, divisor)
 
     def average(self, group: ProcessGroup, same_machine: bool = False) -> None:
         """Replace each array by its mean over the group; one rank alone changes nothing.
@@ -408,7 +408,7 @@ class Averager:
         if same_machine and isinstance(group, PeerGroup) and self._goes_by_messages(group):
             self._send_messages(group)
         else:
-            self._exchange(group, group.all_reduce, group.size)
+            self._exchange(group, group.all_reduce, divisor=group.size)
 
     def _goes_by_messages(self, group: PeerGroup) -> bool:
         """Return whether messages are sooner there than an all-reduce; the same on all ranks."""
@@ -427,21 +427,21 @@ class Averager:
         self._means[key].run(
             group,
             lambda number: self._load(cargos[number]),
-            lambda number: self._average(cargos[number], 1),
+            lambda number: self._unload(cargos[number], divisor=1),
         )
 
     def broadcast(self, group: ProcessGroup, source: int = 0) -> None:
         """Replace each array by that of the rank `source`."""
         if group.size > 1:
-            self._exchange(group, lambda array: group.broadcast(array, source), 1)
+            self._exchange(group, lambda array: group.broadcast(array, source), divisor=1)
 
-    def _exchange(self, group: ProcessGroup, start: Callable[[Any], Work], ranks: int) -> None:
+    def _exchange(self, group: ProcessGroup, start: Callable[[Any], Work], divisor: int) -> None:
         pace = self._pace(group)
         cargos = self._prepare(pace)
         exchange(
             len(cargos),
             lambda number: start(self._load(cargos[number])),
-            lambda number: self._average(cargos[number], ranks),
+            lambda number: self._unload(cargos[number], divisor),
             pace.in_flight,
         )
 

@@ -228,6 +228,10 @@ class DataParallel(Wrapper):
         self._weight = weight
 
     # Averaging
+    #
+    # A step's operations are the same on all ranks, whatever goes wrong on one: the sum of the weights, if there is a
+    # wire dtype; each slice's sum, in order; then a few numbers of each rank, among them whether it failed. So an error
+    # is kept by `_attempt`, zeros travel instead of what could not be had, and at the end `_average` raises on all.
 
     def _begin(self) -> None:
         """Start anew: nothing is on its way."""

@@ -23,9 +23,13 @@ __all__ = ["LocalSGD"]
 
 _KEY = "local_sgd"  # in state dicts
 
-# What a rank has to offer when ranks meet; from 2 on, the number of rounds behind it, plus 2.
-_BROKEN, _NEW, _INTACT = 0, 1, 2
-
+# What a rank says of itself when ranks meet: all take the parameters of the first one that says most.
+# Its parameters are left in the middle of a round.
+_BROKEN = 0
+# It has just been constructed.
+_NEW = 1
+# Its parameters are whole; it adds the number of rounds that it has completed.
+_INTACT = 2
 
 # They need the parameters as they were before the round's first step.
 _STEPS_IN_BACKWARD = "outer, wire_dtype and transactional cannot go with step_in_backward"
@@ -212,7 +216,8 @@ class LocalSGD(Wrapper):
                 "then rebind"
             )
         if best >= _INTACT and min(everyone) == best and not self._transactional:
-            self._average_all()  # nobody is behind
+            # Nobody is behind: no rank's steps since then have to be given up.
+            self._average_all()
         # Also where all took as many rounds: not necessarily with each other.
         self._plain.broadcast(self._group, everyone.index(best))
         if best >= _INTACT:
@@ -451,7 +456,9 @@ class LocalSGD(Wrapper):
             self._take_anchor()
 
     def _take_outer_step(self) -> None:
+        """Let the outer optimizer move the anchors, and the parameters, which hold the average, after them."""
         assert self._outer is not None
+        # The outer gradient, anchor - average, where the average was.
         for values, anchor in self._regions:
             values *= -1
             values += anchor
