@@ -397,6 +397,34 @@ def test_refusals(call: Any, error: type[Exception], match: str) -> None:
         call()
 
 
+WRAPPERS = pytest.mark.parametrize("wrapper", [LocalSGD, DataParallel])
+
+
+@WRAPPERS
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [("float16", "float32"), ("float32", "float32"), ("float64", "float64")]
+)
+def test_residuals_begin_as_zeros_of_the_compute_dtype(wrapper: Any, dtype: str, wide: str) -> None:
+    inner = sgdcore.SGD([np.zeros(3, dtype)], lr=0.1)
+    [residual] = wrapper(inner, Alone(), wire_dtype="float16")._residuals
+    assert (residual.dtype.name, residual.tolist()) == (wide, [0, 0, 0])
+
+
+@WRAPPERS
+def test_a_new_group_leaves_the_residuals_of_the_others(wrapper: Any) -> None:
+    optimizer = wrapper(sgd(), Alone(), wire_dtype="bfloat16")
+    optimizer._residuals[0][...] = 7
+    optimizer.add_param_group({"params": [np.zeros(2, np.float32)]})
+    assert [residual.tolist() for residual in optimizer._residuals] == [[7, 7, 7], [0, 0]]
+
+
+def test_outer_momentum_has_the_widest_dtype_of_its_group() -> None:
+    groups = [{"params": [np.zeros(2, d) for d in each]} for each in (["f4", "f8"], ["f2", "f4"])]
+    local = LocalSGD(sgdcore.SGD(groups, lr=0.1), Alone(), outer=SlowMo(0.5))
+    assert local._outer is not None
+    assert [m.dtype.name for m in local._outer.momenta()] == ["float64"] * 2 + ["float32"] * 2
+
+
 def test_integers_of_numpy_and_torch_are_integers() -> None:
     assert LocalSGD(sgd(), Alone(), sync_every=np.int64(4))._facts()["sync_every"] == "4"  # type: ignore[arg-type]
     sampler = ShardSampler(
