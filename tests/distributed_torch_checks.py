@@ -1,4 +1,4 @@
-"""What the distributed tests check with torch's tensors and optimizers, over gloo and MPI alike; see distributed_checks.py."""
+"""What the distributed tests check with torch's tensors, over gloo and MPI alike; see distributed_checks.py."""
 
 from __future__ import annotations
 
@@ -428,7 +428,7 @@ def states_can_be_exchanged(context: Context) -> None:
 
 @check(TORCH)
 def layouts_in_memory(context: Context) -> None:
-    """Parameters in one storage travel as one; channels_last and views stay where they are; moved ones are found again."""
+    """Parameters in one storage travel as one; channels_last and views stay in place; moved ones are found again."""
     module = network().to(memory_format=torch.channels_last)
     params = list(module.parameters())
     where = addresses_of(params)
@@ -577,7 +577,7 @@ def a_backward_pass_that_raises(context: Context, options: dict[str, Any]) -> No
             with refused(
                 context,
                 RoundError,
-                f"of step 1 could not be averaged .* rank {context.size - 1} failed with .* a backward pass that raised",
+                f"of step 1 could not be averaged .* rank {context.size - 1} failed with .* backward pass that raised",
                 *ours.parameters(),
             ):
                 call() if last else run(data, ours, fails=False)

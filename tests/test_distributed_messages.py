@@ -210,7 +210,8 @@ def test_after_a_failure_nothing_is_under_way(after: int) -> None:
     def work(rank: int) -> None:
         arrays = [np.ones(4, np.float32) for _ in range(4 * MOST_AHEAD)]
         mean = MessageMean(arrays, rank, ranks)
-        mean.run(groups[rank], fail if rank == 0 else lambda number: None, lambda number: None)  # type: ignore[arg-type]
+        load = fail if rank == 0 else lambda number: None
+        mean.run(groups[rank], load, lambda number: None)  # type: ignore[arg-type]
 
     errors = on_ranks(ranks, work)
     interrupted = after < 4 * MOST_AHEAD
