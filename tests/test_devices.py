@@ -493,6 +493,13 @@ def test_the_state_is_untouched_where_a_step_is_refused(device: Simulated) -> No
     assert device["launches"] == 0
 
 
+# What arrays on a device say of themselves; without a runtime nothing more is asked of them.
+ON_CUDA = [
+    type("OnCuda", (), {"__cuda_array_interface__": {}}),
+    type("OnCuda", (), {"__dlpack__": None, "__dlpack_device__": lambda _: (2, 0)}),
+]
+
+
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
 def test_without_the_module_the_reason_is_given(
     broken: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -512,6 +519,9 @@ def test_without_the_module_the_reason_is_given(
     assert words in info["cuda_reason"]
     with pytest.raises(RuntimeError, match=words):
         DeviceArray.zeros(3)
+    for kind in ON_CUDA:
+        with refused(ValueError, f"^data: an array on a CUDA device cannot be used: .*{words}"):
+            sgdcore.Parameter(kind())
     assert main(["info"]) == 0
     assert words in capsys.readouterr().out
 
@@ -524,5 +534,6 @@ def test_without_a_device_the_reason_is_given() -> None:
     with pytest.raises(RuntimeError, match=r".+") as caught:
         sgdcore.ParameterBuffer({"w": 3}, device="cuda")
     assert str(caught.value) == info["cuda_reason"]
-    with refused(ValueError, "an array on a CUDA device cannot be used: .+"):
-        sgdcore.Parameter(type("OnCuda", (), {"__cuda_array_interface__": {}})())
+    for kind in ON_CUDA:
+        with refused(ValueError, "^data: an array on a CUDA device cannot be used: .+"):
+            sgdcore.Parameter(kind())

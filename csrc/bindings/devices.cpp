@@ -61,10 +61,19 @@ cuda::CudaError after_stepping(std::span<const DevicePart> stepped, const cuda::
     return cuda::CudaError(text);
 }
 
+void load_runtime() {
+    try {
+        py::module_::import("sgdcore._devices").attr("load_runtime")();
+    } catch (const py::error_already_set& error) {  // which is no std::runtime_error, whatever Python's is
+        if (!error.matches(PyExc_RuntimeError)) throw;
+        throw std::runtime_error(py::cast<std::string>(py::str(error.value())));
+    }
+}
+
 }  // namespace
 
 cuda::Runtime& device_runtime() {
-    if (runtime == nullptr) py::module_::import("sgdcore._devices").attr("load_runtime")();
+    if (runtime == nullptr) load_runtime();
     if (runtime == nullptr) throw std::runtime_error("the CUDA runtime was not registered");
     if (!usable) {
         usable = runtime->device_count() > 0;
@@ -78,9 +87,6 @@ bool device_is_usable() {
     try {
         device_runtime();
     } catch (const std::runtime_error&) {
-        return false;
-    } catch (const py::error_already_set& error) {
-        if (!error.matches(PyExc_RuntimeError)) throw;
         return false;
     }
     return true;
