@@ -12,7 +12,7 @@ namespace sgdcore::cuda {
 /// Lives until the process ends. Works without a driver as far as `device_count`, which then says what is missing.
 Runtime& cuda_runtime();
 
-// Of the kernel, on the current device.
+// The kernels' starts, and how many blocks of a step's a multiprocessor holds; on the current device.
 cudaError_t start_kernel(std::int64_t blocks, const Launch& launch, cudaStream_t stream);
 cudaError_t start_exchange(std::int64_t blocks, const ExchangeArrays& arrays, cudaStream_t stream);
 cudaError_t kernel_occupancy(int* blocks);

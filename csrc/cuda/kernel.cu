@@ -1,4 +1,4 @@
-// The one kernel: kernel.hpp's body on the device, and its start.
+// The kernels, with the bodies that kernel.hpp has for host and device, and their starts.
 #include "kernel.hpp"
 
 #include "cudart.hpp"

@@ -1,7 +1,8 @@
 // Stochastic gradient descent: the update of one element, the only place where it is written.
 //
 // Every path (scalar tail, vector body, any instruction set, any dtype, host and device) inlines this function.
-// With RT(x) = x rounded to the compute type C, hyperparameters are rounded to C first and then
+// With RT(x) = x rounded to the compute type C: -lr, momentum, 1 - dampening and weight_decay are formed in float64 and
+// rounded to C, and then
 //
 //     g = -g                                              if maximize
 //     g = fma(weight_decay, p, g)                         if weight_decay != 0
@@ -41,7 +42,7 @@ struct SgdVariant {
     bool nesterov = false;
     bool weight_decay = false;
 
-    /// Variants are numbered densely so that they index a table; nesterov needs momentum.
+    /// The bound of `index`, for tables. Not every number below it is a variant's: nesterov needs momentum.
     static constexpr int count = 12;
     SGDCORE_HOST_DEVICE constexpr int index() const {
         return static_cast<int>(momentum) * 4 + (nesterov ? 2 : 0) + (weight_decay ? 1 : 0);
