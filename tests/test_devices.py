@@ -490,6 +490,16 @@ def test_the_state_is_untouched_where_a_step_is_refused(device: Simulated) -> No
     with pytest.raises(TypeError, match=r"param_groups\[1\]\['lr'\]: expected a number"):
         optimizer.step()
     assert_same_bits(cpu.data, before)
+    for bad, words in [
+        (on_device(np.float32([0.1, 0.2])), "a number, got "),
+        (Interface(on_device(np.float32([0])), np.int32([0])), "dtype float64, .* got dtype"),
+    ]:
+        for key in ("lr", "weight_decay"):
+            optimizer.param_groups[1] |= {"lr": 0.1, "weight_decay": 0.0, key: bad}
+            expected = rf"^param_groups\[1\]\['{key}'\]: expected {words}"
+            with pytest.raises(TypeError, match=expected):
+                optimizer.step()
+            assert_same_bits(cpu.data, before)
     assert device["launches"] == 0
 
 

@@ -714,7 +714,11 @@ for _key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximiz
     )
 for _key in ("nesterov", "maximize"):
     _sabotage_key(
-        _key, np.ones(2), ValueError, "truth value of an array .* is ambiguous", f"{_key} array"
+        _key,
+        np.ones(2),
+        TypeError,
+        rf"^param_groups\[1\]\['{_key}'\]: expected True or False, got array\(\[1\., 1\.\]\)$",
+        f"{_key} array",
     )
 for _value in ((), (numbers(0, (2,)),), [numbers(0, (2,))], ["w"], [None], None, "w"):
     _sabotage_key(

@@ -114,19 +114,19 @@ void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& pa
         parts[tensor.device].tensors.push_back(tensor);
         on_host = on_host || needs_numbers_on_host(tensor, scalars);
     }
-    std::vector<SgdHyper> numbers = hypers;
-    if (on_host) read_hypers(param_groups, numbers);  // waits for them
+    std::vector<SgdHyper> host_hypers = hypers;
+    if (on_host) read_hypers(param_groups, host_hypers, nullptr);  // waits for them
     bool cpu_left_out = false;
     for (auto& [device, part] : parts) {
         if (device == cpu_device) {
-            check(part.tensors, numbers);
+            check(part.tensors, host_hypers);
             if (!interface.scaling.is_none()) {
                 std::tie(cpu_left_out, options.grad_factor) =
                     py::cast<std::pair<bool, double>>(interface.scaling(device));
             }
             continue;
         }
-        cuda::check_for_device(part.tensors, numbers, options.zero_grad);
+        cuda::check_for_device(part.tensors, host_hypers, options.zero_grad);
         part.scalars = scalars_of(device, scalars);
         part.options.stream = pointer_of<void>(py::cast<std::uintptr_t>(interface.stream(device)));
         if (!interface.scaling.is_none()) {
@@ -146,13 +146,13 @@ void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& pa
     for (std::size_t i = 0; i < on_devices.size(); ++i) {
         const auto& [stepper, part] = on_devices[i];
         try {
-            stepper->step(part->tensors, numbers, part->scalars, options, part->options);
+            stepper->step(part->tensors, host_hypers, part->scalars, options, part->options);
         } catch (const cuda::CudaError& error) {
             throw after_stepping(std::span(on_devices).first(i), error);
         }
     }
     const auto cpu = parts.find(cpu_device);
-    if (cpu != parts.end() && !cpu_left_out) sgdcore::step(cpu->second.tensors, numbers, options);
+    if (cpu != parts.end() && !cpu_left_out) sgdcore::step(cpu->second.tensors, host_hypers, options);
 }
 
 }  // namespace sgdcore::bindings

@@ -10,14 +10,21 @@
 namespace sgdcore::bindings {
 namespace {
 
+constexpr const char* expected_number = "a number";
+
+/// "param_groups[1]['lr']"
+std::string hyper_text(PyObject* key, std::size_t index) {
+    return "param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) + "']";
+}
+
 /// An exception that is set becomes the TypeError's cause.
-[[noreturn]] void refuse_number(PyObject* value, PyObject* key, std::size_t index) {
+[[noreturn]] void refuse(const py::object& value, const char* expected, PyObject* key, std::size_t index) {
     const bool caused = PyErr_Occurred() != nullptr;
     if (caused && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();  // such as KeyboardInterrupt
     std::optional<py::error_already_set> cause;
     if (caused) cause.emplace();  // takes the exception, which would be in the way of repr
-    const std::string text = "param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) +
-                             "']: expected a number, got " + py::cast<std::string>(py::repr(value));
+    const std::string text =
+        hyper_text(key, index) + ": expected " + expected + ", got " + py::cast<std::string>(py::repr(value));
     if (!caused) throw py::type_error(text);
     py::raise_from(*cause, PyExc_TypeError, text.c_str());
     throw py::error_already_set();
@@ -25,37 +32,43 @@ namespace {
 
 /// True for arrays and tensors. A tensor that requires a gradient warns when it is converted in another way; NumPy's
 /// scalars are converted as they are, since their item() allocates memory.
-bool converts_by_item(PyObject* value) {
+bool converts_by_item(const py::object& value) {
     static PyObject* const tensor_mark = PyUnicode_InternFromString("requires_grad");
-    return py::isinstance<py::array>(value) || PyObject_HasAttr(value, tensor_mark) != 0;
+    return py::isinstance<py::array>(value) || PyObject_HasAttr(value.ptr(), tensor_mark) != 0;
 }
 
-/// A number: a float, whatever converts to one, or an array or tensor of one element.
-double number_of(PyObject* group, PyObject* key, std::size_t index) {
-    PyObject* value = group_item(group, key, index);
-    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    py::object scalar = py::reinterpret_borrow<py::object>(value);
-    if (!PyFloat_Check(value) && !PyLong_Check(value) && converts_by_item(value)) {
-        PyObject* item = PyObject_CallMethod(value, "item", nullptr);
-        if (item == nullptr) refuse_number(value, key, index);
-        scalar = py::reinterpret_steal<py::object>(item);
+/// group[key]: a float, whatever converts to one, or an array or tensor of one element. If there is a `place`, a number
+/// on a device stays there, and is NaN here.
+double number_of(PyObject* group, PyObject* key, std::size_t index, DeviceNumber* place = nullptr) {
+    PyObject* const item = group_item(group, key, index);
+    if (PyFloat_CheckExact(item)) return PyFloat_AS_DOUBLE(item);
+    const auto value = py::reinterpret_borrow<py::object>(item);  // what follows may run code that changes the group
+    if (place != nullptr && !PyLong_CheckExact(item) && is_on_device(value)) {
+        const std::string text = hyper_text(key, index);
+        const ArrayRef ref = read_array(value, text.c_str());
+        if (ref.size != 1) refuse(value, expected_number, key, index);
+        *place = {ref.data, ref.dtype, ref.device};
+        return std::numeric_limits<double>::quiet_NaN();
+    }
+    py::object scalar = value;
+    if (!PyFloat_Check(item) && !PyLong_Check(item) && converts_by_item(value)) {
+        PyObject* const converted = PyObject_CallMethod(item, "item", nullptr);
+        if (converted == nullptr) refuse(value, expected_number, key, index);
+        scalar = py::reinterpret_steal<py::object>(converted);
     }
     const double number = PyFloat_AsDouble(scalar.ptr());
-    if (number == -1 && PyErr_Occurred()) refuse_number(value, key, index);
+    if (number == -1 && PyErr_Occurred()) refuse(value, expected_number, key, index);
     return number;
 }
 
-/// The number if it is on the host, else NaN and where it is.
-double number_or_place_of(PyObject* group, PyObject* key, std::size_t index, DeviceNumber& place) {
-    PyObject* value = group_item(group, key, index);
-    if (PyFloat_CheckExact(value) || PyLong_CheckExact(value) || !is_on_device(value)) {
-        return number_of(group, key, index);
-    }
-    const ArrayRef ref = read_array(value, "hyperparameter");
-    if (ref.size != 1) refuse_number(value, key, index);
-    place = {ref.data, ref.dtype, ref.device};
-    return std::numeric_limits<double>::quiet_NaN();
+bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
+    const auto value = py::reinterpret_borrow<py::object>(group_item(group, key, index));
+    const int truth = PyObject_IsTrue(value.ptr());
+    if (truth < 0) refuse(value, "True or False", key, index);
+    return truth != 0;
 }
+
+}  // namespace
 
 PyObject* group_at(const py::list& param_groups, std::size_t index) {
     PyObject* group = PyList_GetItem(param_groups.ptr(), static_cast<Py_ssize_t>(index));
@@ -66,14 +79,6 @@ PyObject* group_at(const py::list& param_groups, std::size_t index) {
     }
     return group;
 }
-
-bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
-    const int truth = PyObject_IsTrue(group_item(group, key, index));
-    if (truth < 0) throw py::error_already_set();
-    return truth != 0;
-}
-
-}  // namespace
 
 const Keys& keys() {
     const auto intern = [](const char* text) { return PyUnicode_InternFromString(text); };
@@ -92,33 +97,27 @@ PyObject* group_item(PyObject* group, PyObject* key, std::size_t index) {
     return value;
 }
 
-void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers) {
+void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>* on_device) {
     const Keys& key = keys();
     hypers.clear();
+    if (on_device != nullptr) on_device->clear();
     for (std::size_t i = 0; i < param_groups.size(); ++i) {
-        PyObject* group = group_at(param_groups, i);
-        hypers.push_back({number_of(group, key.lr, i), number_of(group, key.momentum, i),
-                          number_of(group, key.dampening, i), number_of(group, key.weight_decay, i),
-                          flag_of(group, key.nesterov, i), flag_of(group, key.maximize, i)});
+        // Held, since a conversion may run code that changes the list.
+        const auto held = py::reinterpret_borrow<py::object>(group_at(param_groups, i));
+        PyObject* const group = held.ptr();
+        GroupScalars scalars;
+        hypers.push_back({.lr = number_of(group, key.lr, i, on_device == nullptr ? nullptr : &scalars.lr),
+                          .momentum = number_of(group, key.momentum, i),
+                          .dampening = number_of(group, key.dampening, i),
+                          .weight_decay = number_of(group, key.weight_decay, i,
+                                                    on_device == nullptr ? nullptr : &scalars.weight_decay),
+                          .nesterov = flag_of(group, key.nesterov, i),
+                          .maximize = flag_of(group, key.maximize, i)});
+        if (scalars.lr.address == nullptr && scalars.weight_decay.address == nullptr) continue;
+        on_device->resize(i + 1);
+        on_device->back() = scalars;
     }
-}
-
-void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>& scalars) {
-    const Keys& key = keys();
-    hypers.clear();
-    scalars.clear();
-    for (std::size_t i = 0; i < param_groups.size(); ++i) {
-        PyObject* group = group_at(param_groups, i);
-        GroupScalars on_device;
-        const double lr = number_or_place_of(group, key.lr, i, on_device.lr);
-        const double momentum = number_of(group, key.momentum, i), dampening = number_of(group, key.dampening, i);
-        const double weight_decay = number_or_place_of(group, key.weight_decay, i, on_device.weight_decay);
-        hypers.push_back(
-            {lr, momentum, dampening, weight_decay, flag_of(group, key.nesterov, i), flag_of(group, key.maximize, i)});
-        if (on_device.lr.address == nullptr && on_device.weight_decay.address == nullptr) continue;
-        scalars.resize(param_groups.size());
-        scalars[i] = on_device;
-    }
+    if (on_device != nullptr && !on_device->empty()) on_device->resize(hypers.size());
 }
 
 }  // namespace sgdcore::bindings

@@ -19,12 +19,11 @@ struct Keys {
 };
 const Keys& keys();
 
+/// param_groups[index], borrowed. Raises TypeError if it is no dict.
+PyObject* group_at(const py::list& param_groups, std::size_t index);
+
 /// group[key], borrowed. Raises KeyError that names the group by its index.
 PyObject* group_item(PyObject* group, PyObject* key, std::size_t index);
-
-/// Makes `hypers` the hyperparameters of the groups, in order. A number may be a float, whatever converts to one, or an
-/// array of one element. Raises TypeError or KeyError naming group and key.
-void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers);
 
 /// A number in a device's memory; `address` is null where there is none.
 struct DeviceNumber {
@@ -38,8 +37,11 @@ struct GroupScalars {
     DeviceNumber lr, weight_decay;
 };
 
-/// As above, but leaves numbers on devices there, NaN standing for them, and lists them in `scalars`: empty if there
-/// are none, else one entry per group.
-void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>& scalars);
+/// Makes `hypers` the hyperparameters of the groups, in order. A number may be a float, whatever converts to one, or an
+/// array of one element. Raises TypeError or KeyError naming group and key.
+///
+/// Numbers on devices are waited for if `on_device` is null. Else they stay there, NaN standing for them, and it lists
+/// them: empty if there are none, else one entry per group.
+void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>* on_device);
 
 }  // namespace sgdcore::bindings

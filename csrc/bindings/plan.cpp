@@ -103,12 +103,7 @@ bool Plan::matches(const py::list& param_groups) const {
     if (param_groups.size() != group_params_.size()) return false;
     std::size_t next = 0;
     for (std::size_t group = 0; group < group_params_.size(); ++group) {
-        PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(group));
-        if (!PyDict_Check(dict)) {
-            throw py::type_error("param_groups[" + std::to_string(group) + "]: expected a dict, got " +
-                                 py::cast<std::string>(py::repr(dict)));
-        }
-        PyObject* params = group_item(dict, keys().params, group);
+        PyObject* params = group_item(group_at(param_groups, group), keys().params, group);
         if (params != group_params_[group].ptr()) return false;
         const auto count = static_cast<std::size_t>(PyList_GET_SIZE(params));
         if (count > entries_.size() - next) return false;
@@ -152,7 +147,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
-    read_hypers(param_groups, hypers_, scalars_);
+    read_hypers(param_groups, hypers_, &scalars_);
     const bool given = !grads.is_none();
     if (given) read_given(grads);
     const Listed listed = list_tensors(given);

@@ -106,7 +106,7 @@ bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero
     if (unpinned_) memory.entries.clear();
     unpinned_ = false;
     const bool complete = std::exchange(memory.complete, false);
-    read_hypers(param_groups, memory.hypers, memory.scalars);
+    read_hypers(param_groups, memory.hypers, &memory.scalars);
     if (!PyDict_Check(state.ptr())) return false;
     memory.listing.start();
     // A step that was left to Python may have given parameters other momentum buffers.
@@ -279,7 +279,7 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     const py::list param_groups = list_of(groups);
     Memory memory;
     std::vector<std::uint8_t*> pending;
-    read_hypers(param_groups, memory.hypers, memory.scalars);
+    read_hypers(param_groups, memory.hypers, &memory.scalars);
     std::vector<std::int64_t> numbers[3];
     memory.listing.start();
     std::size_t position = 0;
