@@ -1,10 +1,9 @@
 // Storage types: how an element is read from memory into the type the rule computes in, and written back.
 //
-// Invariants. Reading is exact, except float64 read into float32, which never happens: the compute type is float64
-// as soon as one of the three operands is stored as float64. Writing rounds once, to nearest, ties to even.
-// Memory is only touched through `Unaligned`, so a pointer may have any alignment. All conversions are
-// written without branches and without arithmetic on subnormal numbers: loops over them vectorise, and a process
-// that runs with flush-to-zero set still converts exactly.
+// Invariants. Reading is exact, except float64 read into float32, which never happens (see computes_in_float64).
+// Writing rounds once, to nearest, ties to even. Memory is only touched through `Unaligned`, so a pointer may have any
+// alignment. All conversions are written without branches and without arithmetic on subnormal numbers: loops over them
+// vectorise, and a process that runs with flush-to-zero set still converts exactly.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +34,11 @@ constexpr const char* dtype_name(DType dtype) {
             return "bfloat16";
     }
     return "?";
+}
+
+/// True if a tensor's arithmetic is float64: one of its operands is stored as float64. Otherwise it is float32.
+SGDCORE_HOST_DEVICE constexpr bool computes_in_float64(DType param, DType grad, DType momentum, bool has_momentum) {
+    return param == DType::float64 || grad == DType::float64 || (has_momentum && momentum == DType::float64);
 }
 
 namespace storage {
@@ -130,9 +134,10 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE float round_to_odd(double value) {
 SGDCORE_HOST_DEVICE SGDCORE_INLINE BFloat16::Word BFloat16::encode(double value) { return encode(round_to_odd(value)); }
 SGDCORE_HOST_DEVICE SGDCORE_INLINE Float16::Word Float16::encode(double value) { return encode(round_to_odd(value)); }
 
-/// float64 if one of the operands is stored as float64, float32 otherwise.
-template <class... Storage>
-using ComputeType = std::conditional_t<((Storage::dtype == DType::float64) || ...), double, float>;
+template <class ParamStorage, class GradStorage, class MomentumStorage>
+using ComputeType =
+    std::conditional_t<computes_in_float64(ParamStorage::dtype, GradStorage::dtype, MomentumStorage::dtype, true),
+                       double, float>;
 
 template <class Storage, class Compute>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE Compute load(const std::byte* base, std::int64_t index) {

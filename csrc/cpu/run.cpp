@@ -110,8 +110,8 @@ void update_range(const KernelTable& kernels, const TensorRef& tensor, const Sgd
                   const StepOptions& options, std::int64_t begin, std::int64_t end) {
     // The kernels know neither strides nor scaled losses: such gradients reach them block by block, through a copy.
     const bool strided = !tensor.grad_axes.empty(), scaled = options.grad_factor != 1;
-    const bool in_float64 = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64 ||
-                            (hyper.momentum != 0 && tensor.momentum_dtype == DType::float64);
+    const bool in_float64 = scaled && computes_in_float64(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype,
+                                                          hyper.momentum != 0);
     const DType grad_dtype = !scaled ? tensor.grad_dtype : in_float64 ? DType::float64 : DType::float32;
     const Kernel kernel =
         kernels.find(tensor.param_dtype, grad_dtype, tensor.momentum_dtype, sgd_variant(hyper, tensor.first));

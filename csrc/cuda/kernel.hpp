@@ -153,6 +153,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_rule(int variant, const SgdCoeffici
     case index:                                                    \
         function(SgdRule<C, SgdVariant::at(index)>(coefficients)); \
         break;
+    static_assert(SgdVariant::count == 12);  // a variant missing below would update nothing
     switch (variant) {
         SGDCORE_VARIANT(0)
         SGDCORE_VARIANT(1)
@@ -170,7 +171,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_rule(int variant, const SgdCoeffici
 #undef SGDCORE_VARIANT
 }
 
-SGDCORE_HOST_DEVICE SGDCORE_INLINE Momentum momentum_of(int variant) { return static_cast<Momentum>(variant / 4); }
+SGDCORE_HOST_DEVICE SGDCORE_INLINE Momentum momentum_of(int variant) { return SgdVariant::at(variant).momentum; }
 
 template <class C>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE const SgdCoefficients<C>& coefficients_of(const Work& work) {
@@ -344,8 +345,8 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     work.param_dtype = tensor.param_dtype;
     work.grad_dtype = tensor.grad_dtype;
     work.momentum_dtype = tensor.momentum_dtype;
-    work.in_float64 = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64 ||
-                      (tensor.momentum != nullptr && tensor.momentum_dtype == DType::float64);
+    work.in_float64 =
+        computes_in_float64(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype, tensor.momentum != nullptr);
     // As torch's GradScaler undoes its scale: the reciprocal in float64, rounded to float32.
     work.factor = launch.grad_scale == nullptr
                       ? launch.grad_factor

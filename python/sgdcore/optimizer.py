@@ -1,6 +1,7 @@
 """The optimizer's bookkeeping, as in torch.optim: parameter groups, state, hooks, checkpoints.
 
-What differs between update rules is in the subclasses; what costs time per parameter is in the core.
+What costs time per parameter is in the core. Subclasses bring the hyperparameters and check them; the state of a
+parameter is a momentum buffer, as SGD's is.
 """
 
 from __future__ import annotations
