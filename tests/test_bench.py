@@ -510,7 +510,7 @@ def test_memory_streams_move_every_byte(size: int, momentum: bool, clear: bool, 
         np.random.default_rng(i).integers(1, 1 << 62, size).view(np.float64) for i in range(3)
     )
     old_p, old_g, old_b = p.copy(), g.copy(), b.copy()
-    check = _core.stream(p, g, b if momentum else None, clear)
+    check = _core.memory_pass(p, g, b if momentum else None, clear)
     as_int = np.int64
     if momentum:
         assert (p.view(as_int) == old_b.view(as_int)).all()

@@ -503,6 +503,38 @@ def test_the_state_is_untouched_where_a_step_is_refused(device: Simulated) -> No
     assert device["launches"] == 0
 
 
+def test_memory_pass_exchanges_and_refuses(device: Simulated) -> None:
+    values = {name: numbers(i, (64,)) for i, name in enumerate(("param", "grad", "momentum"))}
+    arrays = {name: on_device(value) for name, value in values.items()}
+    bits = {name: value.view(np.uint32) for name, value in values.items()}
+    _core.memory_pass_on_device(**arrays, stream=0)
+    expected = {**bits, "param": bits["momentum"] ^ bits["grad"], "momentum": bits["param"]}
+    for name, array in arrays.items():
+        assert (array.numpy().view(np.uint32) == expected[name]).all()
+
+    odd = on_device(numbers(0, (65,)))[1:]
+    for name, bad, error, words in [
+        ("param", values["param"], ValueError, "expected an array on a CUDA device, .* the CPU"),
+        ("grad", values["grad"], ValueError, "expected an array on CUDA device 0, .* on the CPU"),
+        ("grad", on_device(values["grad"], 1), ValueError, ".* got one on CUDA device 1"),
+        ("grad", arrays["grad"][1:], ValueError, r"expected shape \(64,\), .* got \(63,\)"),
+        ("momentum", on_device(np.zeros(64)), TypeError, "expected dtype float32, .* got float64"),
+        ("momentum", odd, ValueError, "expected an address .* multiple of 16, .* 4 bytes behind"),
+    ]:
+        with pytest.raises(error, match=f"^{name}: {words}"):
+            _core.memory_pass_on_device(**{**arrays, name: bad}, stream=0)
+    for name, bad, error, words in [
+        ("param", arrays["param"], ValueError, "expected an array on the CPU, .* CUDA device 0"),
+        ("grad", arrays["grad"], ValueError, "expected an array on the CPU, .* on CUDA device 0"),
+        ("grad", values["grad"][1:], ValueError, r"expected shape \(64,\), .* got \(63,\)"),
+        ("momentum", np.zeros(64), TypeError, "expected dtype float32, .* got float64"),
+    ]:
+        with refused(error, f"^{name}: {words}", None, *values.values()):
+            _core.memory_pass(**{**values, name: bad})
+    with pytest.raises(ValueError, match=r"^source: expected 256 bytes, as `to` has, got 16$"):
+        _core.copy_array(arrays["param"]._description, np.zeros(2), 0, 0)
+
+
 # What arrays on a device say of themselves; without a runtime nothing more is asked of them.
 ON_CUDA = [
     type("OnCuda", (), {"__cuda_array_interface__": {}}),

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, module) {
     register_parameter(module);
     register_plan(module);
     register_torch_plan(module);
+    register_benchmarks(module);
 }

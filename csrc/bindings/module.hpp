@@ -11,5 +11,6 @@ void register_buffer(pybind11::module_& module);
 void register_parameter(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
 void register_torch_plan(pybind11::module_& module);
+void register_benchmarks(pybind11::module_& module);
 
 }  // namespace sgdcore::bindings

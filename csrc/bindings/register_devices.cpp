@@ -51,7 +51,10 @@ class DeviceMemory {
 
 /// Copies between dense arrays of one dtype and memory order, at least one of them on the device, and waits.
 void copy_array(const py::array& to, const py::array& from, int device, std::uintptr_t stream) {
-    if (to.nbytes() != from.nbytes()) throw py::value_error("copy: arrays of different sizes");
+    if (to.nbytes() != from.nbytes()) {
+        throw py::value_error("source: expected " + std::to_string(to.nbytes()) + " bytes, as `to` has, got " +
+                              std::to_string(from.nbytes()));
+    }
     cuda::Runtime& runtime = device_runtime();
     const auto size = static_cast<std::size_t>(to.nbytes());
     void* const target = const_cast<void*>(to.data());
@@ -122,27 +125,6 @@ void register_devices(py::module_& module) {
            const py::object& owner) { return py::array(dtype, shape, pointer_of<const std::byte>(address), owner); },
         py::arg("address"), py::arg("dtype"), py::arg("shape"), py::arg("owner"));
     module.def("copy_array", &copy_array, py::arg("to"), py::arg("source"), py::arg("device"), py::arg("stream"));
-    // For the benchmarks: contiguous arrays of one size on one device, exchanged and read (see cuda/kernel.hpp).
-    module.def(
-        "exchange_on_device",
-        [](const py::object& param, const py::object& grad, const py::object& momentum, std::uintptr_t stream) {
-            const ArrayRef p = read_array(param, "param"), g = read_array(grad, "grad"),
-                           b = read_array(momentum, "momentum");
-            for (const ArrayRef* each : {&p, &g, &b}) {
-                require_updatable(*each, "exchange");
-                require_same_shape(*each, p, "exchange");
-                if (each->device < 0 || each->dtype != p.dtype ||
-                    reinterpret_cast<std::uintptr_t>(each->data) % cuda::vector_bytes != 0) {
-                    throw py::value_error("exchange: expected aligned arrays of one dtype on a device");
-                }
-                require_same_device(*each, p, "exchange");
-            }
-            cuda::Runtime& runtime = device_runtime();
-            const std::int64_t bytes = p.size * static_cast<std::int64_t>(item_size(p.dtype));
-            runtime.exchange(p.device, runtime.blocks_at_once(p.device),
-                             {p.data, b.data, g.data, bytes / cuda::vector_bytes}, pointer_of<void>(stream));
-        },
-        py::arg("param"), py::arg("grad"), py::arg("momentum"), py::arg("stream"));
     module.def(
         "fill_zero",
         [](const py::array& array, int device, std::uintptr_t stream) {

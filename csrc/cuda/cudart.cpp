@@ -164,9 +164,9 @@ class CudaRuntime final : public Runtime {
         require(start_kernel(blocks, launch, stream_of(stream)), "cudaLaunchKernel", device);
     }
 
-    void exchange(int device, std::int64_t blocks, const ExchangeArrays& arrays, Stream stream) override {
+    void memory_pass(int device, std::int64_t blocks, const MemoryPassArrays& arrays, Stream stream) override {
         const CurrentDevice current(device);
-        require(start_exchange(blocks, arrays, stream_of(stream)), "cudaLaunchKernel", device);
+        require(start_memory_pass(blocks, arrays, stream_of(stream)), "cudaLaunchKernel", device);
     }
 
     void synchronize(int device, Stream stream) override {

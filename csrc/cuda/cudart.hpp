@@ -14,7 +14,7 @@ Runtime& cuda_runtime();
 
 // The kernels' starts, and how many blocks of a step's a multiprocessor holds; on the current device.
 cudaError_t start_kernel(std::int64_t blocks, const Launch& launch, cudaStream_t stream);
-cudaError_t start_exchange(std::int64_t blocks, const ExchangeArrays& arrays, cudaStream_t stream);
+cudaError_t start_memory_pass(std::int64_t blocks, const MemoryPassArrays& arrays, cudaStream_t stream);
 cudaError_t kernel_occupancy(int* blocks);
 
 }  // namespace sgdcore::cuda

@@ -27,16 +27,16 @@ __global__ void __launch_bounds__(block_threads, resident_blocks) sgd_step(const
     run_block(launch, block, works);
 }
 
-__global__ void __launch_bounds__(block_threads, resident_blocks) exchange_arrays(const ExchangeArrays arrays) {
-    exchange(arrays, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x, std::int64_t{gridDim.x} * blockDim.x);
+__global__ void __launch_bounds__(block_threads, resident_blocks) memory_pass_kernel(const MemoryPassArrays arrays) {
+    memory_pass(arrays, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x, std::int64_t{gridDim.x} * blockDim.x);
 }
 
 }  // namespace
 
-cudaError_t start_exchange(std::int64_t blocks, const ExchangeArrays& arrays, cudaStream_t stream) {
-    ExchangeArrays argument = arrays;
+cudaError_t start_memory_pass(std::int64_t blocks, const MemoryPassArrays& arrays, cudaStream_t stream) {
+    MemoryPassArrays argument = arrays;
     void* arguments[] = {&argument};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(exchange_arrays), dim3(static_cast<unsigned>(blocks)),
+    return cudaLaunchKernel(reinterpret_cast<const void*>(memory_pass_kernel), dim3(static_cast<unsigned>(blocks)),
                             dim3(block_threads), arguments, 0, stream);
 }
 

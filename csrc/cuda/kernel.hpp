@@ -413,12 +413,12 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& b
     }
 }
 
-// The measure of a step: the same streams without its arithmetic
+// The yardstick of the benchmarks
 
-/// What one thread does of an exchange: parameter and momentum change places, with the gradient's bits flipped in one
-/// of them, so that it has to be read.
-SGDCORE_HOST_DEVICE SGDCORE_INLINE void exchange(const ExchangeArrays& arrays, std::int64_t thread,
-                                                 std::int64_t threads) {
+/// What one thread does of a step's memory traffic without its arithmetic: parameter and momentum change places, with
+/// the gradient's bits flipped in one of them, so that it has to be read.
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void memory_pass(const MemoryPassArrays& arrays, std::int64_t thread,
+                                                    std::int64_t threads) {
     constexpr int turn = 2;
     for (std::int64_t first = thread; first < arrays.quads; first += turn * threads) {
         Vector<storage::Float32, 4> p[turn], g[turn], b[turn];

@@ -56,7 +56,7 @@ class Runtime {
     virtual void launch(int device, std::int64_t blocks, const Launch& launch, Stream stream) = 0;
     virtual void synchronize(int device, Stream stream) = 0;
     /// For the benchmarks; see kernel.hpp.
-    virtual void exchange(int device, std::int64_t blocks, const ExchangeArrays& arrays, Stream stream) = 0;
+    virtual void memory_pass(int device, std::int64_t blocks, const MemoryPassArrays& arrays, Stream stream) = 0;
 };
 
 }  // namespace sgdcore::cuda

@@ -170,11 +170,11 @@ void SimulatedRuntime::synchronize(int device, Stream stream) {
     advance(stream, queues_[stream].operations.size());
 }
 
-void SimulatedRuntime::exchange(int, std::int64_t count, const ExchangeArrays& arrays, Stream stream) {
+void SimulatedRuntime::memory_pass(int, std::int64_t count, const MemoryPassArrays& arrays, Stream stream) {
     const std::lock_guard lock(mutex_);
     add(stream, [=] {
         const std::int64_t threads = count * block_threads;
-        for (std::int64_t thread = 0; thread < threads; ++thread) cuda::exchange(arrays, thread, threads);
+        for (std::int64_t thread = 0; thread < threads; ++thread) cuda::memory_pass(arrays, thread, threads);
     });
 }
 

@@ -44,7 +44,7 @@ class SimulatedRuntime final : public Runtime {
     void fill(int device, void* to, int byte, std::size_t size, Stream stream) override;
     void launch(int device, std::int64_t blocks, const Launch& launch, Stream stream) override;
     void synchronize(int device, Stream stream) override;
-    void exchange(int device, std::int64_t blocks, const ExchangeArrays& arrays, Stream stream) override;
+    void memory_pass(int device, std::int64_t blocks, const MemoryPassArrays& arrays, Stream stream) override;
 
     /// Does everything that any stream holds.
     void synchronize_all();

@@ -77,8 +77,8 @@ struct Launch {
     bool zero_grad;
 };
 
-/// The three arrays of a step with momentum, to be measured without its arithmetic, of `quads` vectors each.
-struct ExchangeArrays {
+/// The three arrays of a step with momentum, of `quads` vectors each, for the benchmarks.
+struct MemoryPassArrays {
     std::byte *param, *momentum;
     const std::byte* grad;
     std::int64_t quads;

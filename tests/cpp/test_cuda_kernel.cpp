@@ -87,7 +87,7 @@ TEST(cuda_kernel, unusual_hyperparameters) {
     }
 }
 
-TEST(cuda_kernel, streams_are_exchanged) {
+TEST(cuda_kernel, memory_pass_exchanges_parameter_and_momentum) {
     cuda::SimulatedRuntime& runtime = device();
     for (const std::int64_t quads : {0, 1, 255, 256, 257, 5000}) {
         Random random(9);
@@ -104,7 +104,7 @@ TEST(cuda_kernel, streams_are_exchanged) {
             std::ranges::copy(before[i], memory[i]);
         }
         const auto bytes = [](float* array) { return reinterpret_cast<std::byte*>(array); };
-        runtime.exchange(0, 3, {bytes(memory[0]), bytes(memory[1]), bytes(memory[2]), quads}, nullptr);
+        runtime.memory_pass(0, 3, {bytes(memory[0]), bytes(memory[1]), bytes(memory[2]), quads}, nullptr);
         for (std::size_t i = 0; i < before[0].size(); ++i) {
             const bool inside = i < static_cast<std::size_t>(4 * quads);
             const std::uint32_t p = bits(before[0][i]), b = bits(before[1][i]), g = bits(before[2][i]);

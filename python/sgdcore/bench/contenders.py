@@ -539,7 +539,7 @@ class Streams(Contender):
         arrays = {name: sgdcore.ParameterBuffer({name: (size,)}, case.dtype).data for name in names}
         for array in arrays.values():
             array[:] = 1
-        self.step = partial(_core.stream, **arrays, clear=case.clear)
+        self.step = partial(_core.memory_pass, **arrays, clear=case.clear)
 
     def load(self, index: int) -> None:
         pass

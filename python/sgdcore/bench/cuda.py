@@ -97,10 +97,10 @@ class _Set:
             return lambda: flat[0].copy_(flat[1])
         p, g, b = (each[: size // 4 * 4] for each in flat)
 
-        def exchange() -> None:
-            _core.exchange_on_device(p, g, b, _devices.current_stream(p, 0))
+        def memory_pass() -> None:
+            _core.memory_pass_on_device(p, g, b, _devices.current_stream(p, 0))
 
-        return exchange
+        return memory_pass
 
     def _cupy_step(self, hyper: dict[str, Any]) -> Callable[[], None]:
         import cupy
