@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../work.hpp"
+#include "extents.hpp"
 
 namespace sgdcore::bindings {
 
@@ -42,11 +43,6 @@ struct Argument {
     std::string text() const { return index < 0 ? name : name + ("[" + std::to_string(index) + "]"); }
 };
 
-/// The half-open range of addresses an array's elements lie in.
-struct Extent {
-    std::uintptr_t begin = 0, end = 0;
-};
-
 /// `object` as an ndarray over the same memory: an ndarray itself, or whatever exports the buffer protocol or DLPack.
 /// `argument` names it in the TypeError that anything else gets.
 py::array as_array(py::handle object, const Argument& argument);
@@ -75,6 +71,7 @@ void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axi
 /// Adds the next faster axis to those from index `start` on, merged with the last one where they form one run.
 void append_axis(std::vector<Axis>& axes, std::size_t start, Axis axis);
 
+/// Where the elements lie.
 Extent extent_of(const ArrayRef& ref);
 
 /// How an array's elements lie in memory: in runs of `run` bytes without a gap, at multiples of `period` bytes from the

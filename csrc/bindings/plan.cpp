@@ -7,16 +7,11 @@
 #include <stdexcept>
 #include <utility>
 
-#include "../step.hpp"
 #include "gil.hpp"
 #include "hypers.hpp"
 
 namespace sgdcore::bindings {
 namespace {
-
-bool overlap(const Extent& a, const Extent& b) {
-    return a.begin < b.end && b.begin < a.end && a.begin < a.end && b.begin < b.end;
-}
 
 /// True if `next` continues `tensor` in all three arrays, so that both are one run of memory with one rule.
 bool continues(const TensorRef& tensor, const TensorRef& next) {
@@ -203,7 +198,7 @@ void Plan::check_memory(const Listed& listed, bool given, bool zero_grad) {
     }
     const bool check_disjoint = zero_grad && !disjoint_grads_checked_;
     // Both let other threads run, which may rebind arrays that are in the list by now.
-    if (check_disjoint || releases_gil(listed)) hold_arrays();
+    if (check_disjoint || listed.on_device || releases_gil(listed.elements)) hold_arrays();
     if (check_disjoint) check_disjoint_grads(given);
     if (zero_grad) disjoint_grads_checked_ = !given;
 }
@@ -218,16 +213,11 @@ void Plan::check_grads_against_writes(bool given) {
     }
 }
 
-bool Plan::releases_gil(const Listed& listed) { return listed.elements >= gil_release_elements || listed.on_device; }
-
 void Plan::update(const py::list& param_groups, const Listed& listed, const StepOptions& options) {
     if (listed.on_device) {
         update_on_devices(param_groups, options);
-    } else if (releases_gil(listed)) {
-        py::gil_scoped_release release;
-        step(tensors_, hypers_, options);
     } else {
-        step(tensors_, hypers_, options);
+        step_on_cpu(tensors_, listed.elements, hypers_, options);
     }
 }
 
@@ -274,12 +264,9 @@ void Plan::collect_writes() {
         writes_.push_back({extent_of(data), i, Kind::data, data.array});
         if (!momentum.empty()) writes_.push_back({extent_of(momentum), i, Kind::momentum_buffer, momentum.array});
     }
-    std::erase_if(writes_, [](const Range& range) { return range.extent.begin == range.extent.end; });
-    std::sort(writes_.begin(), writes_.end(),
-              [](const Range& a, const Range& b) { return a.extent.begin < b.extent.begin; });
-    for (std::size_t i = 1; i < writes_.size(); ++i) {
-        if (overlap(writes_[i - 1].extent, writes_[i].extent)) refuse_overlap(writes_[i - 1], writes_[i]);
-    }
+    std::erase_if(writes_, [](const Range& range) { return range.begin == range.end; });
+    sort_by_address(writes_);
+    if (const auto first = find_overlap(writes_); first != writes_.end()) refuse_overlap(first[0], first[1]);
     for (Entry& entry : entries_) {
         entry.data_version = entry.parameter->data_version;
         entry.momentum_version = entry.slot->version;
@@ -288,11 +275,9 @@ void Plan::collect_writes() {
 }
 
 void Plan::check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const {
+    if (grad.size == 0) return;
     const Range range{extent_of(grad), entry, given ? Kind::given_grad : Kind::grad, grad.array};
-    // The writes are disjoint and sorted, so their ends are sorted too.
-    auto write = std::upper_bound(writes_.begin(), writes_.end(), range.extent.begin,
-                                  [](std::uintptr_t begin, const Range& w) { return begin < w.extent.end; });
-    for (; write != writes_.end() && overlap(write->extent, range.extent); ++write) refuse_overlap(*write, range);
+    if (const auto write = find_overlap(writes_, range); write != writes_.end()) refuse_overlap(*write, range);
 }
 
 void Plan::check_disjoint_grads(bool given) {
@@ -310,13 +295,12 @@ void Plan::check_disjoint_grads(bool given) {
         const Kind kind = given ? Kind::given_grad : Kind::grad;
         grad_ranges_.push_back({extent_of(*used_grads_[i]), i, kind, used_grads_[i]->array});
     }
-    std::sort(grad_ranges_.begin(), grad_ranges_.end(),
-              [](const Range& a, const Range& b) { return a.extent.begin < b.extent.begin; });
+    sort_by_address(grad_ranges_);
     for (auto first = grad_ranges_.begin(); first != grad_ranges_.end();) {
         // As many as hang together.
         auto last = first + 1;
-        for (std::uintptr_t end = first->extent.end; last != grad_ranges_.end() && last->extent.begin < end; ++last) {
-            end = std::max(end, last->extent.end);
+        for (std::uintptr_t end = first->end; last != grad_ranges_.end() && last->begin < end; ++last) {
+            end = std::max(end, last->end);
         }
         const std::span<const Range> ranges(first, last);
         if (ranges.size() > 1 && !are_interleaved(ranges)) check_pairs(ranges);
@@ -329,7 +313,7 @@ bool Plan::are_interleaved(std::span<const Range> ranges) {
     std::uintptr_t period = 0;
     for (const Range& range : ranges) {
         const Spacing spacing = spacing_of(py::reinterpret_borrow<py::array>(range.array));
-        runs_.push_back({range.extent.begin, range.extent.begin + spacing.run});
+        runs_.push_back({range.begin, range.begin + spacing.run});
         period = std::gcd(period, spacing.period);
     }
     if (period == 0) return false;
@@ -338,17 +322,14 @@ bool Plan::are_interleaved(std::span<const Range> ranges) {
         const std::uintptr_t before = run.begin / period * period;
         run = {run.begin - before, run.end - before};
     }
-    std::ranges::sort(runs_, {}, &Extent::begin);
-    for (std::size_t i = 1; i < runs_.size(); ++i) {
-        if (runs_[i].begin < runs_[i - 1].end) return false;
-    }
-    return runs_.back().end <= runs_.front().begin + period;
+    sort_by_address(runs_);
+    return find_overlap(runs_) == runs_.end() && runs_.back().end <= runs_.front().begin + period;
 }
 
 void Plan::check_pairs(std::span<const Range> ranges) const {
     const py::object shares_memory = py::module_::import("numpy").attr("shares_memory");
     for (std::size_t i = 0; i < ranges.size(); ++i) {
-        for (std::size_t j = i + 1; j < ranges.size() && overlap(ranges[i].extent, ranges[j].extent); ++j) {
+        for (std::size_t j = i + 1; j < ranges.size() && ranges[j].begin < ranges[i].end; ++j) {
             if (py::cast<bool>(shares_memory(ranges[i].array, ranges[j].array))) refuse_overlap(ranges[i], ranges[j]);
         }
     }

@@ -51,8 +51,7 @@ class Plan {
     };
     /// A range of memory, what it is, and the parameter it belongs to.
     enum class Kind { data, momentum_buffer, grad, given_grad };
-    struct Range {
-        Extent extent;
+    struct Range : Extent {
         std::size_t entry;
         Kind kind;
         py::handle array;  // used while it is held only
@@ -72,7 +71,6 @@ class Plan {
     /// Raises ValueError if what the step writes overlaps other memory of the list, as far as it was not checked yet.
     void check_memory(const Listed& listed, bool given, bool zero_grad);
     void check_grads_against_writes(bool given);
-    static bool releases_gil(const Listed& listed);
     void update(const py::list& param_groups, const Listed& listed, const StepOptions& options);
     void note_first_steps();
     void update_on_devices(const py::list& param_groups, const StepOptions& options);

@@ -229,34 +229,24 @@ bool TorchListing::writes_are_disjoint() {
         add(tensor.param, tensor.size, tensor.param_dtype);
         if (found_[i].has_momentum) add(tensor.momentum, tensor.size, tensor.momentum_dtype);
     }
-    return sort_disjoint(writes_);
-}
-
-/// Sorts by address; false if some ranges overlap.
-bool TorchListing::sort_disjoint(std::vector<Range>& ranges) {
-    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-    return std::adjacent_find(ranges.begin(), ranges.end(),
-                              [](const Range& a, const Range& b) { return b.begin < a.end; }) == ranges.end();
+    sort_by_address(writes_);
+    return find_overlap(writes_) == writes_.end();
 }
 
 bool TorchListing::apart_from_writes(const TensorRef& tensor) const {
-    if (tensor.size == 0) return true;
-    const Range range = grad_range(tensor);
-    // The writes are disjoint and sorted, so their ends are sorted too.
-    const auto write = std::upper_bound(writes_.begin(), writes_.end(), range.begin,
-                                        [](std::uintptr_t begin, const Range& w) { return begin < w.end; });
-    return write == writes_.end() || write->begin >= range.end;
+    return tensor.size == 0 || find_overlap(writes_, grad_extent(tensor)) == writes_.end();
 }
 
 bool TorchListing::grads_are_disjoint() {
     grads_.clear();
     for (const TensorRef& tensor : tensors_) {
-        if (tensor.size > 0) grads_.push_back(grad_range(tensor));
+        if (tensor.size > 0) grads_.push_back(grad_extent(tensor));
     }
-    return sort_disjoint(grads_);
+    sort_by_address(grads_);
+    return find_overlap(grads_) == grads_.end();
 }
 
-TorchListing::Range TorchListing::grad_range(const TensorRef& tensor) {
+Extent TorchListing::grad_extent(const TensorRef& tensor) {
     const auto item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
     std::int64_t reach = item;  // from the first element to behind the last
     for (const Axis& axis : tensor.grad_axes) reach += (axis.length - 1) * axis.stride;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../work.hpp"
+#include "extents.hpp"
 #include "torch_reader.hpp"
 
 namespace sgdcore::bindings {
@@ -60,9 +61,6 @@ class TorchListing {
         // Where torch keeps the shapes, beside the rest of what it knows of a tensor; only to be prefetched.
         const void *param_header, *grad_header;
     };
-    struct Range {
-        std::uintptr_t begin, end;
-    };
 
     bool matches(std::size_t index, const TorchViews& views) const;
     Answer update(std::size_t index, const TorchViews& views);
@@ -72,15 +70,14 @@ class TorchListing {
     bool writes_are_disjoint();
     bool apart_from_writes(const TensorRef& tensor) const;
     bool grads_are_disjoint();
-    static Range grad_range(const TensorRef& tensor);
-    static bool sort_disjoint(std::vector<Range>& ranges);
+    static Extent grad_extent(const TensorRef& tensor);
 
     std::vector<TensorRef> tensors_;
     std::vector<Found> found_;  // parallel to tensors_
     std::vector<std::int64_t> numbers_;
     std::vector<Axis> axes_;
-    std::vector<Range> writes_;  // parameters and momentum buffers, sorted by address
-    std::vector<Range> grads_;   // used while they are compared
+    std::vector<Extent> writes_;  // parameters and momentum buffers, sorted by address
+    std::vector<Extent> grads_;   // used while they are compared
     std::int64_t elements_ = 0;
     bool on_device_ = false;
     bool complete_ = false;        // the last pass came to its end

@@ -5,7 +5,6 @@
 #include <tuple>
 #include <utility>
 
-#include "../step.hpp"
 #include "gil.hpp"
 #include "hypers.hpp"
 
@@ -14,15 +13,22 @@ namespace {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-/// mapping[key] where the key's hash is known, borrowed; null if it is not there.
-PyObject* lookup(PyObject* mapping, PyObject* key, [[maybe_unused]] Py_hash_t hash) {
-#if PY_VERSION_HEX < 0x030E0000
-    PyObject* value = _PyDict_GetItem_KnownHash(mapping, key, hash);
-#else
+/// mapping[key], borrowed; null if it is not there.
+PyObject* lookup(PyObject* mapping, PyObject* key) {
     PyObject* value = PyDict_GetItemWithError(mapping, key);
-#endif
     if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
     return value;
+}
+
+/// The same where the key's hash is known.
+PyObject* lookup_hashed(PyObject* mapping, PyObject* key, [[maybe_unused]] Py_hash_t hash) {
+#if PY_VERSION_HEX < 0x030E0000
+    PyObject* value = _PyDict_GetItem_KnownHash(mapping, key, hash);
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+#else
+    return lookup(mapping, key);
+#endif
 }
 
 /// The groups as a list; torch takes whatever can be iterated more than once.
@@ -35,12 +41,6 @@ py::list list_of(const py::object& param_groups) {
     PyObject* list = PySequence_List(param_groups.ptr());
     if (list == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::list>(list);
-}
-
-PyObject* lookup(PyObject* mapping, PyObject* key) {
-    PyObject* value = PyDict_GetItemWithError(mapping, key);
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return value;
 }
 
 }  // namespace
@@ -84,7 +84,7 @@ class TorchPlan::Momenta {
         if (PyDict_Next(state_, &next, &next_key, &values) && next_key == parameter) {
             position_ = next;
         } else {
-            values = lookup(state_, parameter, hash);
+            values = lookup_hashed(state_, parameter, hash);
         }
         if (values == nullptr || !PyDict_Check(values)) return nullptr;
         PyObject* buffer;
@@ -266,11 +266,8 @@ void TorchPlan::update(const Memory& memory, const py::list& param_groups, const
         for (std::size_t i = 0; i < pending.size(); ++i) tensors[i].pending = pending[i];
         const DeviceInterface interface{.stream = reader_.current_stream(), .scaling = scaling};
         device_steps_.step(tensors, param_groups, memory.hypers, memory.scalars, options, interface);
-    } else if (memory.listing.elements() >= gil_release_elements) {
-        py::gil_scoped_release release;
-        step(memory.listing.tensors(), memory.hypers, options);
     } else {
-        step(memory.listing.tensors(), memory.hypers, options);
+        step_on_cpu(memory.listing.tensors(), memory.listing.elements(), memory.hypers, options);
     }
 }
 
