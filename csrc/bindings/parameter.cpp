@@ -20,6 +20,16 @@ void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argume
     }
 }
 
+/// Gives a buffer's gradient the values of an array of its shape, which for one on a device may also be on the CPU.
+void copy_to_buffer(const ArrayRef& ref, const ArrayRef& buffer_grad) {
+    if (buffer_grad.device != cpu_device) {
+        py::module_::import("sgdcore._devices").attr("assign")(buffer_grad.object(), ref.object());
+    } else {
+        require_same_device(ref, buffer_grad, "grad");
+        py::module_::import("numpy").attr("copyto")(buffer_grad.array, ref.array, py::arg("casting") = "unsafe");
+    }
+}
+
 }  // namespace
 
 Parameter::Parameter(const py::object& data, std::string name, py::object buffer, const py::object& buffer_grad)
@@ -61,17 +71,10 @@ void Parameter::set_grad(const py::object& array) {
     if (!grad_.empty() && array.is(grad_.object())) return;  // `w.grad += x` ends with this assignment
     ArrayRef ref = read_array(array, "grad");
     require_same_shape(ref, data_, "grad");
-    if (!buffer_grad_.empty() && data_.device != cpu_device) {
-        if (!array.is(buffer_grad_.object())) {
-            py::module_::import("sgdcore._devices").attr("assign")(buffer_grad_.object(), array);
-        }
-        ref = buffer_grad_;
-    }
-    require_same_device(ref, data_, "grad");
-    if (!buffer_grad_.empty() && data_.device == cpu_device) {
-        if (!array.is(buffer_grad_.array)) {
-            py::module_::import("numpy").attr("copyto")(buffer_grad_.array, ref.array, py::arg("casting") = "unsafe");
-        }
+    if (buffer_grad_.empty()) {
+        require_same_device(ref, data_, "grad");
+    } else {
+        if (!array.is(buffer_grad_.object())) copy_to_buffer(ref, buffer_grad_);
         ref = buffer_grad_;
     }
     axes_in_order_of(ref, data_, grad_axes_);
