@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <ranges>
 #include <string>
 
 #include "../step.hpp"
@@ -128,7 +129,12 @@ void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper>
     tensors_at_ = aligned(hypers.size() * sizeof(DeviceHyper));
     axes_at_ = tensors_at_ + count * sizeof(DeviceTensor);
     front_.resize(axes_at_ + axis_count * sizeof(Axis));
+    list_hypers(hypers, scalars);
+    list_tensors(tensors, hypers);
+    cut_chunks(tensors);
+}
 
+void Stepper::list_hypers(std::span<const SgdHyper> hypers, std::span<const DeviceScalars> scalars) {
     for (std::size_t i = 0; i < hypers.size(); ++i) {
         const SgdHyper& hyper = hypers[i];
         DeviceHyper entry{};
@@ -149,9 +155,11 @@ void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper>
         }
         std::memcpy(front_.data() + i * sizeof entry, &entry, sizeof entry);
     }
+}
 
-    bool same_sizes = sizes_.size() == count;
-    std::size_t position = 0, axis = 0;
+void Stepper::list_tensors(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers) {
+    std::byte* to = front_.data() + tensors_at_;
+    std::size_t axis = 0;
     for (const TensorRef& tensor : tensors) {
         if (tensor.size == 0) continue;
         const bool momentum = hypers[tensor.hyper].momentum != 0;
@@ -169,24 +177,24 @@ void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper>
         entry.grad_dtype = tensor.grad_dtype;
         entry.momentum_dtype = tensor.momentum_dtype;
         choose_path(entry);
-        std::memcpy(front_.data() + tensors_at_ + position * sizeof entry, &entry, sizeof entry);
+        std::memcpy(to, &entry, sizeof entry);
+        to += sizeof entry;
         std::copy(tensor.grad_axes.begin(), tensor.grad_axes.end(),
                   reinterpret_cast<Axis*>(front_.data() + axes_at_) + axis);
         axis += tensor.grad_axes.size();
-        same_sizes = same_sizes && sizes_[position] == tensor.size;
-        ++position;
     }
-    if (same_sizes) return;
+}
 
+void Stepper::cut_chunks(std::span<const TensorRef> tensors) {
+    auto filled = tensors | std::views::filter([](const TensorRef& tensor) { return tensor.size > 0; });
+    if (std::ranges::equal(filled, sizes_, {}, &TensorRef::size)) return;
     sizes_.clear();
     chunks_.clear();
-    std::uint32_t number = 0;
-    for (const TensorRef& tensor : tensors) {
-        if (tensor.size == 0) continue;
+    for (const TensorRef& tensor : filled) {
+        const auto number = static_cast<std::uint32_t>(sizes_.size());
         const std::int64_t pieces = (tensor.size - 1) / chunk_size + 1;
         for (std::int64_t i = 0; i < pieces; ++i) chunks_.push_back({number, static_cast<std::uint32_t>(i)});
         sizes_.push_back(tensor.size);
-        ++number;
     }
     ++chunks_version_;
 }

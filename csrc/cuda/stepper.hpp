@@ -56,8 +56,13 @@ class Stepper {
         bool kept = false;  // for a graph, or because it is not known whether the device still reads it
     };
 
+    /// Makes the tables those of a step.
     void list(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
               std::span<const DeviceScalars> scalars);
+    void list_hypers(std::span<const SgdHyper> hypers, std::span<const DeviceScalars> scalars);
+    void list_tensors(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers);
+    /// Makes the chunks anew if the sizes changed.
+    void cut_chunks(std::span<const TensorRef> tensors);
     Table& free_table(std::size_t size, bool any);
     void upload(Table& table, Stream stream);
 
