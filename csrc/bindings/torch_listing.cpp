@@ -84,7 +84,7 @@ bool TorchListing::matches(std::size_t index, const TorchViews& views) const {
     }
     const TorchView& m = read ? views.momentum : p;
     if (p.device != tensor.device || g.device != tensor.device || m.device != tensor.device) return false;
-    const std::int64_t *shape = numbers_.data() + found.numbers, *strides = shape + found.dimensions,
+    const std::int64_t *shape = layouts_.data() + found.layout, *strides = shape + found.dimensions,
                        *grad_strides = strides + found.dimensions;
     for (int axis = 0; axis < found.dimensions; ++axis) {
         if (p.shape[axis] != shape[axis] || g.shape[axis] != shape[axis] || m.shape[axis] != shape[axis] ||
@@ -154,9 +154,9 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
         }
     }
     found_.push_back(
-        {position, numbers_.size(), axes_.size(), p.dimensions, views.has_momentum, may_be_negated, p.shape, g.shape});
-    for (const std::int64_t* numbers : {p.shape, p.strides, g.strides}) {
-        numbers_.insert(numbers_.end(), numbers, numbers + p.dimensions);
+        {position, layouts_.size(), axes_.size(), p.dimensions, views.has_momentum, may_be_negated, p.shape, g.shape});
+    for (const std::int64_t* part : {p.shape, p.strides, g.strides}) {
+        layouts_.insert(layouts_.end(), part, part + p.dimensions);
     }
     tensors_.push_back(tensor);
     elements_ += tensor.size;
@@ -182,7 +182,7 @@ void TorchListing::prefetch() const {
 void TorchListing::truncate(std::size_t count) {
     if (count == tensors_.size()) return;
     for (std::size_t i = count; i < tensors_.size(); ++i) elements_ -= tensors_[i].size;
-    numbers_.resize(found_[count].numbers);
+    layouts_.resize(found_[count].layout);
     axes_.resize(count == 0 ? 0 : found_[count - 1].axes);
     tensors_.resize(count);
     found_.resize(count);

@@ -53,8 +53,8 @@ class TorchListing {
     /// How a tensor of the work list was found.
     struct Found {
         std::size_t position;
-        std::size_t numbers;  // in numbers_: the shape, the parameter's strides, the gradient's strides
-        std::size_t axes;     // in axes_: the end of its axes
+        std::size_t layout;  // in layouts_: the shape, the parameter's strides, the gradient's strides
+        std::size_t axes;    // in axes_: the end of its axes
         int dimensions;
         bool has_momentum;
         bool may_be_negated;  // the gradient has to be asked each time
@@ -74,7 +74,7 @@ class TorchListing {
 
     std::vector<TensorRef> tensors_;
     std::vector<Found> found_;  // parallel to tensors_
-    std::vector<std::int64_t> numbers_;
+    std::vector<std::int64_t> layouts_;
     std::vector<Axis> axes_;
     std::vector<Extent> writes_;  // parameters and momentum buffers, sorted by address
     std::vector<Extent> grads_;   // used while they are compared

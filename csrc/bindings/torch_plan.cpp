@@ -140,11 +140,11 @@ bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::obj
                      bool momenta_are_known, std::size_t& position) {
     static PyObject* const differentiable_key = interned("differentiable");
     using Answer = TorchListing::Answer;
-    std::vector<std::int64_t> numbers[3];
+    std::vector<std::int64_t> layouts[3];
     TorchViews views;
     Momenta momenta(state.ptr());
     for (std::size_t index = 0; index < memory.hypers.size(); ++index) {
-        // Pins and numbers run Python code, after which the lists may be other ones.
+        // Pins and hyperparameters run Python code, after which the lists may be other ones.
         if (static_cast<Py_ssize_t>(index) >= PyList_GET_SIZE(param_groups.ptr())) return false;
         const auto group =
             py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(index)));
@@ -172,12 +172,12 @@ bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::obj
             const auto read_momentum = [&] {
                 PyObject* const momentum = momentum_of(memory, position, momenta);
                 views.momentum_is_read = true;
-                return momentum != nullptr && reader_.view(momentum, views.momentum, numbers[2]);
+                return momentum != nullptr && reader_.view(momentum, views.momentum, layouts[2]);
             };
             views.momentum_is_read = false;
             if (views.has_momentum && !(momenta_are_known && memory.entries[position].momentum) && !read_momentum())
                 return false;
-            if (!reader_.view(parameter, views.param, numbers[0]) || !reader_.view(grad, views.grad, numbers[1])) {
+            if (!reader_.view(parameter, views.param, layouts[0]) || !reader_.view(grad, views.grad, layouts[1])) {
                 return false;
             }
             // Where a negation leaves no gaps it cannot be told from the strides (see TorchListing::append).
@@ -277,7 +277,7 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     Memory memory;
     std::vector<std::uint8_t*> pending;
     read_hypers(param_groups, memory.hypers, &memory.scalars);
-    std::vector<std::int64_t> numbers[3];
+    std::vector<std::int64_t> layouts[3];
     memory.listing.start();
     std::size_t position = 0;
     for (const py::handle item : items) {
@@ -286,9 +286,9 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
         pending.push_back(pointer_of<std::uint8_t>(flags));
         TorchViews views;
         views.has_momentum = views.momentum_is_read = !momentum.is_none();
-        if (!reader_.view(parameter.ptr(), views.param, numbers[0]) ||
-            !reader_.view(grad.ptr(), views.grad, numbers[1]) ||
-            (views.has_momentum && !reader_.view(momentum.ptr(), views.momentum, numbers[2])) ||
+        if (!reader_.view(parameter.ptr(), views.param, layouts[0]) ||
+            !reader_.view(grad.ptr(), views.grad, layouts[1]) ||
+            (views.has_momentum && !reader_.view(momentum.ptr(), views.momentum, layouts[2])) ||
             memory.listing.add(reader_, position++, grad.ptr(), views, group, first) != TorchListing::Answer::listed) {
             return false;
         }
@@ -300,9 +300,9 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
 
 bool TorchPlan::is_dense(const py::object& tensor) {
     TorchView view;
-    std::vector<std::int64_t> numbers;
+    std::vector<std::int64_t> layout;
     int order[max_dimensions];
-    return reader_.view(tensor.ptr(), view, numbers) && (size_of(view) == 0 || memory_order(view, order));
+    return reader_.view(tensor.ptr(), view, layout) && (size_of(view) == 0 || memory_order(view, order));
 }
 
 void TorchPlan::unpin() {

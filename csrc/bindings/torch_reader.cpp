@@ -33,8 +33,8 @@ TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interf
     requires_grad_getter_ = getter_of(interface_.requires_grad_descriptor);
 }
 
-bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const {
-    if (exchange_ == nullptr) return described(tensor, view, numbers);
+bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
+    if (exchange_ == nullptr) return described(tensor, view, layout);
     DLTensor dl;
     if (exchange_->dltensor_from_py_object_no_sync(tensor, &dl) != 0) {
         // Sparse, conjugated or such: not an error, only not for this path.
@@ -58,7 +58,7 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
     return dtype.has_value();
 }
 
-bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const {
+bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
     const py::object description = interface_.describe(py::handle(tensor));
     if (description.is_none()) return false;
     const auto [address, shape, strides, dtype, device] =
@@ -72,10 +72,10 @@ bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::
     view.data = reinterpret_cast<std::byte*>(address);
     view.dtype = static_cast<DType>(index);
     view.dimensions = static_cast<int>(shape.size());
-    numbers = shape;
-    numbers.insert(numbers.end(), strides.begin(), strides.end());
-    view.shape = numbers.data();
-    view.strides = numbers.data() + shape.size();
+    layout = shape;
+    layout.insert(layout.end(), strides.begin(), strides.end());
+    view.shape = layout.data();
+    view.strides = layout.data() + shape.size();
     return true;
 }
 

@@ -46,8 +46,8 @@ class TorchReader {
     explicit TorchReader(TorchInterface interface);
 
     /// Reads where a tensor's elements are; false unless they lie in the memory of the CPU, or of a CUDA device that
-    /// can be used, as one of the storage types. `numbers` keeps shape and strides where torch does not lend them.
-    bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const;
+    /// can be used, as one of the storage types. `layout` keeps shape and strides where torch does not lend them.
+    bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
 
     /// The gradient or None; a new reference.
     PyObject* grad(PyObject* parameter) const { return get(grad_getter_, parameter, "grad"); }
@@ -67,7 +67,7 @@ class TorchReader {
 
   private:
     static PyObject* get(const PyGetSetDef* getter, PyObject* tensor, const char* name);
-    bool described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& numbers) const;
+    bool described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
 
     TorchInterface interface_;
     const DLPackExchangeAPI* exchange_ = nullptr;
