@@ -98,6 +98,17 @@ class TorchPlan::Momenta {
     Py_ssize_t position_ = 0;
 };
 
+/// What listing the parameters one after the other works with.
+struct TorchPlan::Pass {
+    Memory& memory;
+    Momenta momenta;
+    const bool zero_grad;
+    const bool momenta_are_known;  // those of the entries are still the state's
+    std::size_t position = 0;      // of the parameter among all
+    TorchViews views = {};
+    std::vector<std::int64_t> layouts[3] = {};  // of the views, where torch does not lend them
+};
+
 bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                     const py::object& scaling) {
     const py::list param_groups = list_of(groups);
@@ -111,10 +122,10 @@ bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero
     memory.listing.start();
     // A step that was left to Python may have given parameters other momentum buffers.
     const bool momenta_are_known = !state_exposed && complete;
-    std::size_t position = 0;
-    const bool listed = list(memory, param_groups, state, zero_grad, momenta_are_known, position);
+    Pass pass{memory, Momenta(state.ptr()), zero_grad, momenta_are_known};
+    const bool listed = list(pass, param_groups);
     // What is no longer there, or was not reached, is not kept alive.
-    if (memory.entries.size() > position) memory.entries.resize(position);
+    if (memory.entries.size() > pass.position) memory.entries.resize(pass.position);
     if (!listed || !memory.listing.finish(zero_grad)) {
         memory.changed = py::object();
         return false;
@@ -136,14 +147,9 @@ bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero
     return true;
 }
 
-bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::object& state, bool zero_grad,
-                     bool momenta_are_known, std::size_t& position) {
+bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
     static PyObject* const differentiable_key = interned("differentiable");
-    using Answer = TorchListing::Answer;
-    std::vector<std::int64_t> layouts[3];
-    TorchViews views;
-    Momenta momenta(state.ptr());
-    for (std::size_t index = 0; index < memory.hypers.size(); ++index) {
+    for (std::size_t index = 0; index < pass.memory.hypers.size(); ++index) {
         // Pins and hyperparameters run Python code, after which the lists may be other ones.
         if (static_cast<Py_ssize_t>(index) >= PyList_GET_SIZE(param_groups.ptr())) return false;
         const auto group =
@@ -155,46 +161,52 @@ bool TorchPlan::list(Memory& memory, const py::list& param_groups, const py::obj
         }
         const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), keys().params, index));
         if (!PyList_Check(params.ptr())) return false;
-        views.has_momentum = memory.hypers[index].momentum != 0;
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++position) {
-            memory.listing.prefetch();
+        pass.views.has_momentum = pass.memory.hypers[index].momentum != 0;
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++pass.position) {
             PyObject* const parameter = PyList_GET_ITEM(params.ptr(), i);
-            if (!reader_.is_tensor_or_parameter(parameter)) return false;
-            PyObject* const grad = reader_.grad(parameter);
-            if (grad == Py_None) {
-                Py_DECREF(grad);
-                continue;
-            }
-            memory.grads.push_back(grad);
-            if (!reader_.is_tensor(grad) || !remember(memory, position, parameter)) return false;
-            // Clearing also takes a gradient out of the graph that computed it, which Python code does.
-            if (zero_grad && reader_.requires_grad(grad)) return false;
-            const auto read_momentum = [&] {
-                PyObject* const momentum = momentum_of(memory, position, momenta);
-                views.momentum_is_read = true;
-                return momentum != nullptr && reader_.view(momentum, views.momentum, layouts[2]);
-            };
-            views.momentum_is_read = false;
-            if (views.has_momentum && !(momenta_are_known && memory.entries[position].momentum) && !read_momentum())
-                return false;
-            if (!reader_.view(parameter, views.param, layouts[0]) || !reader_.view(grad, views.grad, layouts[1])) {
-                return false;
-            }
-            // Where a negation leaves no gaps it cannot be told from the strides (see TorchListing::append).
-            if (size_of(views.param) == 1 &&
-                (reader_.is_negated(parameter) ||
-                 (views.momentum_is_read && reader_.is_negated(memory.entries[position].momentum.ptr())))) {
-                return false;
-            }
-            const auto add = [&] {
-                return memory.listing.add(reader_, position, grad, views, static_cast<std::uint32_t>(index), false);
-            };
-            Answer answer = add();
-            if (answer == Answer::read_momentum) answer = read_momentum() ? add() : Answer::refused;
-            if (answer == Answer::refused) return false;
+            if (!list_parameter(pass, parameter, static_cast<std::uint32_t>(index))) return false;
         }
     }
     return true;
+}
+
+bool TorchPlan::list_parameter(Pass& pass, PyObject* parameter, std::uint32_t group) {
+    Memory& memory = pass.memory;
+    TorchViews& views = pass.views;
+    const std::size_t position = pass.position;
+    memory.listing.prefetch();
+    if (!reader_.is_tensor_or_parameter(parameter)) return false;
+    PyObject* const grad = reader_.grad(parameter);
+    if (grad == Py_None) {
+        Py_DECREF(grad);
+        return true;
+    }
+    memory.grads.push_back(grad);
+    if (!reader_.is_tensor(grad) || !remember(memory, position, parameter)) return false;
+    // Clearing also takes a gradient out of the graph that computed it, which Python code does.
+    if (pass.zero_grad && reader_.requires_grad(grad)) return false;
+    const auto read_momentum = [&] {
+        PyObject* const momentum = momentum_of(memory, position, pass.momenta);
+        views.momentum_is_read = true;
+        return momentum != nullptr && reader_.view(momentum, views.momentum, pass.layouts[2]);
+    };
+    views.momentum_is_read = false;
+    const bool momentum_is_known = pass.momenta_are_known && memory.entries[position].momentum;
+    if (views.has_momentum && !momentum_is_known && !read_momentum()) return false;
+    if (!reader_.view(parameter, views.param, pass.layouts[0]) || !reader_.view(grad, views.grad, pass.layouts[1])) {
+        return false;
+    }
+    // Where a negation leaves no gaps it cannot be told from the strides (see TorchListing::append).
+    if (size_of(views.param) == 1 &&
+        (reader_.is_negated(parameter) ||
+         (views.momentum_is_read && reader_.is_negated(memory.entries[position].momentum.ptr())))) {
+        return false;
+    }
+    using Answer = TorchListing::Answer;
+    const auto add = [&] { return memory.listing.add(reader_, position, grad, views, group, false); };
+    Answer answer = add();
+    if (answer == Answer::read_momentum) answer = read_momentum() ? add() : Answer::refused;
+    return answer == Answer::listed;
 }
 
 bool TorchPlan::remember(Memory& memory, std::size_t position, PyObject* parameter) {

@@ -78,11 +78,13 @@ class TorchPlan {
     };
     class Lease;
     class Momenta;
+    struct Pass;
 
-    /// Makes memory.listing the work list of a step; false if something is unusual. `position` is how many parameters
-    /// it went through.
-    bool list(Memory& memory, const py::list& param_groups, const py::object& state, bool zero_grad,
-              bool momenta_are_known, std::size_t& position);
+    /// Makes the memory's listing the work list of a step; false if something is unusual. The pass's position is then
+    /// that of the parameter it came to.
+    bool list(Pass& pass, const py::list& param_groups);
+    /// Lists the parameter at the pass's position if it has a gradient; false if something is unusual.
+    bool list_parameter(Pass& pass, PyObject* parameter, std::uint32_t group);
     /// The momentum buffer of the parameter at `position`, borrowed; null if it is missing or unusual.
     PyObject* momentum_of(Memory& memory, std::size_t position, Momenta& momenta);
     /// Makes entries[position] that of the parameter; false if it is negated.
