@@ -33,6 +33,7 @@ from sgdcore.distributed import (
     as_process_group,
     local_sgd,
 )
+from sgdcore.distributed._messages import MessageMean
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 
@@ -1126,6 +1127,21 @@ def by_messages(context: Context) -> Iterator[list[int]]:
         yield sent
 
 
+@check()
+def torchs_own_checks_of_collectives(context: Context) -> None:
+    """With TORCH_DISTRIBUTED_DEBUG=DETAIL torch counts messages as collectives, so there are none."""
+    if context.engine == "gloo":
+        import torch.distributed as dist
+
+        array, level = np.zeros(1), dist.get_debug_level()
+        assert context.group.can_send(array)  # type: ignore[attr-defined]
+        try:
+            dist.set_debug_level(dist.DebugLevel.DETAIL)
+            assert not context.group.can_send(array)  # type: ignore[attr-defined]
+        finally:
+            dist.set_debug_level(level)
+
+
 @check(cases=KINDS)
 def averaging_by_messages(context: Context, kind: str) -> None:
     """On one machine; each rank sends 2 (N - 1) / N of all bytes, about."""
@@ -1136,10 +1152,42 @@ def averaging_by_messages(context: Context, kind: str) -> None:
         elements = 2 * sum(as_array(p).size for p in params_of(make(kind)))
         assert abs(sum(sent) - elements * 2 * (n - 1) / n) <= 2 * 2 * (n - 1) * 600 / 4
         sent.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(local_sgd, "machine_fingerprint", lambda: context.rank)
-            averaging(context, kind)
-        assert not sent
+        for place, name, value in (
+            (local_sgd, "machine_fingerprint", lambda: context.rank),
+            (_traffic, "MESSAGES_MOST_COPIED_BYTES", -1),
+        ):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(place, name, value)
+                averaging(context, kind)
+            assert not sent
+
+
+@check()
+def messages_keep_to_themselves(context: Context) -> None:
+    """A user's receive from anybody, with any tag, gets the user's message; MPI matches them by communicator only."""
+    if context.engine == "mpi":
+        from mpi4py import MPI
+
+        comm, size = MPI.COMM_WORLD, context.size
+        theirs = np.zeros(1_000, np.float32)
+        request = comm.Irecv(theirs, MPI.ANY_SOURCE, MPI.ANY_TAG)
+    with by_messages(context) as sent:
+        averaging(context, "numpy")
+        assert sent
+    if context.engine == "mpi":
+        comm.Send(np.full(1_000, context.rank, np.float32), (context.rank + 1) % size, 7)
+        request.Wait()
+        assert (theirs == (context.rank - 1) % size).all()
+
+
+@check(cases={name: {"dtype": name} for name in ("float32", "float64")})
+def numpys_error_state_stops_no_round(context: Context, dtype: str) -> None:
+    """Each rank forms other means: where one raised at an overflow, the others would wait for it."""
+    arrays = [np.full(1_000, np.finfo(dtype).max, dtype) for _ in range(2 * context.size)]
+    mean = MessageMean(arrays, context.rank, context.size)
+    with np.errstate(all="raise"):
+        mean.run(context.group, lambda number: None, lambda number: None)  # type: ignore[arg-type]
+    assert all(np.isinf(array).all() for array in arrays)
 
 
 @check()
@@ -1151,6 +1199,7 @@ def a_message_given_up_touches_nothing(context: Context) -> None:
         group = as_process_group(dist.new_group())
     else:
         group = context.group
+    group.open_messages()  # type: ignore[attr-defined]
     array = np.zeros(1_000_000, np.float32)
     if context.rank == 0:
         message = group.receive(array, 1, 5)  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from distributed_checks import (
     assert_equal_on_all,
     averaging,
     averaging_by_messages,
+    by_messages,
     check,
     close,
     data_parallel_mean,
@@ -1020,14 +1022,24 @@ def sixteen_bit_tensors_are_refused_by_mpi(context: Context) -> None:
 
 @check(TORCH)
 def versions_are_counted(context: Context) -> None:
-    """Autograd hears of what an average changes."""
+    """Autograd hears of what an average changes: on every rank, whoever owns a parameter's mean."""
     p = nn.Parameter(torch.ones(3))
-    local = LocalSGD(sgdcore.torch.SGD([p], lr=0.1), sync_every=1)
-    loss = (p * p).sum()
+    for way in nullcontext(), by_messages(context):
+        with way:
+            params = [nn.Parameter(torch.ones(200)) for _ in range(2 * context.size)]
+            local = LocalSGD(sgdcore.torch.SGD(params, lr=0.1), sync_every=9)
+            for p in params:
+                p.grad = torch.ones(200)
+            local.step()
+            losses = [(p * p).sum() for p in params]
+            versions = [p._version for p in params]
+            local.sync()
+            assert all(p._version > version for p, version in zip(params, versions, strict=True))
+            for loss in losses:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+    p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    local.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
     outer = LocalSGD(sgdcore.torch.SGD([p], lr=0.1), sync_every=1, outer=OuterSGD(1.0))
     outer.step()
     assert_equal_on_all(context, [p])

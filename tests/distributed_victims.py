@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import sgdcore
-from sgdcore.distributed import DataParallel, LocalSGD, RoundError, _traffic
+from sgdcore.distributed import DataParallel, LocalSGD, RoundError, _traffic, as_process_group
 
 ELEMENTS = 600_000  # some milliseconds for an average
 
@@ -195,4 +195,27 @@ def survive_in_backward(
     report["parameters"] = first.tolist() + second.tolist()
     pipe.send(report)
     dist.barrier()
+    os._exit(0)
+
+
+def wait_for_a_message(
+    port: int, trial: str, rank: int, ranks: int, delay: float, pipe: Connection
+) -> None:
+    """Receive 400 MB, on rank 0, while the sender, the last rank, is killed; the others look on."""
+    connect(dist.TCPStore("127.0.0.1", port, is_master=False), trial, rank, ranks, 30.0)
+    group = as_process_group()
+    array = torch.zeros(100_000_000)
+    group.barrier()
+    start, error = time.perf_counter(), ""
+    if rank == ranks - 1:
+        message = group.send(array, 0, 5)  # type: ignore[attr-defined]
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+        message.wait()
+    if rank == 0:
+        try:
+            group.receive(array, ranks - 1, 5).wait()  # type: ignore[attr-defined]
+        except RuntimeError as failure:
+            error = str(failure)
+    pipe.send({"seconds": time.perf_counter() - start, "error": error})
     os._exit(0)

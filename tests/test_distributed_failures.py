@@ -16,7 +16,12 @@ import pytest
 import torch.distributed as dist
 
 import distributed_victims
-from distributed_victims import survive, survive_data_parallel, survive_in_backward
+from distributed_victims import (
+    survive,
+    survive_data_parallel,
+    survive_in_backward,
+    wait_for_a_message,
+)
 
 RANKS = 3
 # Each at another moment.
@@ -103,6 +108,17 @@ def test_a_dead_peer_is_reported_soon_and_by_round(
             "parameters and momentum are those of"
         )
         assert report["error"].startswith(expected)
+
+
+def test_a_peer_that_dies_in_the_middle_of_a_large_message_is_reported_soon(
+    spawn: Callable[..., list[dict[str, Any]]],
+) -> None:
+    errors = 0
+    for trial in range(8):
+        receiver, _ = spawn(wait_for_a_message, f"large-{trial}", 0.02 + 0.01 * trial)
+        assert receiver["seconds"] < 15, receiver
+        errors += bool(receiver["error"])
+    assert errors > 0  # some may have arrived
 
 
 @WAYS

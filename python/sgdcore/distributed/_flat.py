@@ -24,6 +24,7 @@ __all__ = [
     "compute_dtype",
     "copied",
     "copy_into",
+    "count_change",
     "divide_into",
     "dtype_name",
     "element_strides",
@@ -115,6 +116,14 @@ def empty(like: Any, size: int, dtype: str) -> Any:
         return torch.empty(size, dtype=kind, device=like.device)
     numpy_dtype = np.dtype(dtype) if dtype == "int64" else storage_dtype(dtype)
     return _core.allocate(size, numpy_dtype) if large else np.empty(size, numpy_dtype)
+
+
+def count_change(array: Any) -> None:
+    """Tell autograd that a tensor was changed: of what an engine writes torch may know nothing."""
+    if is_torch(array):
+        from sgdcore.torch._interface import increment_versions
+
+        increment_versions([array])
 
 
 def zeros_like(array: Any, dtype: Any = None) -> Any:

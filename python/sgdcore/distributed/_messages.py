@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sgdcore.distributed._flat import array_namespace, divide_into, dtype_name, empty, item_bytes
 from sgdcore.distributed.groups import Message, PeerGroup
 
@@ -87,8 +89,11 @@ class MessageMean:
             Exception: the engine's, if a rank is gone; some of the arrays are then overwritten.
         """
         messages: list[Message] = []
+        group.open_messages()
         try:
-            self._run(group, load, take, messages)
+            # A rank whose user has NumPy raise at an overflow would leave the others waiting, who form other means.
+            with np.errstate(all="ignore"):
+                self._run(group, load, take, messages)
         except BaseException:
             # Whatever it was, nothing may be written to the arrays any more.
             for message in messages:

@@ -18,6 +18,7 @@ from sgdcore.distributed._flat import (
     array_namespace,
     compute_dtype,
     copy_into,
+    count_change,
     divide_into,
     dtype_name,
     empty,
@@ -55,6 +56,8 @@ MESSAGE_BYTES = 8 << 20
 MESSAGE_BUCKET_BYTES = 4 << 20
 # From this size on, what lies together is sent from where it is, not copied into a bucket.
 MESSAGE_DIRECT_BYTES = 512 << 10
+# The most bytes that are copied to be sent: each bucket has memory of its own, which is kept.
+MESSAGES_MOST_COPIED_BYTES = 64 << 20
 # Elements that are encoded at a time: what they pass through stays in the processor's cache.
 CHUNK = 1 << 16
 
@@ -337,7 +340,15 @@ class Averager:
         if wires is None:
             wires = [wire_name(dtype_name(view.dtype)) for view in views]
         self._views, self._runs, self._wires = views, runs, wires
-        self._bytes = sum(len(v) * item_bytes(w) for v, w in zip(views, wires, strict=True))
+        bytes_of = [len(v) * item_bytes(w) for v, w in zip(views, wires, strict=True)]
+        self._bytes = sum(bytes_of)
+        # What goes by messages as a copy: what is small, or another dtype on the wire.
+        self._copied_bytes = sum(
+            size
+            for run in runs
+            if (size := sum(bytes_of[i] for i in run)) < MESSAGE_DIRECT_BYTES
+            or any(dtype_name(views[i].dtype) != wires[i] for i in run)
+        )
         self._cargos: dict[Pace, list[Cargo]] = {}
         self._means: dict[tuple[int, int], MessageMean] = {}
 
@@ -390,8 +401,11 @@ class Averager:
         """Bring what arrived to where the arrays are, divided: a sum by the number of ranks, anything else by 1."""
         for part, place in cargo.copies:
             self._codec.unpack(part, place, divisor)
-        if not cargo.copies and divisor > 1:
-            divide_into(cargo.array, cargo.array, divisor)
+        if not cargo.copies:
+            if divisor > 1:
+                divide_into(cargo.array, cargo.array, divisor)
+            else:
+                count_change(cargo.array)
 
     def average(self, group: ProcessGroup, same_machine: bool = False) -> None:
         """Replace each array by its mean over the group; one rank alone changes nothing.
@@ -417,6 +431,7 @@ class Averager:
             and group.size <= MESSAGES_MOST_RANKS
             and self._bytes >= MESSAGES_LEAST_TOTAL_BYTES
             and all(map(group.can_send, self._views))
+            and self._copied_bytes <= MESSAGES_MOST_COPIED_BYTES
         )
 
     def _send_messages(self, group: PeerGroup) -> None:

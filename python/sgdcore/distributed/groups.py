@@ -7,6 +7,7 @@ view.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from abc import ABC, abstractmethod
@@ -33,6 +34,7 @@ __all__ = [
 _OPERATIONS = ("sum", "max")
 _LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
+_BEHIND = 1 << 16  # between the tag of a message and that of the end behind it
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
@@ -107,6 +109,9 @@ class PeerGroup(ProcessGroup, Protocol):
     def can_send(self, array: Any) -> bool:
         """Return whether `send` and `receive` take an array on this device."""
 
+    def open_messages(self) -> None:
+        """Get ready for messages, before the first one; all ranks call it together. Later calls do nothing."""
+
     def send(self, array: Any, target: int, tag: int) -> Message:
         """Send an array to the rank `target`."""
 
@@ -169,6 +174,10 @@ class _Engine(ABC):
         """See `PeerGroup.can_send`."""
 
     @abstractmethod
+    def open_messages(self) -> None:
+        """See `PeerGroup.open_messages`."""
+
+    @abstractmethod
     def _view(self, argument: str, array: Any) -> Any:
         """Return what the engine takes, over the same memory."""
 
@@ -213,7 +222,9 @@ class TorchGroup(_Engine):
             raise RuntimeError(
                 "torch.distributed is not initialised: call torch.distributed.init_process_group first"
             )
-        self._torch, self._dist, self._group = torch, dist, group
+        # torch's annotations leave out some of what torch.distributed has.
+        distributed: Any = dist
+        self._torch, self._dist, self._group = torch, distributed, group
         # A group's threads end with it: this must not keep the default group alive.
         self._alive = weakref.ref(dist.group.WORLD if group is None else group)
         self._backend = str(dist.get_backend(group))
@@ -272,18 +283,34 @@ class TorchGroup(_Engine):
         return _TorchWork(self._gather(target, view, self._live(), async_op=True), target, view)
 
     def can_send(self, array: Any) -> bool:
-        """See `PeerGroup.can_send`: gloo sends memory of the CPU."""
-        return "gloo" in self.backend and not (is_torch(array) and array.device.type != "cpu")
+        """See `PeerGroup.can_send`: gloo sends memory of the CPU.
+
+        Not where torch checks that all ranks started as many operations (``TORCH_DISTRIBUTED_DEBUG=DETAIL``): it counts
+        messages, too, of which ranks may have different numbers.
+        """
+        return (
+            "gloo" in self.backend
+            and not (is_torch(array) and array.device.type != "cpu")
+            and self._dist.get_debug_level().name != "DETAIL"
+        )
+
+    def open_messages(self) -> None:
+        """See `PeerGroup.open_messages`: nothing is to be done."""
 
     def _send(self, view: Any, target: int, tag: int) -> Message:
         group = self._live()
         target = self._dist.get_global_rank(group, target)
-        return _TorchMessage(self._dist.isend(view, target, group, tag), view)
+        return self._message(self._dist.isend, view, target, group, tag)
 
     def _receive(self, view: Any, source: int, tag: int) -> Message:
         group = self._live()
         source = self._dist.get_global_rank(group, source)
-        return _TorchMessage(self._dist.irecv(view, source, group, tag), view)
+        return self._message(self._dist.irecv, view, source, group, tag)
+
+    def _message(self, start: Any, view: Any, peer: int, group: Any, tag: int) -> Message:
+        message, end = start(view, peer, group, tag), self._torch.empty(1, dtype=self._torch.uint8)
+        behind = _TorchWork(start(end, peer, group, tag + _BEHIND), end)
+        return _TorchMessage(message, view, behind)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
@@ -319,7 +346,23 @@ class _TorchWork:
 
 
 class _TorchMessage(_TorchWork):
-    """A message of gloo's."""
+    """A message of gloo's, and one of a byte that is sent behind it.
+
+    If the peer is killed while a message is read, gloo ends all receives but that one, whose wait lasts until the
+    group's timeout. So the one behind it is waited for first.
+    """
+
+    def __init__(self, work: Any, tensor: Any, behind: _TorchWork) -> None:
+        super().__init__(work, tensor)
+        self._behind = behind
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._behind.wait()
+            super().wait()
+
+    def test(self) -> bool:
+        return self._behind.test() and super().test()
 
     def abandon(self) -> None:
         if self._work is not None:
@@ -355,6 +398,7 @@ class MpiGroup(_Engine):
         self._operations = {"sum": MPI.SUM, "max": MPI.MAX}
         self._rank: int = self._comm.Get_rank()
         self._size: int = self._comm.Get_size()
+        self._message_comm: Any = None
 
     def _view(self, argument: str, array: Any) -> Array:
         if is_torch(array):
@@ -389,11 +433,16 @@ class MpiGroup(_Engine):
         """See `PeerGroup.can_send`: MPI sends memory of the CPU."""
         return not (is_torch(array) and array.device.type != "cpu")
 
+    def open_messages(self) -> None:
+        """See `PeerGroup.open_messages`: a communicator of their own keeps messages from the user's receives."""
+        if self._message_comm is None:
+            self._message_comm = _duplicate(self._comm)
+
     def _send(self, view: Any, target: int, tag: int) -> Message:
-        return _MpiMessage(self._comm.Isend(view, target, tag), view, writes=False)
+        return _MpiMessage(self._message_comm.Isend(view, target, tag), view, writes=False)
 
     def _receive(self, view: Any, source: int, tag: int) -> Message:
-        return _MpiMessage(self._comm.Irecv(view, source, tag), view, writes=True)
+        return _MpiMessage(self._message_comm.Irecv(view, source, tag), view, writes=True)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
@@ -401,6 +450,27 @@ class MpiGroup(_Engine):
 
     def __repr__(self) -> str:
         return f"MpiGroup(rank {self.rank} of {self.size})"
+
+
+@functools.cache
+def _duplicate_key() -> int:
+    """Return MPI's key of the attribute under which a communicator keeps its duplicate; that is freed with it."""
+    from mpi4py import MPI
+
+    def free(_comm: Any, _key: int, duplicate: Any) -> None:
+        duplicate.Free()
+
+    key: int = MPI.Comm.Create_keyval(delete_fn=free)
+    return key
+
+
+def _duplicate(comm: Any) -> Any:
+    """Return a communicator of the same ranks, one for all groups over it: MPI has some thousands of them only."""
+    duplicate = comm.Get_attr(_duplicate_key())
+    if duplicate is None:
+        duplicate = comm.Dup()
+        comm.Set_attr(_duplicate_key(), duplicate)
+    return duplicate
 
 
 class _MpiWork:
