@@ -1026,10 +1026,10 @@ def versions_are_counted(context: Context) -> None:
     p = nn.Parameter(torch.ones(3))
     for way in nullcontext(), by_messages(context):
         with way:
-            params = [nn.Parameter(torch.ones(200)) for _ in range(2 * context.size)]
+            params = [nn.Parameter(torch.ones(100)) for _ in range(2 * context.size)]
             local = LocalSGD(sgdcore.torch.SGD(params, lr=0.1), sync_every=9)
             for p in params:
-                p.grad = torch.ones(200)
+                p.grad = torch.ones(100)
             local.step()
             losses = [(p * p).sum() for p in params]
             versions = [p._version for p in params]
