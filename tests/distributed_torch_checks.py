@@ -949,6 +949,35 @@ def parameters_that_were_moved(context: Context) -> None:
     assert results[0] == results[1]
 
 
+ANCHORED: dict[str, dict[str, Any]] = {
+    "outer": {"outer": OuterSGD(0.5, 0.5)},
+    "slowmo": {"outer": SlowMo(0.5)},
+    "wire": {"wire_dtype": "bfloat16"},
+    "transactional": {"transactional": True},
+}
+
+
+# More than two numbers are added up in an order that depends on where they lie.
+@check(("gloo-2",), cases={name: {"options": each} for name, each in ANCHORED.items()})
+def parameters_in_a_new_order_train_on(context: Context, options: dict[str, Any]) -> None:
+    """Where they lie makes no difference to any bit, in the middle of a round or between two."""
+    results = []
+    for steps_before in (None, 3, 4):
+        generator = torch.Generator().manual_seed(context.rank)
+        parameters = [nn.Parameter(torch.ones(2, 3, 4, 5)), nn.Parameter(torch.ones(3))]
+        local = LocalSGD(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), sync_every=2, **options)
+        for step in range(8):
+            if step == steps_before:
+                p = parameters[0]
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator)
+            local.step()
+        results.append([p.detach() for p in parameters])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @check(TORCH)
 def layouts_that_changed_on_one_rank_are_refused(context: Context) -> None:
     """By all ranks, at the next average: elements of different places would be added up."""

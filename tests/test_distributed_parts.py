@@ -25,7 +25,7 @@ from sgdcore.distributed import (
     Stagewise,
     as_process_group,
 )
-from sgdcore.distributed._flat import flat, join, runs
+from sgdcore.distributed._flat import flat, join, reorder, runs
 from sgdcore.distributed._traffic import Pace, plan_slices
 from sgdcore.distributed._views import Momenta, Views
 from support import assert_same_bits
@@ -173,6 +173,17 @@ def test_gaps_are_refused(array: Any) -> None:
         ValueError, match=r"x: expected an? (array|tensor) without gaps, got strides"
     ):
         flat(array, "x")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 2j], ids=["real", "complex"])
+def test_flat_values_follow_an_array_into_another_order(factor: complex) -> None:
+    before = factor * torch.arange(120.0).reshape(2, 3, 4, 5)
+    after = before.contiguous(memory_format=torch.channels_last)
+    values = flat(before, "x").clone()
+    reorder(values, before, after)
+    assert torch.equal(values, flat(after, "x"))
+    reorder(values, after, before)
+    assert torch.equal(values, flat(before, "x"))
 
 
 def test_neighbours_are_joined() -> None:
@@ -416,6 +427,48 @@ def test_a_new_group_leaves_the_residuals_of_the_others(wrapper: Any) -> None:
     optimizer._residuals[0][...] = 7
     optimizer.add_param_group({"params": [np.zeros(2, np.float32)]})
     assert [residual.tolist() for residual in optimizer._residuals] == [[7, 7, 7], [0, 0]]
+
+
+@WRAPPERS
+def test_residuals_follow_the_order_in_memory(wrapper: Any) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 3, 4, 5))
+    optimizer = wrapper(torch.optim.SGD([parameter], lr=0.1), Alone(), wire_dtype="bfloat16")
+    residual = torch.arange(120.0).reshape(parameter.shape)
+    optimizer._residuals[0][...] = flat(residual, "x")
+    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(optimizer._residuals[0], flat(residual, "x"))
+
+
+def test_a_failed_round_is_undone_in_the_new_order_in_memory() -> None:
+    parameter = torch.nn.Parameter(torch.arange(120.0).reshape(2, 3, 4, 5))
+    local = LocalSGD(
+        torch.optim.SGD([parameter], lr=0.1), Alone(), sync_every=2, transactional=True
+    )
+    start = parameter.detach().clone()
+    parameter.grad = torch.ones_like(parameter)
+    local.step()
+    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    local._group = Failing()
+    with pytest.raises(sgdcore.distributed.RoundError):
+        local.step()
+    assert torch.equal(parameter, start)
+
+
+def test_a_state_is_saved_in_the_order_in_memory_of_the_parameters() -> None:
+    def build(parameter: torch.nn.Parameter) -> LocalSGD:
+        inner = torch.optim.SGD([parameter], lr=0.1)
+        return LocalSGD(inner, Alone(), sync_every=2, outer=OuterSGD(1.0))
+
+    parameter = torch.nn.Parameter(torch.arange(120.0).reshape(2, 3, 4, 5))
+    local = build(parameter)
+    parameter.grad = torch.ones_like(parameter)
+    start = parameter.detach().contiguous(memory_format=torch.channels_last)
+    local.step()
+    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    state = local.state_dict()
+    assert torch.equal(state["local_sgd"]["anchors"][0], flat(start, "x"))
 
 
 def test_outer_momentum_has_the_widest_dtype_of_its_group() -> None:

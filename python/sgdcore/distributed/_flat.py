@@ -34,6 +34,7 @@ __all__ = [
     "item_bytes",
     "join",
     "numbers",
+    "reorder",
     "runs",
     "zero_nonfinite",
     "zeros_like",
@@ -80,8 +81,7 @@ def flat(array: Any, label: str) -> Any:
     """
     if is_torch(array):
         return _flat_tensor(array.detach(), label)
-    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
-    view = array.transpose(order).reshape(-1)
+    view = array.transpose(_axes(array)).reshape(-1)
     if not view.flags.c_contiguous or (array.size and not np.shares_memory(view, array)):
         raise ValueError(f"{label}: expected an array without gaps, got strides {array.strides}")
     return view
@@ -97,11 +97,32 @@ def _flat_tensor(tensor: Any, label: str) -> Any:
         tensor = torch.view_as_real(tensor)
     if dtype_name(tensor.dtype) not in ITEM_BYTES:
         raise TypeError(f"{label}: expected a floating-point tensor, got {tensor.dtype}")
-    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
-    tensor = tensor.permute(order)
+    tensor = tensor.permute(_axes(tensor))
     if not tensor.is_contiguous():
         raise ValueError(f"{label}: expected a tensor without gaps, got strides {tensor.stride()}")
     return tensor.view(-1)
+
+
+def _axes(array: Any) -> list[int]:
+    """Return the axes in the order of memory, the outermost first."""
+    strides = array.stride() if is_torch(array) else array.strides
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
+
+
+def reorder(values: Any, before: Any, after: Any) -> None:
+    """Bring flat values from the order in memory of one array into that of another one of its shape, in place."""
+    source, target = _shaped(copied(values), before), _shaped(values, after)
+    target[...] = source
+
+
+def _shaped(values: Any, like: Any) -> Any:
+    """Return flat values as a view in the shape of an array whose `flat` view has the same order."""
+    if is_torch(like) and like.is_complex():
+        like = sys.modules["torch"].view_as_real(like)
+    axes = _axes(like)
+    view = values.reshape([like.shape[axis] for axis in axes])
+    back = sorted(range(len(axes)), key=axes.__getitem__)
+    return view.permute(back) if is_torch(view) else view.transpose(back)
 
 
 def empty(like: Any, size: int, dtype: str) -> Any:

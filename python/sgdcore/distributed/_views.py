@@ -50,9 +50,10 @@ class Views:
         self.read()
 
     def read(self) -> None:
-        """Look where the parameters are."""
-        self.data = [data_of(parameter) for parameter in self.parameters]
-        self.flats = [flat(d, label) for d, label in zip(self.data, self.labels, strict=True)]
+        """Look where the parameters are; if that fails, what was known of them stays."""
+        data = [data_of(parameter) for parameter in self.parameters]
+        flats = [flat(d, label) for d, label in zip(data, self.labels, strict=True)]
+        self.data, self.flats = data, flats
         self.runs = [part for run in runs(self.flats) for part in _split(run, self.group_of)]
         self._places = self._where()
         self.fingerprint = fingerprint(self.layout())
@@ -67,6 +68,18 @@ class Views:
     def moved(self) -> bool:
         """Return whether a parameter was given other memory since."""
         return self._where() != self._places
+
+    def reordered(self, before: Sequence[Any]) -> list[tuple[int, Any, Any]]:
+        """Return which parameters are in another order in memory now: their positions, and the data before and now.
+
+        Args:
+            before: `data` of an earlier time, of these parameters or the first of them.
+        """
+        return [
+            (i, old, new)
+            for i, (old, new) in enumerate(zip(before, self.data, strict=False))
+            if old.shape == new.shape and element_strides(old) != element_strides(new)
+        ]
 
     def layout(self) -> str:
         """Return what has to be equal on all ranks, as text."""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from sgdcore.distributed._flat import alike, compute_dtype, dtype_name, is_torch
+from sgdcore.distributed._flat import alike, compute_dtype, dtype_name, is_torch, reorder
+from sgdcore.distributed._views import Views
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.optimizer import Optimizer
 
@@ -35,6 +36,7 @@ class Wrapper:
 
     _optimizer: Any
     _group: ProcessGroup
+    _views: Views
     _residuals: list[Any]
 
     param_groups = _Inner()
@@ -102,6 +104,12 @@ class Wrapper:
             [residual] = alike([view], compute_dtype(dtype_name(view.dtype)))
             residual[...] = 0
             self._residuals.append(residual)
+
+    def _reorder_residuals(self, before: Sequence[Any]) -> None:
+        """Follow parameters into another order in memory; see `Views.reordered`."""
+        if self._residuals:
+            for i, old, new in self._views.reordered(before):
+                reorder(self._residuals[i], old, new)
 
     def _clear_residuals(self) -> None:
         """Start anew with error feedback."""

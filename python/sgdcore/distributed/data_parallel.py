@@ -129,7 +129,9 @@ class DataParallel(Wrapper):
 
     def _set_up(self) -> None:
         """Cut the gradients into slices, in the order of the backward pass."""
+        before = self._views.data if self._residuals else []
         self._views = views = Views(self._optimizer)
+        self._reorder_residuals(before)
         self._momentum = Momenta(self._optimizer, views)
         self._wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
         self._trained = self._requires_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 from sgdcore.distributed._agreement import add_up, check_fingerprints, compare, machine_fingerprint
 from sgdcore.distributed._checks import check_count, check_wire, integer
-from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers
+from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers, reorder
 from sgdcore.distributed._traffic import Averager, Differences, wire_name
 from sgdcore.distributed._views import Momenta, Views
 from sgdcore.distributed._wrapper import Wrapper
@@ -532,9 +532,22 @@ class LocalSGD(Wrapper):
         )
 
     def _follow_moves(self) -> None:
-        if self._views.moved():
-            self._views.read()
+        views = self._views
+        if views.moved():
+            before = views.data
+            views.read()
+            self._reorder(before)
             self._bind()
+
+    def _reorder(self, before: Sequence[Any]) -> None:
+        """Bring what lies in the order of the parameters' memory into their new one."""
+        self._reorder_residuals(before)
+        if not self._needs_anchor:
+            return
+        for i, old, new in self._views.reordered(before):
+            reorder(self._anchors[i], old, new)
+            if self._outer is not None:
+                self._outer.reorder(i, old, new)
 
     # Groups
 
@@ -550,6 +563,7 @@ class LocalSGD(Wrapper):
                 f"add_param_group: expected the start of a round, got step {self._step_in_round} of it; "
                 "call sync() first"
             )
+        self._follow_moves()
         self._optimizer.add_param_group(param_group)
         self._views = Views(self._optimizer)
         self._momentum = Momenta(self._optimizer, self._views)
@@ -591,6 +605,7 @@ class LocalSGD(Wrapper):
         In the middle of a round ranks differ: save one for each, beside its parameters. After `sync` or `finish` any
         rank's will do for all, if momentum is averaged or reset.
         """
+        self._follow_moves()  # what is saved is in the order of the parameters that are saved beside it
         state: dict[str, Any] = dict(self._optimizer.state_dict())
         state[_KEY] = {
             "steps": self._steps,
@@ -618,6 +633,7 @@ class LocalSGD(Wrapper):
         Raises:
             ValueError: if it does not match the parameters or the options; the optimizer is then as it was.
         """
+        self._follow_moves()
         state_dict = dict(state_dict)
         own = state_dict.pop(_KEY, None)
         if own is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgdcore.distributed._flat import compute_dtype, dtype_name, is_torch, item_bytes
+from sgdcore.distributed._flat import compute_dtype, dtype_name, is_torch, item_bytes, reorder
 from sgdcore.distributed._views import momentum_of, set_zero_momentum
 from sgdcore.sgd import SGD
 
@@ -113,6 +113,10 @@ class Outer:
         """Add those of a new group."""
         self._optimizer.add_param_group(self._group(anchors))
         self.lrs.append(0.0)
+
+    def reorder(self, i: int, before: Any, after: Any) -> None:
+        """Bring the momentum of an anchor, by its position, from one array's order in memory into another's."""
+        reorder(self.momenta()[i], before, after)
 
     def step(self, differences: Sequence[Any], lrs: Sequence[float]) -> None:
         """Update the anchors.
