@@ -123,15 +123,18 @@ class LocalSGD(Wrapper):
         self._last_loss: float | None = None
         self._first_loss: float | None = None
         self._start_round()
-        self._broken = False  # the parameters are left in the middle of a round
-        self._writing = False  # the last average got as far as overwriting them
+        # The parameters are in the middle of an average, or were left there. Set before they are overwritten, cleared
+        # as the last thing that a round does, so that it holds wherever an exception, or an interrupt, ends that.
+        self._broken = False
         self._views = Views(optimizer)
         self._anchors: list[Any] = []
         self._residuals: list[Any] = []
         self._momentum = Momenta(optimizer, self._views)
         self._kept_momenta: list[Any] = []  # as they were at the end of the last round
         self._outer: Outer | None = None
-        self._anchored = False
+        self._anchored = (
+            False  # the anchor and the kept momenta are those of the end of the last round
+        )
         self._allocate()
         self._join(_NEW)
 
@@ -331,8 +334,9 @@ class LocalSGD(Wrapper):
     def _refuse_broken(self) -> None:
         if self._broken:
             raise RuntimeError(
-                "a round failed and left the parameters in the middle of it; load a checkpoint and rebind to the ranks "
-                "that are left (transactional=True would have kept the last round's)"
+                "a round failed, or was interrupted, and left the parameters in the middle of it; rebind to the ranks "
+                "that are left, for the last round's with transactional=True and else for those of an intact rank, or "
+                "load a checkpoint"
             )
 
     def _until_next_average(self) -> int:
@@ -372,16 +376,11 @@ class LocalSGD(Wrapper):
 
     @contextmanager
     def _failures_as_round_errors(self) -> Iterator[None]:
-        """Average in here: what fails becomes a RoundError, and what then holds for the parameters is kept track of."""
-        self._writing = False
+        """Average in here: what fails becomes a RoundError."""
         try:
             yield
         except Exception as error:
             raise self._failure(error) from error
-        except BaseException:
-            # An interrupt: operations may be under way still, and what they leave cannot be known.
-            self._broken = self._writing
-            raise
 
     def _average_level(self, group: ProcessGroup) -> None:
         with self._failures_as_round_errors():
@@ -394,8 +393,9 @@ class LocalSGD(Wrapper):
             )
             check_fingerprints(fingerprints)
             if steps > 0:
-                self._writing = True
+                self._broken = True
                 self._plain.average(group, len(set(machines)) == 1)
+                self._broken = False
 
     def _average_all(self) -> int:
         """End the round; returns how many ranks stepped in it."""
@@ -417,30 +417,25 @@ class LocalSGD(Wrapper):
             check_fingerprints(fingerprints)
             same_machine = len(set(machines)) == 1
             if training > 0:
-                self._writing = True
+                self._broken = True
                 self._averager.average(self._group, same_machine)
                 averager = self._momentum.averager([each > 0 for each in has_momentum])
                 if averager is not None:
                     averager.average(self._group, same_machine)
+                self._commit(int(max(steps)), losses / count if count > 0 else None)
         if training > 0:
-            self._commit(int(max(steps)))
-            if count > 0:
-                self._last_loss = losses / count
-                if self._first_loss is None and math.isfinite(self._last_loss):
-                    self._first_loss = self._last_loss
+            self._make_sure_of_anchor()
         else:
-            self._steps -= self._step_in_round  # idle steps only
-        self._start_round()
+            self._forget_steps()  # idle ones only
         return int(training)
 
-    def _commit(self, steps: int) -> None:
+    def _commit(self, steps: int, loss: float | None) -> None:
         """What follows the averaging on each rank by itself.
 
         Args:
             steps: the most that a rank has taken; from here on all count so many.
+            loss: the mean of the round's.
         """
-        self._step_in_round += steps - self._steps
-        self._steps = steps
         warmup = steps <= self._warmup_steps
         if self._outer is not None and not warmup and self._group.size > 1:
             self._take_outer_step()
@@ -448,12 +443,16 @@ class LocalSGD(Wrapper):
             for momentum in self._momentum.all():
                 if momentum is not None:
                     momentum[...] = 0
+        self._anchored = self._renews_anchor  # any other is the last round's
+        self._last_period = self._step_in_round + steps - self._steps
+        self._steps = steps
         self._round += 1
-        self._last_period = self._step_in_round
-        if self._renews_anchor:
-            self._anchored = True
-        elif self._needs_anchor:
-            self._take_anchor()
+        if loss is not None:
+            self._last_loss = loss
+            if self._first_loss is None and math.isfinite(loss):
+                self._first_loss = loss
+        self._start_round()
+        self._broken = False
 
     def _take_outer_step(self) -> None:
         """Let the outer optimizer move the anchors, and the parameters, which hold the average, after them."""
@@ -463,6 +462,7 @@ class LocalSGD(Wrapper):
             values *= -1
             values += anchor
         lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._anchored = False
         self._outer.step(self._views.flats, lrs)
         for values, anchor in self._regions:
             values[...] = anchor
@@ -496,6 +496,8 @@ class LocalSGD(Wrapper):
         self._kept_momenta = kept
 
     def _restore(self) -> None:
+        """Return to the end of the last round."""
+        self._broken = True
         for values, anchor in self._regions:
             values[...] = anchor
         parameters = self._views.parameters
@@ -507,18 +509,26 @@ class LocalSGD(Wrapper):
             elif momentum is not None:
                 del self._optimizer.state[parameter]["momentum_buffer"]
         self._clear_residuals()
-        self._steps -= self._step_in_round
+        self._forget_steps()
+        self._broken = False
+
+    def _forget_steps(self) -> None:
+        """Begin the round again."""
+        self._steps, self._step_in_round = self._steps - self._step_in_round, 0
         self._start_round()
 
     def _failure(self, error: Exception) -> RoundError:
         """Leave a failed round behind in a state that is known; returns what to raise."""
         number = self._round + 1
-        if self._transactional:
-            if self._anchored:  # else this rank has taken no step yet
-                self._restore()
+        if self._transactional and self._anchored:
+            self._restore()
+        # Where there was no anchor to return to, this rank has taken no step yet.
+        restored = self._transactional and not self._broken
+        if restored:
             outcome = f"parameters and momentum are those of the end of round {self._round}"
-        elif self._writing:
-            self._broken = True
+        elif self._transactional:
+            outcome = "parameters are left in the middle of the outer step"
+        elif self._broken:
             outcome = (
                 "parameters are left in the middle of it (transactional=True would restore them)"
             )
@@ -528,7 +538,7 @@ class LocalSGD(Wrapper):
         return RoundError(
             f"round {number} of Local SGD failed on rank {group.rank} of {group.size}; {outcome}: {error}",
             number,
-            self._transactional,
+            restored,
         )
 
     def _follow_moves(self) -> None:
@@ -593,7 +603,6 @@ class LocalSGD(Wrapper):
         self._follow_moves()
         if self._transactional and self._anchored:
             self._restore()
-            self._broken = False
         self._bind()
         self._join(_BROKEN if self._broken else _INTACT + self._round)
 
