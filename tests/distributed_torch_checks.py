@@ -1008,6 +1008,41 @@ def layouts_that_changed_on_one_rank_are_refused(context: Context) -> None:
     data.zero_grad()
 
 
+@check(TORCH)
+def parameters_that_overlap_on_one_rank_are_told_to_all(context: Context) -> None:
+    """At the next average, which overwrites nothing; each element of theirs would be averaged twice at once."""
+    level = {"sync_every": 4, "levels": [(context.group, 2)]}
+    for options in ({}, {"transactional": True}, {"outer": OuterSGD(1.0)}, level):
+        p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+        optimizer = torch.optim.SGD([p, q], lr=0.5)
+        local = LocalSGD(optimizer, **{"sync_every": 2, **options})
+        p.grad = q.grad = torch.ones(4)
+        local.step()
+        if context.rank == 1:
+            q.data = p.data
+        match = r"rank 1 failed with ValueError: params: .*\[0\] and .*\[1\] overlap in memory"
+        with pytest.raises(RoundError, match=match) as caught:
+            local.step()
+        assert caught.value.restored == ("transactional" in options and context.rank != 1)
+        q.data = q.data.clone()
+        local.rebind(context.group)
+        assert_equal_on_all(context, [p, q])
+        if "transactional" in options:
+            assert p.tolist() == q.tolist() == [1.0] * 4
+        for _ in range(2):
+            local.step()
+        local.sync()
+        assert_equal_on_all(context, [p, q])
+
+    p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    data = DataParallel(torch.optim.SGD([p, q], lr=0.5), overlap=False)
+    p.grad = q.grad = torch.ones(4)
+    if context.rank == 1:
+        q.data = p.data
+    with told(context, ValueError, "overlap in memory", p, q):
+        data.step()
+
+
 @check(GLOO)
 def large_weights_stay_within_the_range_of_float16(context: Context) -> None:
     """Also where they grow from one step to the next, on one rank alone, and in slices that are sent early."""

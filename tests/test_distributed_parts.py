@@ -25,7 +25,7 @@ from sgdcore.distributed import (
     Stagewise,
     as_process_group,
 )
-from sgdcore.distributed._flat import flat, join, reorder, runs
+from sgdcore.distributed._flat import flat, join, overlap, reorder, runs
 from sgdcore.distributed._traffic import Pace, plan_slices
 from sgdcore.distributed._views import Momenta, Views
 from support import assert_same_bits
@@ -203,6 +203,14 @@ def test_neighbours_are_joined() -> None:
     assert join([base[:4], base[5:]]) is None
 
 
+def test_views_with_memory_in_common_are_found() -> None:
+    for base in (np.zeros(10), torch.zeros(10)):
+        apart = [base[4:9], base[:4], base[9:], base[5:5]]
+        assert overlap(apart) is None
+        assert overlap([*apart, base[8:9]]) == (0, 4)
+        assert overlap([base[:1], base[3:5], base]) == (0, 2)
+
+
 # One rank
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -302,6 +310,12 @@ def sgd() -> sgdcore.SGD:
     return sgdcore.SGD([np.zeros(3, np.float32)], lr=0.1)
 
 
+def overlapping() -> torch.optim.SGD:
+    p, q = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    q.data = p.data
+    return torch.optim.SGD([p, q], lr=0.1)
+
+
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "no optimizer": (
         lambda: LocalSGD([]),
@@ -317,6 +331,16 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: DataParallel(sgdcore.SGD([{"params": []}], lr=0.1), Alone()),
         ValueError,
         "optimizer: expected at least one parameter, got none",
+    ),
+    "overlap": (
+        lambda: LocalSGD(overlapping(), Alone()),
+        ValueError,
+        r"params: param_groups\[0\]\['params'\]\[0\] and .*\[1\] overlap in memory",
+    ),
+    "overlap, data parallel": (
+        lambda: DataParallel(overlapping(), Alone()),
+        ValueError,
+        "params: .* overlap in memory",
     ),
     "group": (
         lambda: LocalSGD(sgd(), "gloo"),

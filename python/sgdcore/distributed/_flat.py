@@ -34,6 +34,7 @@ __all__ = [
     "item_bytes",
     "join",
     "numbers",
+    "overlap",
     "reorder",
     "runs",
     "zero_nonfinite",
@@ -220,6 +221,16 @@ def runs(views: Sequence[Any]) -> list[list[int]]:
         else:
             result.append([i])
     return result
+
+
+def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
+    """Return the positions of two flat views that have memory in common, or None."""
+    starts = sorted((address(view), i) for i, view in enumerate(views) if len(view))
+    # Where any two overlap, so do two that follow each other.
+    for (start, i), (following, j) in pairwise(starts):
+        if start + len(views[i]) * item_bytes(dtype_name(views[i].dtype)) > following:
+            return min(i, j), max(i, j)
+    return None
 
 
 def join(views: Sequence[Any]) -> Any:

@@ -13,6 +13,7 @@ from sgdcore.distributed._flat import (
     flat,
     is_torch,
     numbers,
+    overlap,
     runs,
     zeros_like,
 )
@@ -50,9 +51,17 @@ class Views:
         self.read()
 
     def read(self) -> None:
-        """Look where the parameters are; if that fails, what was known of them stays."""
+        """Look where the parameters are; if that fails, what was known of them stays.
+
+        Raises:
+            TypeError, ValueError: if there are gaps in a parameter, or two overlap: averaged at once, they would hold
+                anything.
+        """
         data = [data_of(parameter) for parameter in self.parameters]
         flats = [flat(d, label) for d, label in zip(data, self.labels, strict=True)]
+        if pair := overlap(flats):
+            first, second = (self.labels[i] for i in pair)
+            raise ValueError(f"params: {first} and {second} overlap in memory")
         self.data, self.flats = data, flats
         self.runs = [part for run in runs(self.flats) for part in _split(run, self.group_of)]
         self._places = self._where()

@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sgdcore.distributed._agreement import add_up, check_fingerprints, compare, machine_fingerprint
+from sgdcore.distributed._agreement import (
+    add_up,
+    check_failures,
+    check_fingerprints,
+    compare,
+    machine_fingerprint,
+)
 from sgdcore.distributed._checks import check_count, check_wire, integer
 from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers, reorder
 from sgdcore.distributed._traffic import Averager, Differences, wire_name
@@ -384,13 +390,14 @@ class LocalSGD(Wrapper):
 
     def _average_level(self, group: ProcessGroup) -> None:
         with self._failures_as_round_errors():
-            self._follow_moves()
-            (steps,), (fingerprints, machines) = add_up(
+            failed = self._attempt_to_follow()
+            (steps,), (failures, fingerprints, machines) = add_up(
                 group,
                 self._views.flats[0],
                 sums=[self._active_steps],
-                per_rank=[self._views.fingerprint, machine_fingerprint()],
+                per_rank=[failed is not None, self._views.fingerprint, machine_fingerprint()],
             )
+            check_failures(group, self._views.flats[0], failures, failed)
             check_fingerprints(fingerprints)
             if steps > 0:
                 self._broken = True
@@ -400,20 +407,27 @@ class LocalSGD(Wrapper):
     def _average_all(self) -> int:
         """End the round; returns how many ranks stepped in it."""
         with self._failures_as_round_errors():
-            self._follow_moves()
-            self._make_sure_of_anchor()
+            failed = self._attempt_to_follow()
             momenta = self._momentum.all() if self._momentum_sync == "average" else []
-            (training, losses, count, *has_momentum), (fingerprints, steps, machines) = add_up(
+            like = self._views.flats[0]
+            (training, losses, count, *has_momentum), per_rank = add_up(
                 self._group,
-                self._views.flats[0],
+                like,
                 sums=[
                     self._active_steps > 0,
                     self._losses,
                     self._losses_count,
                     *(momentum is not None for momentum in momenta),
                 ],
-                per_rank=[self._views.fingerprint, self._steps, machine_fingerprint()],
+                per_rank=[
+                    failed is not None,
+                    self._views.fingerprint,
+                    self._steps,
+                    machine_fingerprint(),
+                ],
             )
+            failures, fingerprints, steps, machines = per_rank
+            check_failures(self._group, like, failures, failed)
             check_fingerprints(fingerprints)
             same_machine = len(set(machines)) == 1
             if training > 0:
@@ -520,13 +534,16 @@ class LocalSGD(Wrapper):
     def _failure(self, error: Exception) -> RoundError:
         """Leave a failed round behind in a state that is known; returns what to raise."""
         number = self._round + 1
-        if self._transactional and self._anchored:
+        found = (
+            not self._views.moved()
+        )  # else it could not be followed to where the parameters are now
+        if self._transactional and self._anchored and found:
             self._restore()
         # Where there was no anchor to return to, this rank has taken no step yet.
-        restored = self._transactional and not self._broken
+        restored = self._transactional and found and not self._broken
         if restored:
             outcome = f"parameters and momentum are those of the end of round {self._round}"
-        elif self._transactional:
+        elif self._transactional and self._broken:
             outcome = "parameters are left in the middle of the outer step"
         elif self._broken:
             outcome = (
@@ -540,6 +557,18 @@ class LocalSGD(Wrapper):
             number,
             restored,
         )
+
+    def _attempt_to_follow(self) -> Exception | None:
+        """Follow moves and make sure of the anchor; returns what that failed with, which all ranks are to hear of.
+
+        Raised here and now, it would leave the others waiting for what this rank has not sent.
+        """
+        try:
+            self._follow_moves()
+            self._make_sure_of_anchor()
+        except Exception as error:  # noqa: BLE001 (raised later)
+            return error
+        return None
 
     def _follow_moves(self) -> None:
         views = self._views
