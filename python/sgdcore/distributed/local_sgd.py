@@ -138,9 +138,8 @@ class LocalSGD(Wrapper):
         self._momentum = Momenta(optimizer, self._views)
         self._kept_momenta: list[Any] = []  # as they were at the end of the last round
         self._outer: Outer | None = None
-        self._anchored = (
-            False  # the anchor and the kept momenta are those of the end of the last round
-        )
+        # The anchor and the kept momenta are those of the end of the last round.
+        self._anchored = False
         self._allocate()
         self._join(_NEW)
 
@@ -534,9 +533,8 @@ class LocalSGD(Wrapper):
     def _failure(self, error: Exception) -> RoundError:
         """Leave a failed round behind in a state that is known; returns what to raise."""
         number = self._round + 1
-        found = (
-            not self._views.moved()
-        )  # else it could not be followed to where the parameters are now
+        # Else they are somewhere else by now, where they could not be followed.
+        found = not self._views.moved()
         if self._transactional and self._anchored and found:
             self._restore()
         # Where there was no anchor to return to, this rank has taken no step yet.
