@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/ddp.py
 
-Trains a small network on scikit-learn's digits (``pip install 'sgdcore[demo,torch]'``). The gradients of all ranks are
+Trains a small network on scikit-learn's digits (``pip install '.[demo,torch]'``). The gradients of all ranks are
 averaged in every step; local_sgd.py, beside this, averages parameters now and then instead.
 """
 

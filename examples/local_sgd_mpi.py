@@ -2,7 +2,7 @@
 
     mpiexec -n 2 python -m mpi4py examples/local_sgd_mpi.py
 
-``-m mpi4py`` ends all ranks where one fails. Needs mpi4py and an MPI (``pip install 'sgdcore[demo,mpi]' mpich`` brings
+``-m mpi4py`` ends all ranks where one fails. Needs mpi4py and an MPI (``pip install '.[demo,mpi]' mpich`` brings
 both), and scikit-learn for the digits. The network and its backward pass are the demo's, in plain NumPy.
 """
 

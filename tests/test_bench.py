@@ -197,7 +197,7 @@ def test_torchs_contenders_have_memory_as_torch_allocates_it() -> None:
     for tensor in [
         *fused.params,
         *fused.tensors[0],
-        *map(contenders._tensor, problem.torch_gradients[0]),
+        *map(torch.from_numpy, problem.torch_gradients[0]),
     ]:
         assert tensor.data_ptr() % 64 == 0
     for tensor, values in zip(fused.tensors[0], problem.gradients[0], strict=True):

@@ -1324,3 +1324,40 @@ def test_a_state_may_be_set_in_part() -> None:
     optimizer.__setstate__({"param_groups": optimizer.param_groups})
     optimizer.step()
     assert p.item() == 1 - 0.25 - 0.25 * 1.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_checkpoints_go_between_arrays_and_tensors(dtype: str) -> None:
+    """With momentum of a dtype of its own, named as each library does; what is loaded is a copy."""
+    values, grads = np.ones(5, np.float32), np.linspace(-1, 1, 5, dtype=np.float32)
+    w, x = sgdcore.Parameter(values.copy()), torch.nn.Parameter(torch.from_numpy(values.copy()))
+    ours = sgdcore.SGD([w], lr=0.1, momentum=0.9, momentum_dtype=dtype)
+    theirs = sgdcore.torch.SGD([x], lr=0.1, momentum=0.9, momentum_dtype=getattr(torch, dtype))
+    w.grad, x.grad = grads, torch.from_numpy(grads)
+    ours.step()
+    x.data.copy_(torch.from_numpy(w.data))
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.param_groups[0]["momentum_dtype"] is getattr(torch, dtype)
+    assert theirs.state[x]["momentum_buffer"].dtype is getattr(torch, dtype)
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+    assert x.detach().numpy().tobytes() == w.data.tobytes()
+    other = sgdcore.SGD([v := sgdcore.Parameter(w.data.copy())], lr=1.0)
+    other.load_state_dict(theirs.state_dict())
+    assert other.param_groups[0]["momentum_dtype"] == dtype
+    v.grad = grads
+    for optimizer in (ours, theirs, other):
+        optimizer.step()
+    assert x.detach().numpy().tobytes() == w.data.tobytes() == v.data.tobytes()
+
+
+def test_verify_takes_sparse_gradients() -> None:
+    """torch keeps their momentum sparse."""
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 3, sparse=True), torch.nn.Flatten())
+
+    def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(4).reshape(2, 2) + number % 3, torch.tensor([0, 1])
+
+    assert sgdcore.torch.verify(model, batch, steps=1).equal
+    assert sgdcore.torch.verify(model, batch, steps=5).steps > 1

@@ -15,12 +15,14 @@ _STORAGE_TYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def storage_dtype(dtype: DTypeLike | None, argument: str = "dtype") -> np.dtype[Any]:
-    """Return the NumPy dtype of one of the storage types, given by name, type or dtype.
+    """Return the NumPy dtype of one of the storage types, given by name, type or dtype, of NumPy or torch.
 
     Raises:
         TypeError: if it is none of float64, float32, float16, bfloat16 in native byte order.
         ImportError: for bfloat16, if ml_dtypes is not installed.
     """
+    if type(dtype).__module__ == "torch":
+        dtype = str(dtype).removeprefix("torch.")
     if isinstance(dtype, str) and dtype == "bfloat16":
         try:
             import ml_dtypes

@@ -185,30 +185,23 @@ def _in_torch_memory(values: Array) -> Array:
     return array
 
 
-def _tensor(array: Array) -> Any:
-    """Return a tensor that shares the array's memory."""
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 class Torch(Contender):
     """Parameters of torch, with the optimizer that a subclass makes."""
 
     def __init__(self, problem: Problem) -> None:
         import torch
 
+        from sgdcore.torch._interface import from_numpy
+
         self.check(problem)
         self.problem = problem
         self.values = [_in_torch_memory(values) for values in problem.params]
-        self.params = [torch.nn.Parameter(_tensor(values)) for values in self.values]
+        self.params = [torch.nn.Parameter(from_numpy(values)) for values in self.values]
         clear = problem.case.clear
         self.own = [
             [_in_torch_memory(g) if clear else g for g in each] for each in problem.torch_gradients
         ]
-        self.tensors = [[_tensor(g) for g in each] for each in self.own]
+        self.tensors = [[from_numpy(g) for g in each] for each in self.own]
         self.step = self.make_step(problem.hyper, clear)
 
     def check(self, problem: Problem) -> None:

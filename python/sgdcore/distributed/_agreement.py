@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,22 @@ def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
     highest = [int(value) for value in extremes.tolist()]
     for i, (name, text) in enumerate(facts.items()):
         if highest[2 * i] != -highest[2 * i + 1]:
-            raise ValueError(
-                f"{name}: expected the same on all ranks, got on rank {group.rank}: {text}"
-            )
+            found = _first_difference(group, like, text)
+            raise ValueError(f"{name}: expected the same on all ranks, got {found}")
+
+
+def _first_difference(group: ProcessGroup, like: Any, text: str) -> str:
+    """Return the first line in which the text of the first rank that differs from rank 0 does so, and both versions."""
+    (hashes,) = add_up(group, like, sums=[], per_rank=[fingerprint(text)])[1]
+    other = next(rank for rank, number in enumerate(hashes) if number != hashes[0])
+    versions = [
+        _broadcast_bytes(group, like, text.encode(), rank).decode().split("\n")
+        for rank in (0, other)
+    ]
+    for first, second in zip_longest(*versions, fillvalue="nothing"):
+        if first != second:
+            return f"on rank 0: {first}; on rank {other}: {second}"
+    raise AssertionError("the texts are equal")
 
 
 def fingerprint(text: str) -> int:

@@ -93,9 +93,12 @@ class Views:
     def layout(self) -> str:
         """Return what has to be equal on all ranks, as text."""
         lines = []
-        for data in self.data:
-            lines.append(f"{tuple(data.shape)} {element_strides(data)} {dtype_name(data.dtype)}")
-        return "\n".join(lines) + f"\n{self.runs}\n{self.group_of}"
+        for i, data in enumerate(self.data):
+            strides, dtype = element_strides(data), dtype_name(data.dtype)
+            lines.append(f"number {i} of shape {tuple(data.shape)}, strides {strides}, {dtype}")
+        lines.append(f"those side by side in memory {self.runs}")
+        lines.append(f"param_groups {self.group_of}")
+        return "\n".join(lines)
 
 
 def _split(run: list[int], key: Sequence[int]) -> list[list[int]]:

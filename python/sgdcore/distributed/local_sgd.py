@@ -49,9 +49,10 @@ class LocalSGD(Wrapper):
         x_i = H steps of the optimizer on rank i, from x
         x   = mean of x_1 ... x_N, or what `outer` makes of it
 
-    In between nothing is sent. Parameters are averaged where they are, all of them, with or without a gradient on this
-    rank; afterwards they are equal on all ranks in every bit. On one rank nothing is changed. Only parameters (and
-    momentum, if asked for) are averaged: batch norm's running statistics stay each rank's own.
+    Constructing one gives all ranks the parameters of rank 0. In between rounds nothing is sent. Parameters are
+    averaged where they are, all of them, with or without a gradient on this rank; afterwards they are equal on all
+    ranks in every bit. On one rank nothing is changed. Only parameters (and momentum, if asked for) are averaged:
+    batch norm's running statistics stay each rank's own.
 
     Stands in for the optimizer: ``param_groups``, ``state``, ``zero_grad`` and hooks are the inner one's, and around a
     torch optimizer it is a ``torch.optim.Optimizer``. Give it to schedulers and to GradScaler, of which each rank has

@@ -151,11 +151,11 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
         optimizer: the optimizer whose parameters are to be stepped.
 
     Raises:
-        TypeError: if the optimizer is not a sgdcore.torch.SGD.
+        TypeError: if the optimizer is not an sgdcore.torch.SGD.
         ValueError: if it is differentiable, or already steps in the backward pass, or a gradient is pending.
     """
     if not isinstance(optimizer, SGD):
-        raise TypeError(f"optimizer: expected a sgdcore.torch.SGD, got {type(optimizer)}")
+        raise TypeError(f"optimizer: expected an sgdcore.torch.SGD, got {type(optimizer)}")
     if optimizer._in_backward is not None:
         raise ValueError("optimizer: it already steps in the backward pass")
     for group in optimizer.param_groups:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import optimizer as _optimizer
@@ -359,7 +360,7 @@ class SGD(torch.optim.SGD):
     # Checkpoints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state dict of this class or of torch.optim.SGD.
+        """Take over a copy of a state dict of this class, of torch.optim.SGD or of `sgdcore.SGD`.
 
         Unlike in torch, a momentum buffer keeps its dtype rather than being cast to the parameter's; where this
         group's ``momentum_dtype`` is set and the checkpoint has none, as torch's, it is cast to that.
@@ -386,6 +387,9 @@ class SGD(torch.optim.SGD):
             earlier = [defaults] * len(groups)
         for group, known in zip(groups, earlier, strict=True):
             group.setdefault("momentum_dtype", known.get("momentum_dtype"))
+            if isinstance(group["momentum_dtype"], str):  # a checkpoint of sgdcore.SGD
+                named = getattr(torch, group["momentum_dtype"], group["momentum_dtype"])
+                group["momentum_dtype"] = named
             group.setdefault("sparse_mode", known.get("sparse_mode", "dense"))
             _check_group(group)
         dtypes = {p: group["momentum_dtype"] for group in groups for p in group["params"]}
@@ -431,6 +435,8 @@ def _hide_momentum(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     state = {}
     for key, values in state_dict["state"].items():
         momentum = values.get("momentum_buffer") if isinstance(values, dict) else None
+        if isinstance(momentum, np.ndarray):  # of sgdcore.SGD
+            momentum = _interface.from_numpy(momentum)
         if isinstance(momentum, Tensor):
             values = {**values, "momentum_buffer": _Kept(momentum)}
         state[key] = values

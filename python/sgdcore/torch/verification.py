@@ -148,6 +148,8 @@ def _difference(
 def _bits(tensor: Tensor) -> Tensor:
     """Return the elements as integers, so that NaN equals NaN and -0.0 differs from 0.0."""
     tensor = tensor.detach()
+    if tensor.layout is not torch.strided:  # torch's momentum of sparse gradients
+        tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()]
