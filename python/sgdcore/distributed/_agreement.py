@@ -152,7 +152,9 @@ def _broadcast_bytes(group: ProcessGroup, like: Any, content: bytes, source: int
     size = numbers(like, [len(content)], "int64")
     group.broadcast(size, source).wait()
     count = int(size.tolist()[0])
-    words = np.frombuffer(content.ljust(-(-count // 8) * 8, b"\0"), np.int64)
+    padded = -(-count // 8) * 8
+    # Only the source's content counts; another rank's may be longer.
+    words = np.frombuffer(content[:padded].ljust(padded, b"\0"), np.int64)
     array = empty(like, len(words), "int64")
     array[...] = sys.modules["torch"].from_numpy(words.copy()) if is_torch(like) else words
     group.broadcast(array, source).wait()
