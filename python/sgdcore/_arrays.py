@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Array", "storage_dtype"]
+__all__ = ["Array", "as_tensor", "storage_dtype"]
 
 Array = NDArray[Any]
 
@@ -39,3 +39,12 @@ def storage_dtype(dtype: DTypeLike | None, argument: str = "dtype") -> np.dtype[
         expected = ", ".join(_STORAGE_TYPES)
         raise TypeError(f"{argument}: expected one of {expected}, got {dtype!r}")
     return resolved
+
+
+def as_tensor(array: Array) -> Any:
+    """Return a torch tensor that shares an array's memory. Imports torch."""
+    import torch
+
+    if array.dtype.name == "bfloat16":  # which torch does not know as NumPy's
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -21,7 +21,7 @@ import numpy as np
 
 import sgdcore
 from sgdcore import _core
-from sgdcore._arrays import Array, storage_dtype
+from sgdcore._arrays import Array, as_tensor, storage_dtype
 from sgdcore.bench.cases import HYPERS, Case
 
 __all__ = ["CONTENDERS", "RIVAL_OF", "Contender", "Problem", "Unsuitable", "contender"]
@@ -191,17 +191,15 @@ class Torch(Contender):
     def __init__(self, problem: Problem) -> None:
         import torch
 
-        from sgdcore.torch._interface import from_numpy
-
         self.check(problem)
         self.problem = problem
         self.values = [_in_torch_memory(values) for values in problem.params]
-        self.params = [torch.nn.Parameter(from_numpy(values)) for values in self.values]
+        self.params = [torch.nn.Parameter(as_tensor(values)) for values in self.values]
         clear = problem.case.clear
         self.own = [
             [_in_torch_memory(g) if clear else g for g in each] for each in problem.torch_gradients
         ]
-        self.tensors = [[from_numpy(g) for g in each] for each in self.own]
+        self.tensors = [[as_tensor(g) for g in each] for each in self.own]
         self.step = self.make_step(problem.hyper, clear)
 
     def check(self, problem: Problem) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sgdcore._arrays import Array
+from sgdcore._arrays import Array, as_tensor
 from sgdcore.distributed._flat import dtype_name, is_torch
 
 __all__ = [
@@ -260,10 +260,7 @@ class TorchGroup(_Engine):
                     f"{argument}: expected a contiguous tensor, got strides {array.stride()}"
                 )
             return array.detach()
-        array = _contiguous(argument, array)
-        if array.dtype.name == "bfloat16":  # which NumPy does not know by itself
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
+        return as_tensor(_contiguous(argument, array))
 
     def _all_reduce(self, view: Any, op: str) -> Work:
         work = self._dist.all_reduce(view, self._operations[op], self._live(), async_op=True)

@@ -9,11 +9,9 @@ import gc
 import weakref
 from typing import Any
 
-import numpy as np
 import torch
 
 from sgdcore import _core
-from sgdcore._arrays import Array
 from sgdcore._devices import CPU
 
 __all__ = [
@@ -21,7 +19,6 @@ __all__ = [
     "device_index",
     "empty_like",
     "exchange_api",
-    "from_numpy",
     "increment_versions",
     "is_capturing",
     "new_plan",
@@ -91,13 +88,6 @@ def _describe(
         STORAGE_TYPES[tensor.dtype],
         device,
     )
-
-
-def from_numpy(array: Array) -> torch.Tensor:
-    """Return a tensor that shares an array's memory."""
-    if array.dtype.name == "bfloat16":  # which NumPy does not know by itself
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def increment_versions(tensors: list[torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import optimizer as _optimizer
 
 from sgdcore import _core
+from sgdcore._arrays import as_tensor
 from sgdcore._devices import CPU
 from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
@@ -436,7 +437,7 @@ def _hide_momentum(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     for key, values in state_dict["state"].items():
         momentum = values.get("momentum_buffer") if isinstance(values, dict) else None
         if isinstance(momentum, np.ndarray):  # of sgdcore.SGD
-            momentum = _interface.from_numpy(momentum)
+            momentum = as_tensor(momentum)
         if isinstance(momentum, Tensor):
             values = {**values, "momentum_buffer": _Kept(momentum)}
         state[key] = values
