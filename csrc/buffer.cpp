@@ -9,6 +9,8 @@
 #include <cstring>
 #include <new>
 
+#include "huge_pages.hpp"
+
 namespace sgdcore {
 namespace {
 
@@ -54,15 +56,6 @@ AlignedBuffer::~AlignedBuffer() {
     } else {
         ::operator delete(data_, std::align_val_t{alignment});
     }
-}
-
-void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] std::size_t size) {
-#if defined(MADV_HUGEPAGE)
-    const std::uintptr_t page = AlignedBuffer::huge_page, start = reinterpret_cast<std::uintptr_t>(begin);
-    const std::uintptr_t first = (start + page - 1) / page * page, last = (start + size) / page * page;
-    // Advice: where it is not taken the pages are ordinary ones.
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace sgdcore

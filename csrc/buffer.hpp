@@ -12,7 +12,6 @@ namespace sgdcore {
 class AlignedBuffer {
   public:
     static constexpr std::size_t alignment = cache_line;  // also the widest vector
-    static constexpr std::size_t huge_page = std::size_t{2} << 20;
 
     /// Throws std::bad_alloc.
     explicit AlignedBuffer(std::size_t size);
@@ -29,8 +28,5 @@ class AlignedBuffer {
     std::byte* mapping_ = nullptr;
     std::size_t mapped_ = 0;  // length of the mapping; 0 if the memory came from the heap
 };
-
-/// Asks the system to put the whole huge pages within a range on such pages, as they are touched.
-void advise_huge_pages(void* begin, std::size_t size);
 
 }  // namespace sgdcore

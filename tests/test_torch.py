@@ -7,9 +7,7 @@ import copy
 import gc
 import io
 import pickle
-import re
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from torch.optim.optimizer import (
 )
 
 import sgdcore
-from sgdcore import _core, reference
+from sgdcore import reference
 from sgdcore.torch import SGD, _interface
 from sgdcore.torch import sgd as sgd_module
 from torch_support import (
@@ -571,29 +569,6 @@ def test_step_in_backward_keeps_nothing_alive_either() -> None:
     del p, optimizer, handle
     gc.collect()
     assert [ref() for ref in refs] == [None] * 3
-
-
-@pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
-def test_large_momentum_is_advised_to_lie_on_huge_pages(loaded: bool) -> None:
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not pages.exists() or "[never]" in pages.read_text():
-        pytest.skip("the system has no transparent huge pages")
-    p = torch.nn.Parameter(torch.zeros(4, _core.huge_page))
-    p.grad = torch.ones_like(p)
-    optimizer = SGD([p], lr=0.1, momentum=0.9)
-    optimizer.step()
-    if loaded:
-        optimizer.load_state_dict(optimizer.state_dict())
-    middle = optimizer.state[p]["momentum_buffer"].data_ptr() + 2 * _core.huge_page
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if bounds:
-            inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
-        elif inside and line.startswith("VmFlags"):
-            assert "hg" in line.split()
-            return
-    raise AssertionError(hex(middle))
 
 
 def test_step_in_backward_names_the_parameter_that_is_wrong() -> None:

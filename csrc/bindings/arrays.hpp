@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "../extents.hpp"
 #include "../work.hpp"
-#include "extents.hpp"
 
 namespace sgdcore::bindings {
 

@@ -7,8 +7,8 @@
 #include <span>
 #include <vector>
 
+#include "../extents.hpp"
 #include "../work.hpp"
-#include "extents.hpp"
 #include "torch_reader.hpp"
 
 namespace sgdcore::bindings {

@@ -12,11 +12,12 @@
 
 #include "buffer.hpp"
 #include "check.hpp"
+#include "huge_pages.hpp"
 
 namespace sgdcore::test {
 namespace {
 
-constexpr std::size_t huge = AlignedBuffer::huge_page;
+constexpr std::size_t huge = huge_page;
 
 bool all_zero(const AlignedBuffer& buffer) {
     return std::all_of(buffer.data(), buffer.data() + buffer.size(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sgdcore._devices import CPU
 
 __all__ = [
     "STORAGE_TYPES",
+    "collapse_huge_pages",
     "device_index",
     "empty_like",
     "exchange_api",
@@ -59,11 +61,39 @@ def is_capturing() -> bool:
 def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Return new memory laid out like a parameter: on huge pages where the core uses them, which torch does not."""
     memory = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    usual = type(parameter) in (torch.Tensor, torch.nn.Parameter) and device_index(memory) == CPU
-    large = memory.nbytes >= 2 * _core.huge_page
-    if usual and large and not torch._C._functorch.is_functorch_wrapped_tensor(memory):
+    if memory.nbytes >= 2 * _core.huge_page and _has_addresses(memory):
         _core.advise_huge_pages(memory.data_ptr(), memory.nbytes)
     return memory
+
+
+def collapse_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Put tensors on the CPU on huge pages where they are, values and addresses unchanged, if the system can."""
+    _core.collapse_huge_pages(
+        [
+            (tensor.data_ptr(), tensor.nbytes)
+            for tensor in tensors
+            # What other processes share is not ours alone to arrange.
+            if _has_addresses(tensor) and _is_dense(tensor) and not tensor.is_shared()
+        ]
+    )
+
+
+def _has_addresses(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is no more than memory on the CPU."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and device_index(tensor) == CPU
+        and tensor.layout is torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Tell whether the elements fill their memory, in the usual orders."""
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.is_contiguous() or (
+        tensor.ndim in orders and tensor.is_contiguous(memory_format=orders[tensor.ndim])
+    )
 
 
 def current_stream(device: int) -> int:

@@ -197,6 +197,7 @@ class SGD(torch.optim.SGD):
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        _interface.collapse_huge_pages(self.param_groups[-1]["params"])
         if self._in_backward is not None:
             self._in_backward.add_group(self.param_groups[-1])
 

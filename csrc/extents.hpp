@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace sgdcore::bindings {
+namespace sgdcore {
 
 /// A half-open range of addresses.
 struct Extent {
@@ -35,4 +35,4 @@ auto find_overlap(const std::vector<Range>& disjoint, const Extent& extent) {
     return next != disjoint.end() && next->begin < extent.end ? next : disjoint.end();
 }
 
-}  // namespace sgdcore::bindings
+}  // namespace sgdcore
