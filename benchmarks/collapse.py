@@ -56,7 +56,9 @@ def child(workload: str, threads: int, collapses_first: bool) -> None:
 
 
 def main() -> None:
-    print("               threads   step, without / with   [least, most of the processes]   made in, more   = steps")
+    print(
+        "               threads   step, without / with   [least, most of the processes]   made in, more   = steps"
+    )
     for workload in WORKLOADS:
         for threads in THREADS:
             runs = []

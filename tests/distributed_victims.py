@@ -208,13 +208,13 @@ def wait_for_a_message(
     group.barrier()
     start, error = time.perf_counter(), ""
     if rank == ranks - 1:
-        message = group.send(array, 0, 5)  # type: ignore[attr-defined]
+        message = group.send([array], 0, 5)  # type: ignore[attr-defined]
         time.sleep(delay)
         os.kill(os.getpid(), signal.SIGKILL)
         message.wait()
     if rank == 0:
         try:
-            group.receive(array, ranks - 1, 5).wait()  # type: ignore[attr-defined]
+            group.receive([array], ranks - 1, 5).wait()  # type: ignore[attr-defined]
         except RuntimeError as failure:
             error = str(failure)
     pipe.send({"seconds": time.perf_counter() - start, "error": error})

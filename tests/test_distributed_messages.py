@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
+from collections.abc import Sequence
+from itertools import cycle, islice, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgdcore.distributed import _messages
-from sgdcore.distributed._messages import MOST_AHEAD, MessageMean, share
+from sgdcore.distributed._messages import MOST_AHEAD, MessageMean, batches, share
 
 SECONDS = 20.0
 
@@ -40,17 +42,17 @@ class Post:
 
 
 class Sent:
-    """Its array is read when somebody needs it: at the latest when the sender waits."""
+    """Its arrays are read when somebody needs them: at the latest when the sender waits."""
 
-    def __init__(self, post: Post, array: Any) -> None:
-        self.post, self.array = post, array
+    def __init__(self, post: Post, arrays: Sequence[Any]) -> None:
+        self.post, self.arrays = post, arrays
         self.contents: Any = None
         self.done = False
 
     def read(self) -> Any:
         with self.post.changed:
             if self.contents is None:
-                self.contents = numbers(self.array).copy()
+                self.contents = [numbers(array).copy() for array in self.arrays]
             return self.contents
 
     def wait(self) -> None:
@@ -62,19 +64,20 @@ class Sent:
 
 
 class Received:
-    """Its array holds anything until the receiver has waited."""
+    """Its arrays hold anything until the receiver has waited."""
 
-    def __init__(self, post: Post, key: tuple[int, int, int], array: Any) -> None:
-        self.post, self.key, self.array = post, key, array
+    def __init__(self, post: Post, key: tuple[int, int, int], arrays: Sequence[Any]) -> None:
+        self.post, self.key, self.arrays = post, key, arrays
         self.done = False
-        array[...] = np.nan
+        for array in arrays:
+            array[...] = np.nan
 
     def wait(self) -> None:
         queue = self.post.sent[self.key]
         self.post.wait_until(lambda: queue)
-        contents = queue.popleft().read()
-        assert len(contents) == len(self.array)
-        numbers(self.array)[...] = contents
+        for array, contents in zip(self.arrays, queue.popleft().read(), strict=True):
+            assert len(contents) == len(array)
+            numbers(array)[...] = contents
         self.done = True
 
     def abandon(self) -> None:
@@ -92,23 +95,24 @@ class Rank:
         """No memory is in two messages at once, unless both only read it."""
         for other in self.messages:
             if not (other.done or (isinstance(message, Sent) and isinstance(other, Sent))):
-                assert not np.may_share_memory(numbers(message.array), numbers(other.array))
+                for a, b in product(message.arrays, other.arrays):
+                    assert not np.may_share_memory(numbers(a), numbers(b))
         self.messages.append(message)
 
     def open_messages(self) -> None:
         pass
 
-    def send(self, array: Any, target: int, tag: int) -> Sent:
+    def send(self, arrays: Sequence[Any], target: int, tag: int) -> Sent:
         assert 0 <= tag < 1 << 15
-        message = Sent(self.post, array)
+        message = Sent(self.post, arrays)
         self.begin(message)
         with self.post.changed:
             self.post.sent[self.rank, target, tag].append(message)
             self.post.changed.notify_all()
         return message
 
-    def receive(self, array: Any, source: int, tag: int) -> Received:
-        message = Received(self.post, (source, self.rank, tag), array)
+    def receive(self, arrays: Sequence[Any], source: int, tag: int) -> Received:
+        message = Received(self.post, (source, self.rank, tag), arrays)
         self.begin(message)
         return message
 
@@ -137,22 +141,26 @@ def on_ranks(size: int, work: Any) -> list[BaseException | None]:
     st.lists(st.integers(0, 50), max_size=30),
     st.integers(2, 5),
     st.sampled_from(["numpy", "torch"]),
-    st.sampled_from(["float32", "float64"]),
+    st.sampled_from([["float32"], ["float64"], ["float32", "float64"]]),
     st.sampled_from([100, 1000, 1 << 20]),
     st.integers(0, 9),
 )
 def test_the_mean(
-    lengths: list[int], ranks: int, kind: str, dtype: str, ahead: int, seed: int
+    lengths: list[int], ranks: int, kind: str, dtypes: list[str], ahead: int, seed: int
 ) -> None:
     """Exact sums, so that there is one right answer; twice, through the same memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_messages, "AHEAD_BYTES", ahead)
-        check_mean(lengths, ranks, kind, dtype, seed)
+        check_mean(lengths, ranks, kind, dtypes, seed)
 
 
-def check_mean(lengths: list[int], ranks: int, kind: str, dtype: str, seed: int) -> None:
+def check_mean(lengths: list[int], ranks: int, kind: str, dtypes: list[str], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    values = [[rng.integers(-99, 99, n).astype(dtype) for n in lengths] for _ in range(ranks)]
+    types = list(islice(cycle(dtypes), len(lengths)))
+    values = [
+        [rng.integers(-99, 99, n).astype(t) for n, t in zip(lengths, types, strict=True)]
+        for _ in range(ranks)
+    ]
     arrays: list[list[Any]] = [[array.copy() for array in own] for own in values]
     if kind == "torch":
         arrays = [[torch.from_numpy(array) for array in own] for own in arrays]
@@ -160,7 +168,7 @@ def check_mean(lengths: list[int], ranks: int, kind: str, dtype: str, seed: int)
     loaded = [[0] * len(lengths) for _ in range(ranks)]
     taken = [[0] * len(lengths) for _ in range(ranks)]
     means = [MessageMean(own, rank, ranks) for rank, own in enumerate(arrays)]
-    expected = [sum(each) / np.dtype(dtype).type(ranks) for each in zip(*values, strict=True)]
+    expected = [sum(each) / each[0].dtype.type(ranks) for each in zip(*values, strict=True)]
 
     def count(counts: list[int], number: int) -> None:
         counts[number] += 1
@@ -192,6 +200,27 @@ def test_shares_are_about_equal(sizes: list[int], ranks: int) -> None:
     assert sorted(number for own in owned for number in own) == list(range(len(sizes)))
     totals = [sum(sizes[number] for number in own) for own in owned]
     assert max(totals) - min(totals) <= max(sizes, default=0)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1000), st.sampled_from(["float32", "float64"]), st.booleans())
+    )
+)
+def test_batches_hold_what_is_owned_once_and_are_no_larger_than_an_array(
+    arrays: list[tuple[int, str, bool]],
+) -> None:
+    sizes, dtypes = [size for size, _, _ in arrays], [dtype for _, dtype, _ in arrays]
+    own = [i for i, (_, _, is_own) in enumerate(arrays) if is_own]
+    grouped = batches(own, sizes, dtypes)
+    assert sorted(number for batch in grouped for number in batch) == own
+    for batch in grouped:
+        assert len({dtypes[i] for i in batch}) == 1
+        assert sum(sizes[i] for i in batch) <= max(sizes)
+    # No two neighbours of a dtype would fit into one.
+    for one, next_one in pairwise(grouped):
+        if dtypes[one[0]] == dtypes[next_one[0]]:
+            assert sum(sizes[i] for i in [*one, next_one[0]]) > max(sizes)
 
 
 @pytest.mark.parametrize("after", range(0, 24, 3))

@@ -11,6 +11,7 @@ import functools
 import sys
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic, sleep
@@ -103,7 +104,8 @@ class Message(Work, Protocol):
 class PeerGroup(ProcessGroup, Protocol):
     """A process group whose ranks can also send each other messages.
 
-    Those with the same tag from one rank to another are received in the order in which they were sent.
+    A message is one or more arrays, of which the receiver knows the sizes and dtypes. Those with the same tag from one
+    rank to another are received in the order in which they were sent.
     """
 
     def can_send(self, array: Any) -> bool:
@@ -112,11 +114,11 @@ class PeerGroup(ProcessGroup, Protocol):
     def open_messages(self) -> None:
         """Get ready for messages, before the first one; all ranks call it together. Later calls do nothing."""
 
-    def send(self, array: Any, target: int, tag: int) -> Message:
-        """Send an array to the rank `target`."""
+    def send(self, arrays: Sequence[Any], target: int, tag: int) -> Message:
+        """Send arrays to the rank `target`."""
 
-    def receive(self, array: Any, source: int, tag: int) -> Message:
-        """Replace an array by the one that the rank `source` sent with this tag."""
+    def receive(self, arrays: Sequence[Any], source: int, tag: int) -> Message:
+        """Replace arrays by those that the rank `source` sent with this tag."""
 
 
 class _Engine(ABC):
@@ -161,13 +163,13 @@ class _Engine(ABC):
         _check_sizes("output", target, "array", view, self.size)
         return self._all_gather(target, view)
 
-    def send(self, array: Any, target: int, tag: int) -> Message:
+    def send(self, arrays: Sequence[Any], target: int, tag: int) -> Message:
         """See `PeerGroup.send`."""
-        return self._send(self._view("array", array), target, tag)
+        return self._send([self._view("arrays", array) for array in arrays], target, tag)
 
-    def receive(self, array: Any, source: int, tag: int) -> Message:
+    def receive(self, arrays: Sequence[Any], source: int, tag: int) -> Message:
         """See `PeerGroup.receive`."""
-        return self._receive(self._view("array", array), source, tag)
+        return self._receive([self._view("arrays", array) for array in arrays], source, tag)
 
     @abstractmethod
     def can_send(self, array: Any) -> bool:
@@ -194,10 +196,10 @@ class _Engine(ABC):
     def _all_gather(self, target: Any, view: Any) -> Work: ...
 
     @abstractmethod
-    def _send(self, view: Any, target: int, tag: int) -> Message: ...
+    def _send(self, views: list[Any], target: int, tag: int) -> Message: ...
 
     @abstractmethod
-    def _receive(self, view: Any, source: int, tag: int) -> Message: ...
+    def _receive(self, views: list[Any], source: int, tag: int) -> Message: ...
 
 
 class TorchGroup(_Engine):
@@ -294,20 +296,18 @@ class TorchGroup(_Engine):
     def open_messages(self) -> None:
         """See `PeerGroup.open_messages`: nothing is to be done."""
 
-    def _send(self, view: Any, target: int, tag: int) -> Message:
-        group = self._live()
-        target = self._dist.get_global_rank(group, target)
-        return self._message(self._dist.isend, view, target, group, tag)
+    def _send(self, views: list[Any], target: int, tag: int) -> Message:
+        return self._message(self._dist.isend, views, target, tag)
 
-    def _receive(self, view: Any, source: int, tag: int) -> Message:
-        group = self._live()
-        source = self._dist.get_global_rank(group, source)
-        return self._message(self._dist.irecv, view, source, group, tag)
+    def _receive(self, views: list[Any], source: int, tag: int) -> Message:
+        return self._message(self._dist.irecv, views, source, tag)
 
-    def _message(self, start: Any, view: Any, peer: int, group: Any, tag: int) -> Message:
-        message, end = start(view, peer, group, tag), self._torch.empty(1, dtype=self._torch.uint8)
-        behind = _TorchWork(start(end, peer, group, tag + _BEHIND), end)
-        return _TorchMessage(message, view, behind)
+    def _message(self, start: Any, views: list[Any], peer: int, tag: int) -> Message:
+        group = self._live()
+        peer = self._dist.get_global_rank(group, peer)
+        works = [_TorchWork(start(view, peer, group, tag), view) for view in views]
+        end = self._torch.empty(1, dtype=self._torch.uint8)
+        return _TorchMessage([_TorchWork(start(end, peer, group, tag + _BEHIND), end), *works])
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
@@ -341,32 +341,34 @@ class _TorchWork:
     def test(self) -> bool:
         return self._work is None or bool(self._work.is_completed())
 
-
-class _TorchMessage(_TorchWork):
-    """A message of gloo's, and one of a byte that is sent behind it.
-
-    If the peer is killed while a message is read, gloo ends all receives but that one, whose wait lasts until the
-    group's timeout. So the one behind it is waited for first.
-    """
-
-    def __init__(self, work: Any, tensor: Any, behind: _TorchWork) -> None:
-        super().__init__(work, tensor)
-        self._behind = behind
-
-    def wait(self) -> None:
-        if self._work is not None:
-            self._behind.wait()
-            super().wait()
-
-    def test(self) -> bool:
-        return self._behind.test() and super().test()
-
     def abandon(self) -> None:
         if self._work is not None:
             # Where it raises, gloo ends all connections, and with them what is under way.
             with suppress(RuntimeError):
                 self._work.wait(_LAST_CHANCE)
             self._work = None
+
+
+class _TorchMessage:
+    """A message of gloo's, and a byte that is sent behind it, which comes first among these operations.
+
+    If the peer is killed while an array is read, gloo ends all receives but that one, whose wait lasts until the
+    group's timeout. So the byte is waited for first.
+    """
+
+    def __init__(self, works: list[_TorchWork]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def test(self) -> bool:
+        return all(work.test() for work in self._works)
+
+    def abandon(self) -> None:
+        for work in self._works[1:]:
+            work.abandon()
 
 
 class MpiGroup(_Engine):
@@ -435,11 +437,13 @@ class MpiGroup(_Engine):
         if self._message_comm is None:
             self._message_comm = _duplicate(self._comm)
 
-    def _send(self, view: Any, target: int, tag: int) -> Message:
-        return _MpiMessage(self._message_comm.Isend(view, target, tag), view, writes=False)
+    def _send(self, views: list[Any], target: int, tag: int) -> Message:
+        start = self._message_comm.Isend
+        return _MpiMessage([_MpiWork(start(view, target, tag), view) for view in views], False)
 
-    def _receive(self, view: Any, source: int, tag: int) -> Message:
-        return _MpiMessage(self._message_comm.Irecv(view, source, tag), view, writes=True)
+    def _receive(self, views: list[Any], source: int, tag: int) -> Message:
+        start = self._message_comm.Irecv
+        return _MpiMessage([_MpiWork(start(view, source, tag), view) for view in views], True)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
@@ -482,18 +486,28 @@ class _MpiWork:
     def test(self) -> bool:
         return bool(self._request.Test())
 
-
-class _MpiMessage(_MpiWork):
-    """A message of MPI's, which writes to its array or only reads it."""
-
-    def __init__(self, request: Any, array: Array, writes: bool) -> None:
-        super().__init__(request, array)
-        self._writes = writes
-
-    def abandon(self) -> None:
-        if self._writes and not self.test():
+    def cancel(self) -> None:
+        if not self.test():
             self._request.Cancel()
             self._request.Wait()
+
+
+class _MpiMessage:
+    """A message of MPI's, which writes to its arrays or only reads them."""
+
+    def __init__(self, works: list[_MpiWork], writes: bool) -> None:
+        self._works, self._writes = works, writes
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def test(self) -> bool:
+        return all(work.test() for work in self._works)
+
+    def abandon(self) -> None:
+        for work in self._works if self._writes else ():
+            work.cancel()
 
 
 def as_process_group(group: Any = None) -> ProcessGroup:

@@ -73,7 +73,7 @@ def collapse_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
             (tensor.data_ptr(), tensor.nbytes)
             for tensor in tensors
             # What other processes share is not ours alone to arrange.
-            if _has_addresses(tensor) and _is_dense(tensor) and not tensor.is_shared()
+            if _has_addresses(tensor) and _is_dense(tensor) and not tensor.is_shared()  # type: ignore[no-untyped-call]
         ]
     )
 
