@@ -1,6 +1,6 @@
 """Time a round of Local SGD beside other ways to average the same parameters: interleaved, medians, ratios.
 
-    python benchmarks/distributed.py [--ranks 2 4] [--engines gloo mpi] [--rounds N] [--json FILE]
+    python benchmarks/distributed.py [--ranks 2 4] [--engines gloo mpi] [--rounds N] [--only NAME ...] [--json FILE]
 
 ResNet-50's 161 parameters (25.6 million elements, float32), on ranks of this machine, started anew for each engine and
 number of ranks. Every contender averages once first, and the results are compared; then all take turns, in an order
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,7 @@ class Contender:
         self.read, self.average, self.divides = read, average, divides
         self._count_step = count_step
         self.seconds: list[float] = []
+        self.faults: list[int] = []  # pages that the first rank touched for the first time
 
     def prepare(self) -> None:
         self._count_step()
@@ -148,18 +150,18 @@ def ours_torch(group: ProcessGroup, flat: bool) -> Contender:
     return local_sgd(group, optimizer, [p.detach().numpy() for p in params])
 
 
-def contenders_of(group: ProcessGroup, engine: str) -> dict[str, Contender]:
+def contenders_of(group: ProcessGroup, engine: str) -> dict[str, Callable[[], Contender]]:
     contenders = {
-        BASE: one_flat(group),
-        "one all-reduce of a tensor, divided": one_tensor(group),
-        "one flat all-reduce": one_flat_alone(group),
-        "tensor after tensor": per_tensor(group),
-        "sgdcore flat": ours_flat(group),
-        "sgdcore.torch flat": ours_torch(group, flat=True),
-        "sgdcore.torch 161 tensors": ours_torch(group, flat=False),
+        BASE: lambda: one_flat(group),
+        "one all-reduce of a tensor, divided": lambda: one_tensor(group),
+        "one flat all-reduce": lambda: one_flat_alone(group),
+        "tensor after tensor": lambda: per_tensor(group),
+        "sgdcore flat": lambda: ours_flat(group),
+        "sgdcore.torch flat": lambda: ours_torch(group, flat=True),
+        "sgdcore.torch 161 tensors": lambda: ours_torch(group, flat=False),
     }
     if engine == "gloo":
-        contenders["torch PeriodicModelAverager"] = torch_averager(group)
+        contenders["torch PeriodicModelAverager"] = lambda: torch_averager(group)
     return contenders
 
 
@@ -174,7 +176,7 @@ def check(contenders: dict[str, Contender], size: int) -> None:
                 np.testing.assert_allclose(array, mean, rtol=0, atol=1e-6, err_msg=name)
 
 
-def run(engine: str, rounds: int, path: Path) -> None:
+def run(engine: str, rounds: int, only: list[str], path: Path) -> None:
     """What each rank does."""
     torch.set_num_threads(1)
     sgdcore.set_num_threads(1)
@@ -183,7 +185,11 @@ def run(engine: str, rounds: int, path: Path) -> None:
     else:
         import mpi4py.MPI  # noqa: F401
     group = as_process_group()
-    contenders = contenders_of(group, engine)
+    contenders = {
+        name: make()
+        for name, make in contenders_of(group, engine).items()
+        if name == BASE or any(part in name for part in only)
+    }
     check(contenders, group.size)
     for number in range(rounds):
         # In another order each round, the same on all ranks: what runs before leaves its traces.
@@ -191,14 +197,16 @@ def run(engine: str, rounds: int, path: Path) -> None:
             contender = list(contenders.values())[i]
             contender.prepare()
             group.barrier()
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             start = time.perf_counter()
             contender.average()
             contender.seconds.append(time.perf_counter() - start)
+            contender.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
     slowest = {}
     for name, contender in contenders.items():
         seconds = np.array(contender.seconds)
         group.all_reduce(seconds, "max").wait()
-        slowest[name] = seconds.tolist()
+        slowest[name] = {"seconds": seconds.tolist(), "faults": contender.faults}
     if group.rank == 0:
         path.write_text(json.dumps(slowest))
     group.barrier()
@@ -206,23 +214,25 @@ def run(engine: str, rounds: int, path: Path) -> None:
         os._exit(0)
 
 
-def launch(engine: str, ranks: int, rounds: int) -> dict[str, list[float]]:
+def launch(engine: str, ranks: int, rounds: int, only: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "seconds.json"
         own = [__file__, "--as-rank-of", engine, "--rounds", str(rounds), "--json", str(path)]
+        own += ["--only", *only]
         if engine == "gloo":
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(ranks), *own]
         else:
             command = ["mpiexec", "-n", str(ranks), sys.executable, *own]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        result: dict[str, list[float]] = json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text())
         return result
 
 
-def report(title: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def report(title: str, measured: dict[str, Any]) -> dict[str, Any]:
     print(f"\n{title}")
     results = {}
+    seconds = {name: each["seconds"] for name, each in measured.items()}
     base, theirs = seconds[BASE], seconds.get("torch PeriodicModelAverager")
     for name, own in seconds.items():
         low, median, high = statistics.quantiles(own, n=4)
@@ -231,6 +241,7 @@ def report(title: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
             "iqr": (high - low) / median,
             "ratio": median / statistics.median(base),
             "ratio_by_rounds": statistics.median(a / b for a, b in zip(own, base, strict=True)),
+            "page_faults": statistics.median(measured[name]["faults"]),
         }
         text = f"  {name:<36} {median * 1e3:8.1f} ms   IQR {result['iqr']:4.0%}   {result['ratio']:5.2f} x base"
         text += f" (by rounds {result['ratio_by_rounds']:.2f})"
@@ -242,22 +253,48 @@ def report(title: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     return results
 
 
+ROWS = {
+    "one flat all-reduce": "one flat all-reduce, not divided",
+    "one all-reduce of a tensor, divided": "one all-reduce of a tensor, divided",
+    "sgdcore flat": "`LocalSGD`, a `ParameterBuffer`",
+    "sgdcore.torch flat": "`LocalSGD`, torch parameters in one storage",
+    "sgdcore.torch 161 tensors": "`LocalSGD`, 161 torch parameters",
+    "torch PeriodicModelAverager": "torch's PeriodicModelAverager",
+    "tensor after tensor": "tensor after tensor",
+}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the ratios to the base in Markdown, a column for each engine and number of ranks."""
+    lines = [
+        "| | " + " | ".join(title.replace("mpi", "MPI") for title in results) + " |",
+        "|---" * (1 + len(results)) + "|",
+    ]
+    for name, label in ROWS.items():
+        cells = [f"{own[name]['ratio']:.2f}" if name in own else "" for own in results.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--engines", nargs="+", default=["gloo", "mpi"], choices=["gloo", "mpi"])
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts of names; the base takes part always"
+    )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--as-rank-of", help=argparse.SUPPRESS)  # as one rank
     args = parser.parse_args()
     if args.as_rank_of:
-        run(args.as_rank_of, args.rounds, args.json)
+        run(args.as_rank_of, args.rounds, args.only, args.json)
         return 0
     results = {}
     for engine in args.engines:
         for ranks in args.ranks:
             title = f"{engine}, {ranks} ranks"
-            results[title] = report(title, launch(engine, ranks, args.rounds))
+            results[title] = report(title, launch(engine, ranks, args.rounds, args.only))
     if args.json:
         document = {
             "machine": machine()["type"],

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
     results = ROOT / "benchmarks/results/distributed" / f"{name.replace('_', '-')}.json"
     assert benchmark(name).table(json.loads(results.read_text())) in GUIDE.read_text()
+
+
+def test_table_of_the_traffic_is_that_of_the_results() -> None:
+    folder = ROOT / "benchmarks/results/distributed"
+    results: dict[str, Any] = {}
+    for engine in ("gloo", "mpi"):
+        text = (folder / f"round-{engine}-epyc-2-cores.json").read_text()
+        results |= json.loads(text)["results"]
+    assert benchmark("distributed").table(results) in GUIDE.read_text()
 
 
 def test_examples_of_the_guide() -> None:

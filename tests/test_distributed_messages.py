@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from itertools import cycle, islice, pairwise, product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgdcore.distributed import _messages
-from sgdcore.distributed._messages import MOST_AHEAD, MessageMean, batches, share
+from sgdcore.distributed._messages import MOST_AHEAD, MessageMean
 
 SECONDS = 20.0
 
@@ -138,37 +138,39 @@ def on_ranks(size: int, work: Any) -> list[BaseException | None]:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.integers(0, 50), max_size=30),
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 50), min_size=1, max_size=4),
+            st.sampled_from(["float32", "float64"]),
+        ),
+        max_size=30,
+    ),
     st.integers(2, 5),
     st.sampled_from(["numpy", "torch"]),
-    st.sampled_from([["float32"], ["float64"], ["float32", "float64"]]),
     st.sampled_from([100, 1000, 1 << 20]),
     st.integers(0, 9),
 )
 def test_the_mean(
-    lengths: list[int], ranks: int, kind: str, dtypes: list[str], ahead: int, seed: int
+    layout: list[tuple[list[int], str]], ranks: int, kind: str, ahead: int, seed: int
 ) -> None:
     """Exact sums, so that there is one right answer; twice, through the same memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_messages, "AHEAD_BYTES", ahead)
-        check_mean(lengths, ranks, kind, dtypes, seed)
+        check_mean(layout, ranks, kind, seed)
 
 
-def check_mean(lengths: list[int], ranks: int, kind: str, dtypes: list[str], seed: int) -> None:
+def check_mean(layout: list[tuple[list[int], str]], ranks: int, kind: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    types = list(islice(cycle(dtypes), len(lengths)))
     values = [
-        [rng.integers(-99, 99, n).astype(t) for n, t in zip(lengths, types, strict=True)]
+        [[rng.integers(-99, 99, n).astype(dtype) for n in lengths] for lengths, dtype in layout]
         for _ in range(ranks)
     ]
-    arrays: list[list[Any]] = [[array.copy() for array in own] for own in values]
-    if kind == "torch":
-        arrays = [[torch.from_numpy(array) for array in own] for own in arrays]
+    wrap: Any = torch.from_numpy if kind == "torch" else np.asarray
+    arrays = [[[wrap(array.copy()) for array in message] for message in own] for own in values]
     post = Post()
-    loaded = [[0] * len(lengths) for _ in range(ranks)]
-    taken = [[0] * len(lengths) for _ in range(ranks)]
+    loaded = [[0] * len(layout) for _ in range(ranks)]
+    taken = [[0] * len(layout) for _ in range(ranks)]
     means = [MessageMean(own, rank, ranks) for rank, own in enumerate(arrays)]
-    expected = [sum(each) / each[0].dtype.type(ranks) for each in zip(*values, strict=True)]
 
     def count(counts: list[int], number: int) -> None:
         counts[number] += 1
@@ -177,7 +179,7 @@ def check_mean(lengths: list[int], ranks: int, kind: str, dtypes: list[str], see
         group = Rank(post, rank, ranks)
         for again in range(2):
             if again:
-                for array, value in zip(arrays[rank], values[rank], strict=True):
+                for array, value in zip(chain(*arrays[rank]), chain(*values[rank]), strict=True):
                     numbers(array)[...] = value
             means[rank].run(
                 group,  # type: ignore[arg-type]
@@ -188,39 +190,11 @@ def check_mean(lengths: list[int], ranks: int, kind: str, dtypes: list[str], see
 
     assert on_ranks(ranks, work) == [None] * ranks
     for own in arrays:
-        for array, mean in zip(own, expected, strict=True):
+        for array, *each in zip(*(chain(*of_rank) for of_rank in [own, *values]), strict=True):
+            mean = sum(each) / each[0].dtype.type(ranks)
             assert numbers(array).tobytes() == mean.tobytes()
-    assert loaded == taken == [[2] * len(lengths)] * ranks
+    assert loaded == taken == [[2] * len(layout)] * ranks
     assert not any(post.sent.values())
-
-
-@given(st.lists(st.integers(0, 1000)), st.integers(1, 8))
-def test_shares_are_about_equal(sizes: list[int], ranks: int) -> None:
-    owned = share(sizes, ranks)
-    assert sorted(number for own in owned for number in own) == list(range(len(sizes)))
-    totals = [sum(sizes[number] for number in own) for own in owned]
-    assert max(totals) - min(totals) <= max(sizes, default=0)
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 1000), st.sampled_from(["float32", "float64"]), st.booleans())
-    )
-)
-def test_batches_hold_what_is_owned_once_and_are_no_larger_than_an_array(
-    arrays: list[tuple[int, str, bool]],
-) -> None:
-    sizes, dtypes = [size for size, _, _ in arrays], [dtype for _, dtype, _ in arrays]
-    own = [i for i, (_, _, is_own) in enumerate(arrays) if is_own]
-    grouped = batches(own, sizes, dtypes)
-    assert sorted(number for batch in grouped for number in batch) == own
-    for batch in grouped:
-        assert len({dtypes[i] for i in batch}) == 1
-        assert sum(sizes[i] for i in batch) <= max(sizes)
-    # No two neighbours of a dtype would fit into one.
-    for one, next_one in pairwise(grouped):
-        if dtypes[one[0]] == dtypes[next_one[0]]:
-            assert sum(sizes[i] for i in [*one, next_one[0]]) > max(sizes)
 
 
 @pytest.mark.parametrize("after", range(0, 24, 3))
@@ -240,8 +214,8 @@ def test_after_a_failure_nothing_is_under_way(after: int) -> None:
             raise KeyboardInterrupt
 
     def work(rank: int) -> None:
-        arrays = [np.ones(4, np.float32) for _ in range(4 * MOST_AHEAD)]
-        mean = MessageMean(arrays, rank, ranks)
+        messages = [[np.ones(4, np.float32)] for _ in range(4 * MOST_AHEAD)]
+        mean = MessageMean(messages, rank, ranks)
         load = fail if rank == 0 else lambda number: None
         mean.run(groups[rank], load, lambda number: None)  # type: ignore[arg-type]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,11 @@ from sgdcore.distributed import (
     ShardSampler,
     SlowMo,
     Stagewise,
+    _traffic,
     as_process_group,
 )
-from sgdcore.distributed._flat import flat, join, overlap, reorder, runs
-from sgdcore.distributed._traffic import Pace, plan_slices
+from sgdcore.distributed._flat import flat, item_bytes, join, overlap, reorder, runs
+from sgdcore.distributed._traffic import Pace, Slice, plan_messages, plan_slices
 from sgdcore.distributed._views import Momenta, Views
 from support import assert_same_bits
 
@@ -66,26 +69,77 @@ class Alone:
 SIZES = st.lists(st.integers(0, 3000), min_size=1, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
-@given(SIZES, st.data(), st.sampled_from([8, 64, 1000, 4096, 1 << 20]))
-def test_slices_hold_each_element_once(sizes: list[int], data: st.DataObject, limit: int) -> None:
-    """None is left out when a bucket is not filled; none is sent twice; none is too large."""
-    dtypes = [data.draw(st.sampled_from(["float32", "float64"])) for _ in sizes]
-    groups: list[list[int]] = []
-    for i in range(len(sizes)):  # side by side, if of one dtype and told so
-        together = groups and dtypes[groups[-1][-1]] == dtypes[i] and data.draw(st.booleans())
-        if together:
-            groups[-1].append(i)
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[list[list[int]], list[int], list[str]]:
+    """Arrays' positions, those together that lie side by side, their sizes and dtypes."""
+    sizes = draw(SIZES)
+    dtypes = [draw(st.sampled_from(["float32", "float64"])) for _ in sizes]
+    runs: list[list[int]] = []
+    for i in range(len(sizes)):
+        if runs and dtypes[runs[-1][-1]] == dtypes[i] and draw(st.booleans()):
+            runs[-1].append(i)
         else:
-            groups.append([i])
-    slices = plan_slices(groups, sizes, dtypes, Pace(limit, limit))
+            runs.append([i])
+    return runs, sizes, dtypes
+
+
+def assert_covered(slices: Iterable[Slice], sizes: list[int], dtypes: list[str]) -> None:
+    """No element is left out, none is sent twice."""
     covered = [np.zeros(size, int) for size in sizes]
     for piece in slices:
-        assert 0 < piece.size * (8 if piece.dtype == "float64" else 4) <= limit
+        assert piece.size > 0
         for part in piece.parts:
             assert dtypes[part.index] == piece.dtype
             covered[part.index][part.start : part.stop] += 1
     assert all((each == 1).all() for each in covered)
+
+
+@settings(max_examples=200, deadline=None)
+@given(layouts(), st.sampled_from([8, 64, 1000, 4096, 1 << 20]))
+def test_slices_hold_each_element_once(
+    layout: tuple[list[list[int]], list[int], list[str]], limit: int
+) -> None:
+    slices = plan_slices(*layout, Pace(limit, limit))
+    assert all(piece.size * item_bytes(piece.dtype) <= limit for piece in slices)
+    assert_covered(slices, *layout[1:])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    layouts(),
+    st.integers(2, 5),
+    st.sampled_from([256, 1000, 4096, 1 << 20]),
+    st.sampled_from([8, 1000, 1 << 20]),
+)
+def test_messages_hold_each_element_once_and_are_of_one_size(
+    layout: tuple[list[list[int]], list[int], list[str]], ranks: int, most: int, direct: int
+) -> None:
+    runs, sizes, dtypes = layout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_traffic, "MESSAGE_BYTES", most)
+        patch.setattr(_traffic, "MESSAGE_DIRECT_BYTES", direct)
+        messages = plan_messages(*layout, ranks)
+    assert_covered(chain(*messages), sizes, dtypes)
+    run_of = {i: number for number, run in enumerate(runs) for i in run}
+    bytes_of = [sum(sizes[i] for i in run) * item_bytes(dtypes[run[0]]) for run in runs]
+    for dtype in set(dtypes):
+        own = [message for message in messages if message[0].dtype == dtype]
+        assert all(piece.dtype == dtype for message in own for piece in message)
+        elements = [sum(piece.size for piece in message) for message in own]
+        # One size, up to the limit and what aligns it; the last is the rest.
+        assert len(set(elements[:-1])) <= 1
+        assert all(n % 16 == 0 for n in elements[:-1])
+        assert elements == sorted(elements, reverse=True)
+        assert all(n * item_bytes(dtype) <= most + 15 * item_bytes(dtype) for n in elements)
+        # As many for each rank as fill the least number of turns, unless there are too few elements.
+        total = sum(elements)
+        turns = -(-total * item_bytes(dtype) // (ranks * most))
+        assert len(own) <= ranks * turns
+        assert total < 16 * (ranks * turns) ** 2 or len(own) == ranks * turns
+    for piece in chain(*messages):
+        # What is large enough goes alone, and can go from where it is.
+        found = {run_of[part.index] for part in piece.parts}
+        assert len(found) == 1 or all(bytes_of[number] < direct for number in found)
 
 
 def test_large_arrays_are_cut_evenly_and_small_ones_gathered() -> None:

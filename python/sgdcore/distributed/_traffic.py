@@ -7,11 +7,11 @@ together. The cutting depends on shapes and dtypes only, which all ranks have in
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from sgdcore.distributed._flat import (
@@ -40,6 +40,7 @@ __all__ = [
     "drain",
     "exchange",
     "places",
+    "plan_messages",
     "plan_slices",
     "wire_name",
 ]
@@ -52,11 +53,9 @@ MESSAGES_LEAST_TOTAL_BYTES = 8 << 20
 MESSAGES_MOST_RANKS = 8
 # The most bytes in a message.
 MESSAGE_BYTES = 8 << 20
-# The most bytes in a message that is a bucket of copies.
-MESSAGE_BUCKET_BYTES = 4 << 20
-# From this size on, what lies together is sent from where it is, not copied into a bucket.
+# From this size on, what lies together is sent from where it is; what is smaller is copied into one array.
 MESSAGE_DIRECT_BYTES = 512 << 10
-# The most bytes that are copied to be sent: each bucket has memory of its own, which is kept.
+# The most bytes that are copied to be sent, into memory of their own, which is kept.
 MESSAGES_MOST_COPIED_BYTES = 64 << 20
 # Elements that are encoded at a time: what they pass through stays in the processor's cache.
 CHUNK = 1 << 16
@@ -87,15 +86,6 @@ PACE = Pace(256 << 20, 16 << 20)
 MPI_PACE = Pace(28 << 20, 28 << 20, 2)
 # Encoding costs the processor as much as a fast link takes to send: the sooner the first slice leaves, the better.
 ENCODED_PACE = Pace(4 << 20, 4 << 20)
-
-
-def message_pace(total: int, ranks: int) -> Pace:
-    """Return the pace of messages that hold so many bytes together: each rank's share in pieces of one size."""
-    pieces = ranks * -(-total // (ranks * MESSAGE_BYTES))
-    piece = -(-total // pieces)
-    piece += -piece % 8  # of whole elements
-    # Each bucket has memory of its own.
-    return Pace(piece, min(piece, MESSAGE_BUCKET_BYTES), sys.maxsize, MESSAGE_DIRECT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -150,7 +140,8 @@ def plan_slices(
         if size * item_bytes(dtype) >= min(pace.direct_bytes, bucket_bytes):
             limit = max(1, pace.slice_bytes // item_bytes(dtype))
             count = -(-size // limit)
-            slices += [Slice(parts, dtype) for parts in _cut(run, sizes, -(-size // count))]
+            limit = -(-size // count)
+            slices += [Slice(parts, dtype) for parts in _cut(run, sizes, limit, limit)]
             continue
         bucket, limit = buckets.setdefault(dtype, []), bucket_bytes // item_bytes(dtype)
         if sum(part.stop - part.start for part in bucket) + size > limit:
@@ -160,10 +151,47 @@ def plan_slices(
     return slices + [Slice(tuple(parts), dtype) for dtype, parts in buckets.items() if parts]
 
 
-def _cut(run: Sequence[int], sizes: Sequence[int], limit: int) -> list[tuple[Part, ...]]:
-    """Cut arrays side by side into pieces of `limit` elements, the last one of the rest."""
+def plan_messages(
+    runs: Iterable[Sequence[int]], sizes: Sequence[int], dtypes: Sequence[str], ranks: int
+) -> list[list[Slice]]:
+    """Cut arrays into messages of one size for each dtype, about as many for each rank, of one or more slices.
+
+    Args:
+        runs: the arrays' positions, those together that lie side by side.
+        sizes: their numbers of elements.
+        dtypes: what they are on the wire.
+        ranks: how many there are.
+    """
+    direct: dict[str, list[Sequence[int]]] = {}
+    copied: dict[str, list[int]] = {}
+    for run in runs:
+        dtype = dtypes[run[0]]
+        if sum(sizes[i] for i in run) * item_bytes(dtype) >= MESSAGE_DIRECT_BYTES:
+            direct.setdefault(dtype, []).append(run)
+        else:
+            copied.setdefault(dtype, []).extend(run)
+    messages: list[list[Slice]] = []
+    for dtype in dict.fromkeys(dtypes):
+        arrays = [*direct.get(dtype, []), copied.get(dtype, [])]
+        total = sum(sizes[i] for run in arrays for i in run)
+        count = ranks * -(-total * item_bytes(dtype) // (ranks * MESSAGE_BYTES))
+        limit = -(-total // max(1, count))
+        limit += -limit % 16  # where they are cut, aligned arrays stay aligned
+        room = 0
+        for run in arrays:
+            for parts in _cut(run, sizes, limit, room):
+                if room == 0:
+                    messages.append([])
+                    room = limit
+                messages[-1].append(Slice(parts, dtype))
+                room -= messages[-1][-1].size
+    return messages
+
+
+def _cut(run: Sequence[int], sizes: Sequence[int], limit: int, room: int) -> list[tuple[Part, ...]]:
+    """Cut arrays side by side into pieces of `limit` elements, the first one of up to `room`, the last of the rest."""
     pieces: list[list[Part]] = [[]]
-    room = limit
+    room = room or limit
     for i in run:
         start = 0
         while start < sizes[i]:
@@ -174,7 +202,7 @@ def _cut(run: Sequence[int], sizes: Sequence[int], limit: int) -> list[tuple[Par
             pieces[-1].append(Part(i, start, stop))
             room -= stop - start
             start = stop
-    return [tuple(piece) for piece in pieces]
+    return [tuple(piece) for piece in pieces if piece]
 
 
 def exchange(
@@ -232,7 +260,11 @@ class Plain:
         copy_into(target, self.views[part.index][part.start : part.stop])
 
     def unpack(self, part: Part, source: Any, divisor: float) -> None:
-        divide_into(self.views[part.index][part.start : part.stop], source, divisor)
+        target = self.views[part.index][part.start : part.stop]
+        if divisor == 1:
+            copy_into(target, source)
+        else:
+            divide_into(target, source, divisor)
 
 
 class Differences:
@@ -350,7 +382,7 @@ class Averager:
             or any(dtype_name(views[i].dtype) != wires[i] for i in run)
         )
         self._cargos: dict[Pace, list[Cargo]] = {}
-        self._means: dict[tuple[int, int], MessageMean] = {}
+        self._messages: dict[tuple[int, int], tuple[MessageMean, list[list[Cargo]]]] = {}
 
     def _pace(self, group: ProcessGroup) -> Pace:
         if not self._plain:
@@ -358,17 +390,19 @@ class Averager:
         return MPI_PACE if isinstance(group, MpiGroup) else PACE
 
     def _prepare(self, pace: Pace) -> list[Cargo]:
-        """Cut the arrays, and find or allocate the memory that travels; kept from round to round."""
+        """Cut the arrays; kept from round to round."""
         if pace not in self._cargos:
             sizes = [len(view) for view in self._views]
             slices = plan_slices(self._runs, sizes, self._wires, pace)
-            direct = [self._find(piece) for piece in slices]
-            copied = [piece for piece, array in zip(slices, direct, strict=True) if array is None]
-            copies = iter(self._stage(copied, pace.in_flight + 1))
-            self._cargos[pace] = [
-                next(copies) if array is None else Cargo(array, ()) for array in direct
-            ]
+            self._cargos[pace] = self._cargos_of(slices, pace.in_flight + 1)
         return self._cargos[pace]
+
+    def _cargos_of(self, slices: Sequence[Slice], count: int) -> list[Cargo]:
+        """Find or allocate the memory that travels; every so many copies share it, and are never together under way."""
+        direct = [self._find(piece) for piece in slices]
+        copied = [piece for piece, array in zip(slices, direct, strict=True) if array is None]
+        copies = iter(self._stage(copied, count))
+        return [next(copies) if array is None else Cargo(array, ()) for array in direct]
 
     def _find(self, piece: Slice) -> Any:
         """Return the memory that a slice covers as it stands, or None if it has to be copied."""
@@ -378,7 +412,7 @@ class Averager:
         return join(views)
 
     def _stage(self, slices: Sequence[Slice], count: int) -> list[Cargo]:
-        """Give each slice memory for a copy; every so many slices share it, and are never under way together."""
+        """Give each slice memory for a copy, which every so many of them share."""
         largest: dict[tuple[str, int], int] = {}
         for number, piece in enumerate(slices):
             key = piece.dtype, number % count
@@ -435,15 +469,26 @@ class Averager:
         )
 
     def _send_messages(self, group: PeerGroup) -> None:
-        cargos = self._prepare(message_pace(self._bytes, group.size))
         key = group.rank, group.size
-        if key not in self._means:
-            self._means[key] = MessageMean([cargo.array for cargo in cargos], *key)
-        self._means[key].run(
-            group,
-            lambda number: self._load(cargos[number]),
-            lambda number: self._unload(cargos[number], divisor=1),
-        )
+        if key not in self._messages:
+            sizes = [len(view) for view in self._views]
+            plan = plan_messages(self._runs, sizes, self._wires, group.size)
+            slices = [piece for message in plan for piece in message]
+            cargos = iter(self._cargos_of(slices, len(slices)))
+            messages = [list(islice(cargos, len(message))) for message in plan]
+            arrays = [[cargo.array for cargo in message] for message in messages]
+            self._messages[key] = MessageMean(arrays, *key), messages
+        mean, messages = self._messages[key]
+
+        def load(number: int) -> None:
+            for cargo in messages[number]:
+                self._load(cargo)
+
+        def take(number: int) -> None:
+            for cargo in messages[number]:
+                self._unload(cargo, divisor=1)
+
+        mean.run(group, load, take)
 
     def broadcast(self, group: ProcessGroup, source: int = 0) -> None:
         """Replace each array by that of the rank `source`."""
