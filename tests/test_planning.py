@@ -281,6 +281,7 @@ def test_a_latency_that_is_no_number() -> None:
         ({"sync_every": "16"}, TypeError, "sync_every: expected an integer, got '1'"),
         ({"sync_every": (0,)}, ValueError, "sync_every: expected at least 1, got 0"),
         ({"wire_dtypes": ("int8",)}, ValueError, "wire_dtype: expected one of .*, got 'int8'"),
+        ({"wire_dtypes": ("int64",)}, ValueError, "wire_dtype: expected one of .*, got 'int64'"),
         ({"momentum_sync": "sum"}, ValueError, "momentum_sync: expected one of .*, got 'sum'"),
     ],
     ids=str,

@@ -644,6 +644,18 @@ def test_invalid_hyperparameters_as_torch_words_them(kwargs: dict[str, Any]) -> 
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
+@pytest.mark.parametrize("value", ["0.1", None, [0.1], torch.ones(2), 1j], ids=repr)
+def test_what_is_no_number_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        SGD([parameter(torch.ones(2))], **{name: value})
+    if isinstance(value, torch.Tensor):
+        assert (caught.type, str(caught.value)) == (ValueError, f"Tensor {name} must be 1-element")
+    else:
+        assert caught.type is TypeError
+        assert str(caught.value) == f"{name}: expected a number, got {value!r}"
+
+
 @needs_torch_2_6
 def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     good = parameter(torch.ones(3), torch.ones(3))

@@ -119,14 +119,13 @@ class SGD(torch.optim.SGD):
         momentum_dtype: torch.dtype | None = None,
         sparse_mode: str = "dense",
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if lr < 0.0:
+        if _is_negative("lr", lr):
             raise ValueError(f"Invalid learning rate: {lr}")
-        if momentum < 0.0:
+        if _is_negative("momentum", momentum):
             raise ValueError(f"Invalid momentum value: {momentum}")
-        if weight_decay < 0.0:
+        if _is_negative("weight_decay", weight_decay):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        _is_negative("dampening", dampening)  # which it may be, if it is a number
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if fused and differentiable:
@@ -405,6 +404,16 @@ class SGD(torch.optim.SGD):
         if "state" in state:
             self._state = self.__dict__.pop("state")  # where torch has put it
         self._start()
+
+
+def _is_negative(name: str, value: Any) -> bool:
+    """Compare a hyperparameter with zero, as torch does; one that is no number is refused by name."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+    try:
+        return bool(value < 0.0)
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
 
 
 def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
