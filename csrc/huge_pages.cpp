@@ -2,6 +2,7 @@
 #include "huge_pages.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,14 +13,13 @@
 namespace sgdcore {
 namespace {
 
-#if defined(__linux__)
-constexpr int collapse = 25;  // MADV_COLLAPSE, which the headers of older systems lack
-#endif
-
 /// The addresses of the first and past the last huge page that lie wholly within a range.
 Extent whole_huge_pages(const Extent& range) {
     return {(range.begin + huge_page - 1) / huge_page * huge_page, range.end / huge_page * huge_page};
 }
+
+#if defined(__linux__)
+constexpr int collapse = 25;  // MADV_COLLAPSE, which the headers of older systems lack
 
 /// Whether whoever runs the system wants no huge pages, which an explicit request would not respect.
 bool never_wanted() {
@@ -27,6 +27,17 @@ bool never_wanted() {
     text << std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled").rdbuf();
     return text.str().find("[never]") != std::string::npos;
 }
+
+/// Whether memory of a huge page's size is in use, but for an eighth at most. The rest of it would be from then on, and
+/// a table of which few rows are used may be larger than the machine's memory.
+bool is_in_use(std::uintptr_t begin) {
+    static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    std::vector<unsigned char> flags(huge_page / page);
+    if (mincore(reinterpret_cast<void*>(begin), huge_page, flags.data()) != 0) return false;
+    const auto resident = std::ranges::count_if(flags, [](unsigned char each) { return (each & 1) != 0; });
+    return static_cast<std::size_t>(resident) >= flags.size() - flags.size() / 8;
+}
+#endif
 
 }  // namespace
 
@@ -42,7 +53,7 @@ void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] std::size_
 void collapse_huge_pages([[maybe_unused]] std::vector<Extent> ranges) {
 #if defined(__linux__)
     // Between arrays from one heap lie its notes, and little else that is not of the same making. What a gap holds
-    // keeps its values and its address; what was not in use would be from then on, hence the bound.
+    // keeps its values and its address.
     constexpr std::uintptr_t small_gap = 1 << 16;
     sort_by_address(ranges);
     std::vector<Extent> runs;
@@ -59,8 +70,11 @@ void collapse_huge_pages([[maybe_unused]] std::vector<Extent> ranges) {
         if (pages.begin >= pages.end) continue;
         if (!allowed && never_wanted()) return;
         allowed = true;
-        // A request: pages that the system cannot collapse, for want of memory say, stay as they are.
-        madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, collapse);
+        for (std::uintptr_t begin = pages.begin, end = begin; begin < pages.end; begin = end + huge_page) {
+            for (end = begin; end < pages.end && is_in_use(end);) end += huge_page;
+            // A request: what cannot be collapsed, for want of memory say, stays as it is.
+            if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, collapse);
+        }
     }
 #endif
 }

@@ -1347,6 +1347,31 @@ def momentum_of_several_dtypes(context: Context) -> None:
     close(momenta_of(local)[1], mean / context.size, 4)
 
 
+@check()
+def momentum_loaded_in_another_dtype(context: Context) -> None:
+    """On one rank alone, which copies what the others send from where it is; all choose the same way, and mean."""
+    value = 1.0 + context.rank
+    expected = np.float32((context.size + 1) / 2)
+    for copied in (0, 1 << 20):  # how much may be
+        with by_messages(context) as sent, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_traffic, "MESSAGES_MOST_COPIED_BYTES", copied)
+            parameter = sgdcore.Parameter(np.ones(1000, np.float32))
+            optimizer = sgdcore.SGD([parameter], lr=0.0, momentum=0.9)
+            optimizer.step(grads=[np.full(1000, value, np.float32)])
+            if context.rank == 1:
+                state = optimizer.state_dict()
+                momentum = state["state"][0]["momentum_buffer"].astype(np.float64)
+                state["state"][0]["momentum_buffer"] = momentum
+                optimizer.load_state_dict(state)
+            local = LocalSGD(optimizer, sync_every=1, momentum_sync="average")
+            sent.clear()
+            local.step(grads=[np.full(1000, 0.1 * value, np.float32)])  # b = 0.9 b + g
+            assert sent
+            [mean] = momenta_of(local)
+            assert mean.dtype == (np.float64 if context.rank == 1 else np.float32)
+            close(mean, np.full(1000, expected), 4)
+
+
 class Failing(Counting):
     """A group whose rank 1 hears of a failure at the end of its last operation, as a dying peer may leave it."""
 

@@ -199,22 +199,25 @@ def survive_in_backward(
 
 
 def wait_for_a_message(
-    port: int, trial: str, rank: int, ranks: int, delay: float, pipe: Connection
+    port: int, trial: str, rank: int, ranks: int, delay: float, lost: str, pipe: Connection
 ) -> None:
-    """Receive 400 MB, on rank 0, while the sender, the last rank, is killed; the others look on."""
+    """Send 400 MB between rank 0 and the last one, the sender or the receiver, which is killed; the others look on."""
     connect(dist.TCPStore("127.0.0.1", port, is_master=False), trial, rank, ranks, 30.0)
     group = as_process_group()
-    array = torch.zeros(100_000_000)
+    arrays = [torch.zeros(10_000_000) for _ in range(10)]
     group.barrier()
     start, error = time.perf_counter(), ""
-    if rank == ranks - 1:
-        message = group.send([array], 0, 5)  # type: ignore[attr-defined]
-        time.sleep(delay)
-        os.kill(os.getpid(), signal.SIGKILL)
-        message.wait()
-    if rank == 0:
+    ends = {0: ranks - 1, ranks - 1: 0}
+    if rank in ends:
+        sends = (lost == "sender") == (rank == ranks - 1)
+        begin = group.send if sends else group.receive  # type: ignore[attr-defined]
+        messages = [begin(pair, ends[rank], 5) for pair in zip(*[iter(arrays)] * 2, strict=True)]
+        if rank == ranks - 1:
+            time.sleep(delay)
+            os.kill(os.getpid(), signal.SIGKILL)
         try:
-            group.receive([array], ranks - 1, 5).wait()  # type: ignore[attr-defined]
+            for message in messages:
+                message.wait()
         except RuntimeError as failure:
             error = str(failure)
     pipe.send({"seconds": time.perf_counter() - start, "error": error})

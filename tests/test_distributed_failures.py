@@ -110,14 +110,15 @@ def test_a_dead_peer_is_reported_soon_and_by_round(
         assert report["error"].startswith(expected)
 
 
+@pytest.mark.parametrize("lost", ["sender", "receiver"])
 def test_a_peer_that_dies_in_the_middle_of_a_large_message_is_reported_soon(
-    spawn: Callable[..., list[dict[str, Any]]],
+    spawn: Callable[..., list[dict[str, Any]]], lost: str
 ) -> None:
     errors = 0
     for trial in range(8):
-        receiver, _ = spawn(wait_for_a_message, f"large-{trial}", 0.02 + 0.01 * trial)
-        assert receiver["seconds"] < 15, receiver
-        errors += bool(receiver["error"])
+        report, _ = spawn(wait_for_a_message, f"{lost}-{trial}", 0.02 + 0.01 * trial, lost)
+        assert report["seconds"] < 15, report
+        errors += bool(report["error"])
     assert errors > 0  # some may have arrived
 
 

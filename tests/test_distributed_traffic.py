@@ -105,7 +105,7 @@ def test_differences(kind: str, renew: bool) -> None:
     (view, anchor, error) = (like(kind, each) for each in (moved, start, left))
     group = Same(2)
     codec = Differences([view], [anchor], [error], group.size, renew)
-    Averager([view], [[0]], codec, ["bfloat16"]).average(group)
+    Averager([view], [[0]], codec, wire="bfloat16").average(group)
     share = (moved - start) / np.float32(2) + left
     sent = torch.tensor(share).bfloat16()
     mean = start + (2 * sent.float()).numpy()

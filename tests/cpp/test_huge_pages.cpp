@@ -21,7 +21,8 @@ constexpr std::uintptr_t kib = 1024;
 /// Mapped memory in use, on ordinary pages. What lies around it cannot be touched.
 class OrdinaryPages {
   public:
-    explicit OrdinaryPages(std::size_t huge_pages)
+    /// Of the second of the pages, so many bytes at the end are not in use.
+    explicit OrdinaryPages(std::size_t huge_pages, std::size_t unused = 0)
         : size_(huge_pages * huge_page),
           mapped_(size_ + 2 * huge_page),
           mapping_(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
@@ -29,7 +30,9 @@ class OrdinaryPages {
         begin_ = (reinterpret_cast<std::uintptr_t>(mapping_) / huge_page + 1) * huge_page;
         mprotect(data(), size_, PROT_READ | PROT_WRITE);
         madvise(data(), size_, MADV_NOHUGEPAGE);
-        for (std::size_t i = 0; i < size_; ++i) data()[i] = value(i);
+        for (std::size_t i = 0; i < size_; ++i) {
+            if (i / huge_page != 1 || i % huge_page < huge_page - unused) data()[i] = value(i);
+        }
         // Allowed from now on, and still not done.
         madvise(data(), size_, MADV_HUGEPAGE);
     }
@@ -123,6 +126,16 @@ TEST(huge_pages, memory_in_use_is_put_on_them) {
         collapse_huge_pages(ranges);
         CHECK(pages.huge() == c.expected, std::string(c.what) + ": " + std::to_string(pages.huge()));
         CHECK(pages.is_unchanged(), c.what);
+    }
+}
+
+TEST(huge_pages, memory_that_is_not_in_use_stays_so) {
+    skip_where_nothing_can_be_seen();
+    for (const bool much : {false, true}) {
+        const OrdinaryPages pages(4, huge_page / 8 + (much ? 64 * kib : 0));
+        CHECK(pages.huge() == 0);
+        collapse_huge_pages({{pages.begin(), pages.begin() + 4 * huge_page}});
+        CHECK(pages.huge() == (much ? 3 : 4), std::to_string(pages.huge()));
     }
 }
 

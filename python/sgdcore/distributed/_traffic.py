@@ -354,10 +354,11 @@ class Averager:
     """Averages arrays over the ranks, in place.
 
     Args:
-        views: flat arrays; the same sizes and dtypes on all ranks.
+        views: flat arrays; the same sizes on all ranks.
         runs: their positions, those together that lie side by side; the same on all ranks.
         codec: how they travel; `Plain` ones are reduced where they are if they can be.
-        wires: the dtype of each on the wire; default: float32 for 16-bit arrays, else their own.
+        dtypes: theirs by rights, the same on all ranks; default: what they have. One that has another here is copied.
+        wire: the dtype on the wire; None for float32 where `dtypes` says a 16-bit one, else what that says.
     """
 
     def __init__(
@@ -365,21 +366,23 @@ class Averager:
         views: Sequence[Any],
         runs: Sequence[Sequence[int]],
         codec: Codec | None = None,
-        wires: Sequence[str] | None = None,
+        dtypes: Sequence[str] | None = None,
+        wire: str | None = None,
     ) -> None:
         self._plain = codec is None
         self._codec = Plain(views) if codec is None else codec
-        if wires is None:
-            wires = [wire_name(dtype_name(view.dtype)) for view in views]
+        if dtypes is None:
+            dtypes = [dtype_name(view.dtype) for view in views]
+        wires = [wire_name(dtype, wire) for dtype in dtypes]
         self._views, self._runs, self._wires = views, runs, wires
         bytes_of = [len(v) * item_bytes(w) for v, w in zip(views, wires, strict=True)]
         self._bytes = sum(bytes_of)
-        # What goes by messages as a copy: what is small, or another dtype on the wire.
+        # What goes by messages as a copy on every rank: what is small, or another dtype on the wire.
         self._copied_bytes = sum(
             size
             for run in runs
             if (size := sum(bytes_of[i] for i in run)) < MESSAGE_DIRECT_BYTES
-            or any(dtype_name(views[i].dtype) != wires[i] for i in run)
+            or any(dtypes[i] != wires[i] for i in run)
         )
         self._cargos: dict[Pace, list[Cargo]] = {}
         self._messages: dict[tuple[int, int], tuple[MessageMean, list[list[Cargo]]]] = {}

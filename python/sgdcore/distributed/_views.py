@@ -17,7 +17,7 @@ from sgdcore.distributed._flat import (
     runs,
     zeros_like,
 )
-from sgdcore.distributed._traffic import Averager, wire_name
+from sgdcore.distributed._traffic import Averager
 from sgdcore.distributed.groups import ProcessGroup
 from sgdcore.parameter import Parameter
 
@@ -156,18 +156,18 @@ class Momenta:
         if not any(wanted):
             return None
         views: list[Any] = []
-        wires: list[str] = []
+        dtypes: list[str] = []
         position: dict[int, int] = {}
         for i, each in enumerate(wanted):
             if each:
                 position[i] = len(views)
                 views.append(flat(self._get(i), f"momentum of {self._views.labels[i]}"))
-                wires.append(self._wire(i))
+                dtypes.append(self._dtype(i))
         # The parameters' runs, which all ranks have in common; they can change where momentum stays.
         runs = [[position[i] for i in run if wanted[i]] for run in self._views.runs]
-        plan = [address(view) for view in views], runs, wires
+        plan = [address(view) for view in views], runs, dtypes
         if self._averager is None or self._averager[0] != plan:
-            self._averager = plan, Averager(views, [run for run in runs if run], wires=wires)
+            self._averager = plan, Averager(views, [run for run in runs if run], dtypes=dtypes)
         return self._averager[1]
 
     def broadcast(self, group: ProcessGroup, source: int) -> None:
@@ -200,7 +200,6 @@ class Momenta:
             momentum = self._optimizer.state[parameter]["momentum_buffer"] = ordered
         return momentum
 
-    def _wire(self, i: int) -> str:
-        """Return the dtype on the wire: what the options say, since a loaded buffer's may be its own."""
-        dtype = self._group(i).get("momentum_dtype") or self._views.flats[i].dtype
-        return wire_name(dtype_name(dtype))
+    def _dtype(self, i: int) -> str:
+        """Return what the options say, since a loaded buffer's dtype may be its own."""
+        return dtype_name(self._group(i).get("momentum_dtype") or self._views.flats[i].dtype)

@@ -11,7 +11,7 @@ import functools
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic, sleep
@@ -35,7 +35,9 @@ __all__ = [
 _OPERATIONS = ("sum", "max")
 _LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
-_BEHIND = 1 << 16  # between the tag of a message and that of the end behind it
+_BEHIND = (
+    1 << 16
+)  # between the tags of a message, of the byte behind it, and of the one that comes back
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
@@ -235,6 +237,7 @@ class TorchGroup(_Engine):
             raise RuntimeError("group: this process is not one of its ranks")
         self._size = dist.get_world_size(group)
         self._operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+        self._acknowledgements: list[_TorchWork] = []  # on their way, perhaps
         # torch 2.13 renamed them.
         names = ("all_gather_single", "reduce_scatter_single")
         if not hasattr(dist, names[0]):
@@ -294,20 +297,33 @@ class TorchGroup(_Engine):
         )
 
     def open_messages(self) -> None:
-        """See `PeerGroup.open_messages`: nothing is to be done."""
+        """See `PeerGroup.open_messages`: all of the last ones have arrived, and so have their acknowledgements."""
+        self._acknowledgements.clear()
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
-        return self._message(self._dist.isend, views, target, tag)
+        dist, group = self._dist, self._live()
+        peer = dist.get_global_rank(group, target)
+        acknowledged = self._signal(dist.irecv, peer, group, tag + 2 * _BEHIND)
+        works = [_TorchWork(dist.isend(view, peer, group, tag), view) for view in views]
+        end = self._signal(dist.isend, peer, group, tag + _BEHIND)
+        return _TorchMessage([acknowledged], [*works, end])
 
     def _receive(self, views: list[Any], source: int, tag: int) -> Message:
-        return self._message(self._dist.irecv, views, source, tag)
+        dist, group = self._dist, self._live()
+        peer = dist.get_global_rank(group, source)
+        works = [_TorchWork(dist.irecv(view, peer, group, tag), view) for view in views]
+        end = self._signal(dist.irecv, peer, group, tag + _BEHIND)
 
-    def _message(self, start: Any, views: list[Any], peer: int, tag: int) -> Message:
-        group = self._live()
-        peer = self._dist.get_global_rank(group, peer)
-        works = [_TorchWork(start(view, peer, group, tag), view) for view in views]
-        end = self._torch.empty(1, dtype=self._torch.uint8)
-        return _TorchMessage([_TorchWork(start(end, peer, group, tag + _BEHIND), end), *works])
+        def acknowledge() -> None:
+            sent = self._signal(dist.isend, peer, group, tag + 2 * _BEHIND)
+            self._acknowledgements.append(sent)
+
+        return _TorchMessage([end, *works], [], acknowledge)
+
+    def _signal(self, start: Any, peer: int, group: Any, tag: int) -> _TorchWork:
+        """Send or receive a byte, which says no more than that."""
+        byte = self._torch.zeros(1, dtype=self._torch.uint8)
+        return _TorchWork(start(byte, peer, group, tag), byte)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
@@ -350,24 +366,33 @@ class _TorchWork:
 
 
 class _TorchMessage:
-    """A message of gloo's, and a byte that is sent behind it, which comes first among these operations.
+    """A message of gloo's, with a byte behind it, and one back that acknowledges it.
 
-    If the peer is killed while an array is read, gloo ends all receives but that one, whose wait lasts until the
-    group's timeout. So the byte is waited for first.
+    If the peer is killed meanwhile, gloo ends the receives that are under way, but neither the one that it is reading
+    nor any send: a wait for these would last until the group's timeout. So a receive that does not begin before all of
+    the message has arrived comes first among these operations: of the byte behind it, or of that which comes back.
     """
 
-    def __init__(self, works: list[_TorchWork]) -> None:
-        self._works = works
+    def __init__(
+        self,
+        receives: list[_TorchWork],
+        sends: list[_TorchWork],
+        acknowledge: Callable[[], None] | None = None,
+    ) -> None:
+        self._receives, self._sends, self._acknowledge = receives, sends, acknowledge
 
     def wait(self) -> None:
-        for work in self._works:
+        for work in [*self._receives, *self._sends]:
             work.wait()
+        acknowledge, self._acknowledge = self._acknowledge, None
+        if acknowledge is not None:
+            acknowledge()
 
     def test(self) -> bool:
-        return all(work.test() for work in self._works)
+        return all(work.test() for work in [*self._receives, *self._sends])
 
     def abandon(self) -> None:
-        for work in self._works[1:]:
+        for work in self._receives:  # the only ones that write
             work.abandon()
 
 

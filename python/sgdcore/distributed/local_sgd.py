@@ -16,8 +16,8 @@ from sgdcore.distributed._agreement import (
     machine_fingerprint,
 )
 from sgdcore.distributed._checks import check_count, check_wire, integer
-from sgdcore.distributed._flat import alike, copied, dtype_name, join, numbers, reorder
-from sgdcore.distributed._traffic import Averager, Differences, wire_name
+from sgdcore.distributed._flat import alike, copied, join, numbers, reorder
+from sgdcore.distributed._traffic import Averager, Differences
 from sgdcore.distributed._views import Momenta, Views
 from sgdcore.distributed._wrapper import Wrapper
 from sgdcore.distributed.errors import RoundError
@@ -195,8 +195,7 @@ class LocalSGD(Wrapper):
             codec = Differences(
                 views.flats, self._anchors, self._residuals, self._group.size, self._renews_anchor
             )
-            wires = [wire_name(dtype_name(view.dtype), self._wire) for view in views.flats]
-            self._averager = Averager(views.flats, views.runs, codec, wires)
+            self._averager = Averager(views.flats, views.runs, codec, wire=self._wire)
 
     def _facts(self) -> dict[str, str]:
         options = {
