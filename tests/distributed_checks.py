@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -1192,6 +1193,24 @@ def numpys_error_state_stops_no_round(context: Context, dtype: str) -> None:
     with np.errstate(all="raise"):
         mean.run(context.group, lambda number: None, lambda number: None)  # type: ignore[arg-type]
     assert all(np.isinf(array).all() for array in arrays)
+
+
+@check(GLOO)
+def nobody_waits_for_a_rank_that_broke_off(context: Context) -> None:
+    """Long before the timeout of 60 seconds, whether for a message or for its acknowledgement."""
+    import torch.distributed as dist
+
+    for transfer in ("send", "receive"):
+        group = as_process_group(dist.new_group())
+        array = np.zeros(1_000_000, np.float32)
+        start = time.perf_counter()
+        if context.rank == 0:
+            with pytest.raises(RuntimeError):
+                getattr(group, transfer)([array], 1, 5).wait()
+        elif context.rank == 1:
+            group.break_off()  # type: ignore[attr-defined]
+        context.group.barrier()
+        assert time.perf_counter() - start < 20
 
 
 @check()

@@ -102,6 +102,9 @@ class Rank:
     def open_messages(self) -> None:
         pass
 
+    def break_off(self) -> None:
+        pass
+
     def send(self, arrays: Sequence[Any], target: int, tag: int) -> Sent:
         assert 0 <= tag < 1 << 15
         message = Sent(self.post, arrays)

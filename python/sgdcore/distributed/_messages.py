@@ -89,6 +89,7 @@ class MessageMean:
             with np.errstate(all="ignore"):
                 self._run(group, load, take, under_way)
         except BaseException:
+            group.break_off()
             # Whatever it was, nothing may be written to the arrays any more.
             for message in under_way:
                 message.abandon()

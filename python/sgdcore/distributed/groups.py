@@ -38,6 +38,7 @@ _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when a
 _BEHIND = (
     1 << 16
 )  # between the tags of a message, of the byte behind it, and of the one that comes back
+_NEVER_SENT = 3 * _BEHIND  # a tag
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
@@ -116,6 +117,9 @@ class PeerGroup(ProcessGroup, Protocol):
     def open_messages(self) -> None:
         """Get ready for messages, before the first one; all ranks call it together. Later calls do nothing."""
 
+    def break_off(self) -> None:
+        """Let nobody wait for messages of this rank that will not come, after a failure, where the engine can."""
+
     def send(self, arrays: Sequence[Any], target: int, tag: int) -> Message:
         """Send arrays to the rank `target`."""
 
@@ -180,6 +184,10 @@ class _Engine(ABC):
     @abstractmethod
     def open_messages(self) -> None:
         """See `PeerGroup.open_messages`."""
+
+    @abstractmethod
+    def break_off(self) -> None:
+        """See `PeerGroup.break_off`."""
 
     @abstractmethod
     def _view(self, argument: str, array: Any) -> Any:
@@ -299,6 +307,15 @@ class TorchGroup(_Engine):
     def open_messages(self) -> None:
         """See `PeerGroup.open_messages`: all of the last ones have arrived, and so have their acknowledgements."""
         self._acknowledgements.clear()
+
+    def break_off(self) -> None:
+        """See `PeerGroup.break_off`: where a wait's time is up, gloo ends all connections."""
+        for rank in range(self._size):
+            if rank != self._rank:
+                with suppress(RuntimeError):  # from a peer that is gone at once
+                    group = self._live()
+                    peer = self._dist.get_global_rank(group, rank)
+                    self._signal(self._dist.irecv, peer, group, _NEVER_SENT).abandon()
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
         dist, group = self._dist, self._live()
@@ -461,6 +478,9 @@ class MpiGroup(_Engine):
         """See `PeerGroup.open_messages`: a communicator of their own keeps messages from the user's receives."""
         if self._message_comm is None:
             self._message_comm = _duplicate(self._comm)
+
+    def break_off(self) -> None:
+        """See `PeerGroup.break_off`: nothing, MPI has no such means, and ends a job with its first process."""
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
         start = self._message_comm.Isend
