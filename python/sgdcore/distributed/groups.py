@@ -35,9 +35,8 @@ __all__ = [
 _OPERATIONS = ("sum", "max")
 _LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
-_BEHIND = (
-    1 << 16
-)  # between the tags of a message, of the byte behind it, and of the one that comes back
+# Between the tags of a message, of the byte behind it, and of the one that comes back.
+_BEHIND = 1 << 16
 _NEVER_SENT = 3 * _BEHIND  # a tag
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
