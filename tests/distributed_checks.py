@@ -301,17 +301,50 @@ def group_operations(context: Context, dtype: str) -> None:
     assert whole.tolist() == [x for r in ranks.tolist() for x in (r, 10 + r)]
 
 
+@check(cases={d: {"dtype": d} for d in ("float64", "float32", "int64")})
+def combining_equals_an_all_reduce(context: Context, dtype: str) -> None:
+    """On both sides of the 16 KiB that go to all at once, again and again, on a group of some ranks as well."""
+    group: Any = context.group
+    some: Any = context.split(range(1, context.size))
+    for size in (0, 1, 5, 2_047, 2_048, 2_049, 4_095, 4_096, 4_097):
+        for op in ("sum", "max"):
+            rng = np.random.default_rng([size, context.rank])
+            array = rng.integers(-1000, 1000, size).astype(dtype)
+            for tensors in {False, context.engine == "gloo"}:
+                combined, expected = array.copy(), array.copy()
+                if tensors:
+                    import torch
+
+                    combined, expected = map(torch.from_numpy, (combined, expected))
+                address = addresses_of([combined])
+                group.combine(combined, op)
+                group.all_reduce(expected, op).wait()
+                assert addresses_of([combined]) == address
+                assert same_bits(combined, expected)
+        if some is not None:
+            ones = np.ones(size, dtype)
+            some.combine(ones)
+            assert (ones == some.size).all()
+    thirds = np.full(100, 1 / 3 + context.rank)
+    group.combine(thirds)
+    assert_equal_on_all(context, [thirds])
+
+
 @check()
 def group_refusals(context: Context) -> None:
-    group = context.group
+    group: Any = context.group
     array, frozen = np.zeros((4, 4)), np.zeros(4)
     frozen.flags.writeable = False
     for argument, call in {
         "array: expected a contiguous": lambda: group.all_reduce(array.T[:2]),
         "array: expected a NumPy array or a torch tensor, got list": lambda: group.all_reduce(
             [1.0]
-        ),  # type: ignore[list-item]
+        ),
         "op: expected one of sum, max, got 'mean'": lambda: group.all_reduce(array, "mean"),
+        "op: expected one of sum, max, got 'min'": lambda: group.combine(array, "min"),
+        r"array: expected a contiguous tensor|array: expected a contiguous and": lambda: (
+            group.combine(array.T[:2])
+        ),
         r"source: expected a rank from 0 to \d, got \d": lambda: group.broadcast(array, group.size),
         "array: expected a contiguous and writable": lambda: group.all_reduce(frozen),
         "array: expected dtype .*float64, that of output, got .*float32": lambda: group.all_gather(
@@ -1211,6 +1244,44 @@ def nobody_waits_for_a_rank_that_broke_off(context: Context) -> None:
             group.break_off()  # type: ignore[attr-defined]
         context.group.barrier()
         assert time.perf_counter() - start < 20
+
+
+@check(GLOO)
+def nobody_waits_for_a_rank_whose_operation_failed(context: Context) -> None:
+    """In a ring only one of them loses the rank that it waits for."""
+    import torch.distributed as dist
+
+    group = as_process_group(dist.new_group())
+    start = time.perf_counter()
+    if context.rank == context.size - 1:
+        group.break_off()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(RuntimeError):
+            group.all_reduce(np.zeros(10)).wait()
+    context.group.barrier()
+    assert time.perf_counter() - start < 20
+
+
+@check(GLOO)
+def nobody_waits_for_a_rank_that_left(context: Context) -> None:
+    """What is left of messages does not keep the connections of a group that was destroyed."""
+    import torch.distributed as dist
+
+    torchs = dist.new_group()
+    group: Any = as_process_group(torchs)
+    arrays = [np.full(1_000, context.rank, np.float32) for _ in range(2 * context.size)]
+    mean = MessageMean([[array] for array in arrays], context.rank, context.size)
+    mean.run(group, lambda number: None, lambda number: None)
+    context.group.barrier()
+    start = time.perf_counter()
+    if context.rank == 1:
+        dist.destroy_process_group(torchs)
+        del torchs
+    else:
+        with pytest.raises(RuntimeError):
+            group.all_reduce(np.zeros(10)).wait()
+    context.group.barrier()
+    assert time.perf_counter() - start < 20
 
 
 @check()

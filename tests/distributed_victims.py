@@ -98,7 +98,8 @@ def survive(
         same = own is None if momentum is None else own.tobytes() == momentum.tobytes()
         report["momentum is back"] = same
     survivors = ranks - 1
-    connect(store, f"{trial}-1", rank, survivors, 10.0)
+    # Longer than the timeout before: gloo's own all-reduce may take so long to notice that a peer is gone.
+    connect(store, f"{trial}-1", rank, survivors, 30.0)
     try:
         local.rebind()
     except RuntimeError as error:

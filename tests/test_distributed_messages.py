@@ -102,6 +102,9 @@ class Rank:
     def open_messages(self) -> None:
         pass
 
+    def combine(self, array: Any, op: str = "sum") -> None:
+        raise NotImplementedError
+
     def break_off(self) -> None:
         pass
 

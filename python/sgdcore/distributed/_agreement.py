@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sgdcore.distributed._flat import empty, is_torch, numbers
-from sgdcore.distributed.groups import ProcessGroup
+from sgdcore.distributed.groups import PeerGroup, ProcessGroup
 
 if TYPE_CHECKING:
     from sgdcore.distributed._views import Views
@@ -52,7 +52,7 @@ def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
         number = fingerprint(text)
         hashes += [number, -number]
     extremes = numbers(like, hashes, "int64")
-    group.all_reduce(extremes, "max").wait()
+    _combine(group, extremes, "max")
     highest = [int(value) for value in extremes.tolist()]
     for i, (name, text) in enumerate(facts.items()):
         if highest[2 * i] != -highest[2 * i + 1]:
@@ -82,7 +82,7 @@ def fingerprint(text: str) -> int:
 def add_up(
     group: ProcessGroup, like: Any, sums: Iterable[float], per_rank: Sequence[float]
 ) -> tuple[list[float], list[list[float]]]:
-    """Tell all ranks a few numbers of each, in one all-reduce of float64.
+    """Tell all ranks a few numbers of each, in one operation on float64.
 
     Args:
         group: the ranks.
@@ -101,10 +101,17 @@ def add_up(
         for rank in range(group.size)
     ]
     header = numbers(like, own + one_hot)
-    group.all_reduce(header).wait()
+    _combine(group, header)
     totals = [float(value) for value in header.tolist()]
     starts = range(len(own), len(totals), group.size)
     return totals[: len(own)], [totals[start : start + group.size] for start in starts]
+
+
+def _combine(group: ProcessGroup, array: Any, op: str = "sum") -> None:
+    if isinstance(group, PeerGroup) and group.can_send(array):
+        group.combine(array, op)
+    else:
+        group.all_reduce(array, op).wait()
 
 
 @cache

@@ -37,7 +37,8 @@ _LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
 # Between the tags of a message, of the byte behind it, and of the one that comes back.
 _BEHIND = 1 << 16
-_NEVER_SENT = 3 * _BEHIND  # a tag
+_NEVER_SENT, _COMBINED = 3 * _BEHIND, 3 * _BEHIND + 1  # tags
+_FEW_BYTES = 16 << 10  # that `combine` sends to all
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
@@ -116,8 +117,11 @@ class PeerGroup(ProcessGroup, Protocol):
     def open_messages(self) -> None:
         """Get ready for messages, before the first one; all ranks call it together. Later calls do nothing."""
 
+    def combine(self, array: Any, op: str = "sum") -> None:
+        """Do what `all_reduce` does, and wait. For a few numbers: it is sooner, and notices a rank that is gone."""
+
     def break_off(self) -> None:
-        """Let nobody wait for messages of this rank that will not come, after a failure, where the engine can."""
+        """Let no rank wait for what this one will not send any more, after a failure, where the engine can."""
 
     def send(self, arrays: Sequence[Any], target: int, tag: int) -> Message:
         """Send arrays to the rank `target`."""
@@ -145,9 +149,14 @@ class _Engine(ABC):
     def all_reduce(self, array: Any, op: str = "sum") -> Work:
         """See `ProcessGroup.all_reduce`."""
         view = self._view("array", array)
-        if op not in _OPERATIONS:
-            raise ValueError(f"op: expected one of {', '.join(_OPERATIONS)}, got {op!r}")
+        _check_operation(op)
         return self._all_reduce(view, op)
+
+    def combine(self, array: Any, op: str = "sum") -> None:
+        """See `PeerGroup.combine`."""
+        view = self._view("array", array)
+        _check_operation(op)
+        self._combine(view, op)
 
     def broadcast(self, array: Any, source: int = 0) -> Work:
         """See `ProcessGroup.broadcast`."""
@@ -195,6 +204,9 @@ class _Engine(ABC):
     @abstractmethod
     def _all_reduce(self, view: Any, op: str) -> Work: ...
 
+    def _combine(self, view: Any, op: str) -> None:
+        self._all_reduce(view, op).wait()
+
     @abstractmethod
     def _broadcast(self, view: Any, source: int) -> Work: ...
 
@@ -235,16 +247,20 @@ class TorchGroup(_Engine):
             )
         # torch's annotations leave out some of what torch.distributed has.
         distributed: Any = dist
-        self._torch, self._dist, self._group = torch, distributed, group
-        # A group's threads end with it: this must not keep the default group alive.
-        self._alive = weakref.ref(dist.group.WORLD if group is None else group)
+        self._torch, self._dist = torch, distributed
+        self._kept = kept = _Kept()
+        # Its threads and connections end with it: this must not keep a group alive that is destroyed.
+        self._alive = weakref.ref(
+            dist.group.WORLD if group is None else group, lambda _: kept.clear()
+        )
         self._backend = str(dist.get_backend(group))
         self._rank = dist.get_rank(group)
         if self._rank < 0:
             raise RuntimeError("group: this process is not one of its ranks")
         self._size = dist.get_world_size(group)
         self._operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-        self._acknowledgements: list[_TorchWork] = []  # on their way, perhaps
+        self._additions: dict[str, Any] = {"sum": torch.add, "max": torch.maximum}
+        self._others = [(self._rank + i) % self._size for i in range(1, self._size)]
         # torch 2.13 renamed them.
         names = ("all_gather_single", "reduce_scatter_single")
         if not hasattr(dist, names[0]):
@@ -276,20 +292,22 @@ class TorchGroup(_Engine):
 
     def _all_reduce(self, view: Any, op: str) -> Work:
         work = self._dist.all_reduce(view, self._operations[op], self._live(), async_op=True)
-        return _TorchWork(work, view)
+        return _TorchWork(work, view, failed=self.break_off)
 
     def _broadcast(self, view: Any, source: int) -> Work:
         group = self._live()
         source = self._dist.get_global_rank(group, source)
-        return _TorchWork(self._dist.broadcast(view, source, group, async_op=True), view)
+        work = self._dist.broadcast(view, source, group, async_op=True)
+        return _TorchWork(work, view, failed=self.break_off)
 
     def _reduce_scatter(self, target: Any, view: Any) -> Work:
         operation = self._operations["sum"]
         work = self._scatter(target, view, operation, self._live(), async_op=True)
-        return _TorchWork(work, target, view)
+        return _TorchWork(work, target, view, failed=self.break_off)
 
     def _all_gather(self, target: Any, view: Any) -> Work:
-        return _TorchWork(self._gather(target, view, self._live(), async_op=True), target, view)
+        work = self._gather(target, view, self._live(), async_op=True)
+        return _TorchWork(work, target, view, failed=self.break_off)
 
     def can_send(self, array: Any) -> bool:
         """See `PeerGroup.can_send`: gloo sends memory of the CPU.
@@ -297,24 +315,24 @@ class TorchGroup(_Engine):
         Not where torch checks that all ranks started as many operations (``TORCH_DISTRIBUTED_DEBUG=DETAIL``): it counts
         messages, too, of which ranks may have different numbers.
         """
-        return (
-            "gloo" in self.backend
-            and not (is_torch(array) and array.device.type != "cpu")
-            and self._dist.get_debug_level().name != "DETAIL"
-        )
+        return self._has_messages() and not (is_torch(array) and array.device.type != "cpu")
+
+    def _has_messages(self) -> bool:
+        return "gloo" in self.backend and self._dist.get_debug_level().name != "DETAIL"
 
     def open_messages(self) -> None:
         """See `PeerGroup.open_messages`: all of the last ones have arrived, and so have their acknowledgements."""
-        self._acknowledgements.clear()
+        self._kept.acknowledgements.clear()
 
     def break_off(self) -> None:
         """See `PeerGroup.break_off`: where a wait's time is up, gloo ends all connections."""
-        for rank in range(self._size):
-            if rank != self._rank:
-                with suppress(RuntimeError):  # from a peer that is gone at once
+        if self._has_messages():
+            for rank in self._others:
+                with suppress(RuntimeError):  # at once, from a peer that is gone
                     group = self._live()
                     peer = self._dist.get_global_rank(group, rank)
                     self._signal(self._dist.irecv, peer, group, _NEVER_SENT).abandon()
+        self._kept.clear()
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
         dist, group = self._dist, self._live()
@@ -332,9 +350,39 @@ class TorchGroup(_Engine):
 
         def acknowledge() -> None:
             sent = self._signal(dist.isend, peer, group, tag + 2 * _BEHIND)
-            self._acknowledgements.append(sent)
+            self._kept.acknowledgements.append(sent)
 
         return _TorchMessage([end, *works], [], acknowledge)
+
+    def _combine(self, view: Any, op: str) -> None:
+        """Send this rank's numbers to all, and add up everyone's in the order of the ranks.
+
+        gloo's all-reduce takes longer, twice as many steps, and may wait until the group's timeout for a peer that is
+        gone: it waits for sends, which gloo does not end then. Here only receives are waited for.
+        """
+        if not self.can_send(view) or view.nbytes > _FEW_BYTES:
+            super()._combine(view, op)
+            return
+        dist, group = self._dist, self._live()
+        everyone = [self._torch.empty_like(view) for _ in range(self._size)]
+        own = everyone[self._rank].copy_(view)
+        try:
+            peers = [(rank, dist.get_global_rank(group, rank)) for rank in self._others]
+            receives = [
+                _TorchWork(dist.irecv(everyone[rank], peer, group, _COMBINED), everyone[rank])
+                for rank, peer in peers
+            ]
+            sends = [_TorchWork(dist.isend(own, peer, group, _COMBINED), own) for _, peer in peers]
+            for work in receives:
+                work.wait()
+        except BaseException:
+            self.break_off()
+            raise
+        # Those of the call before have arrived: who did not have them would not have sent anything now.
+        self._kept.combined = sends
+        view.copy_(everyone[0])
+        for values in everyone[1:]:
+            self._additions[op](view, values, out=view)
 
     def _signal(self, start: Any, peer: int, group: Any, tag: int) -> _TorchWork:
         """Send or receive a byte, which says no more than that."""
@@ -349,16 +397,36 @@ class TorchGroup(_Engine):
         return f"TorchGroup({self.backend}, rank {self.rank} of {self.size})"
 
 
-class _TorchWork:
-    """torch's handle, with the tensors that the operation reads and writes."""
+class _Kept:
+    """Small sends that are not waited for. While these are kept, so are the connections, beyond the group's end."""
 
-    def __init__(self, work: Any, *tensors: Any) -> None:
-        self._work, self._tensors = work, tensors
+    def __init__(self) -> None:
+        self.acknowledgements: list[_TorchWork] = []
+        self.combined: list[_TorchWork] = []
+
+    def clear(self) -> None:
+        self.acknowledgements.clear()
+        self.combined.clear()
+
+
+class _TorchWork:
+    """torch's handle, with the tensors that the operation reads and writes, and what to call if it fails.
+
+    A collective operation that fails on one rank may leave others waiting for that one, though it lost its connection
+    to another rank only, in a ring for instance.
+    """
+
+    def __init__(self, work: Any, *tensors: Any, failed: Callable[[], None] = lambda: None) -> None:
+        self._work, self._tensors, self._failed = work, tensors, failed
 
     def wait(self) -> None:
         if self._work is None:
             return
-        self._work.wait()
+        try:
+            self._work.wait()
+        except RuntimeError:
+            self._failed()
+            raise
         self._work = None
         # gloo's thread refers to the tensors for a moment longer. Were it the last to do so, it would need the
         # interpreter to let go of them, and abort the process if that is on its way out
@@ -611,6 +679,11 @@ def _contiguous(argument: str, array: Any) -> Array:
             f"{argument}: expected a contiguous and writable array, got flags {array.flags}"
         )
     return array
+
+
+def _check_operation(op: str) -> None:
+    if op not in _OPERATIONS:
+        raise ValueError(f"op: expected one of {', '.join(_OPERATIONS)}, got {op!r}")
 
 
 def _elements(array: Any) -> int:
