@@ -303,7 +303,7 @@ def group_operations(context: Context, dtype: str) -> None:
 
 @check(cases={d: {"dtype": d} for d in ("float64", "float32", "int64")})
 def combining_equals_an_all_reduce(context: Context, dtype: str) -> None:
-    """On both sides of the 16 KiB that go to all at once, again and again, on a group of some ranks as well."""
+    """On both sides of the 16 KiB that leave in one piece, again and again, on a group of some ranks as well."""
     group: Any = context.group
     some: Any = context.split(range(1, context.size))
     for size in (0, 1, 5, 2_047, 2_048, 2_049, 4_095, 4_096, 4_097):
@@ -1198,6 +1198,31 @@ def averaging_by_messages(context: Context, kind: str) -> None:
                 patch.setattr(place, name, value)
                 averaging(context, kind)
             assert not sent
+
+
+@check(cases=KINDS)
+def averaging_what_goes_from_each_to_all(context: Context, kind: str) -> None:
+    """On one machine, up to a limit."""
+    engine, combined = type(context.group), []
+    combine = engine._combine
+
+    def counting(group: Any, view: Any, op: str) -> None:
+        if "float32" in str(view.dtype):  # the parameters; else a header
+            combined.append(len(view))
+        combine(group, view, op)
+
+    elements = sum(as_array(p).size for p in params_of(make(kind)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_combine", counting)
+        for limit, times in ((4 * elements, 2), (4 * elements - 1, 0)):
+            patch.setattr(_traffic, "COMBINED_MOST_BYTES", limit)
+            averaging(context, kind)
+            assert sum(combined) == times * elements
+            combined.clear()
+        patch.setattr(_traffic, "COMBINED_MOST_BYTES", 4 * elements)
+        patch.setattr(local_sgd, "machine_fingerprint", lambda: context.rank)
+        averaging(context, kind)
+        assert not combined
 
 
 @check()

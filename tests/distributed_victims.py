@@ -63,8 +63,11 @@ def survive(
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     connect(store, f"{trial}-0", rank, ranks, options.pop("timeout", 10.0))
     how = options.pop("how", signal.SIGKILL)
-    if options.pop("by_messages"):
+    way = options.pop("way")
+    if way == "messages":
         _traffic.MESSAGES_LEAST_TOTAL_BYTES, _traffic.MESSAGE_BYTES = 0, 100_000
+    elif way == "to all":
+        _traffic.COMBINED_MOST_BYTES = 4 * ELEMENTS + 1_000
     else:
         _traffic.MESSAGES_MOST_RANKS = 0
     optimizer, buffer = optimizer_for(rank)

@@ -26,7 +26,7 @@ from distributed_victims import (
 RANKS = 3
 # Each at another moment.
 KILLS = 50
-WAYS = pytest.mark.parametrize("by_messages", [False, True], ids=["all-reduce", "messages"])
+WAYS = pytest.mark.parametrize("way", ["all-reduce", "messages", "to all"])
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,15 @@ def spawn() -> Callable[..., list[dict[str, Any]]]:
 
 @WAYS
 def test_killed_ranks_cost_nothing_with_transactions(
-    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
+    spawn: Callable[..., list[dict[str, Any]]], way: str
 ) -> None:
     """SIGKILL at any moment: parameters and momentum are back at the last round, bit for bit; the others go on."""
     rng = np.random.default_rng(0)
     for trial in range(KILLS):
         # Some in the first round, most in one of the following.
         delay = float(rng.uniform(0, 0.15))
-        options = {"transactional": True, "by_messages": by_messages}
-        reports = spawn(survive, f"kill-{trial}-{by_messages}", delay, options)
+        options = {"transactional": True, "way": way}
+        reports = spawn(survive, f"kill-{trial}-{way}", delay, options)
         rounds = max(report["rounds"] for report in reports)
         for report in reports:
             what = f"trial {trial}, delay {delay}: {report}"
@@ -96,11 +96,11 @@ def test_killed_ranks_cost_nothing_with_transactions(
 
 @WAYS
 def test_a_dead_peer_is_reported_soon_and_by_round(
-    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
+    spawn: Callable[..., list[dict[str, Any]]], way: str
 ) -> None:
     start = time.perf_counter()
-    options = {"transactional": True, "timeout": 30.0, "by_messages": by_messages}
-    reports = spawn(survive, f"soon-{by_messages}", 0.1, options)
+    options = {"transactional": True, "timeout": 30.0, "way": way}
+    reports = spawn(survive, f"soon-{way}", 0.1, options)
     assert time.perf_counter() - start < 25
     for rank, report in enumerate(reports):
         expected = (
@@ -124,11 +124,11 @@ def test_a_peer_that_dies_in_the_middle_of_a_large_message_is_reported_soon(
 
 @WAYS
 def test_a_peer_that_hangs_is_reported_within_the_timeout(
-    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
+    spawn: Callable[..., list[dict[str, Any]]], way: str
 ) -> None:
     start = time.perf_counter()
     options = {"transactional": True, "timeout": 2.0, "how": signal.SIGSTOP}
-    reports = spawn(survive, f"hang-{by_messages}", 0.1, options | {"by_messages": by_messages})
+    reports = spawn(survive, f"hang-{way}", 0.1, options | {"way": way})
     assert time.perf_counter() - start < 25
     for report in reports:
         assert report["parameters are back"]
@@ -137,9 +137,9 @@ def test_a_peer_that_hangs_is_reported_within_the_timeout(
 
 @WAYS
 def test_without_transactions_the_error_says_what_is_lost(
-    spawn: Callable[..., list[dict[str, Any]]], by_messages: bool
+    spawn: Callable[..., list[dict[str, Any]]], way: str
 ) -> None:
-    reports = spawn(survive, f"plain-{by_messages}", 0.1, {"by_messages": by_messages})
+    reports = spawn(survive, f"plain-{way}", 0.1, {"way": way})
     for report in reports:
         assert not report["restored"]
         lost = "transactional=True would restore them" in report["error"]

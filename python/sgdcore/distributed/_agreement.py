@@ -35,6 +35,9 @@ __all__ = [
     "take_settings",
 ]
 
+# The most that each rank sends to all, wherever they are: a network does not notice it.
+COMBINED_MOST_BYTES = 16 << 10
+
 
 def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
     """Raise on all ranks if they differ in something.
@@ -108,7 +111,8 @@ def add_up(
 
 
 def _combine(group: ProcessGroup, array: Any, op: str = "sum") -> None:
-    if isinstance(group, PeerGroup) and group.can_send(array):
+    few = array.nbytes <= COMBINED_MOST_BYTES
+    if few and isinstance(group, PeerGroup) and group.can_send(array):
         group.combine(array, op)
     else:
         group.all_reduce(array, op).wait()

@@ -47,7 +47,9 @@ __all__ = [
 
 # The most bytes in a slice of gradients, unless the user says otherwise.
 SLICE_BYTES = 16 << 20
-# Between ranks of one machine arrays travel by messages (_messages.py) if together they have at least so many bytes.
+# Between ranks of one machine arrays go from each to all if together they have at most so many bytes,
+COMBINED_MOST_BYTES = 256 << 10
+# and by messages (_messages.py) if they have at least so many. In between the engine's all-reduce is as soon.
 MESSAGES_LEAST_TOTAL_BYTES = 8 << 20
 # The most ranks between which they do.
 MESSAGES_MOST_RANKS = 8
@@ -458,6 +460,10 @@ class Averager:
             return
         if same_machine and isinstance(group, PeerGroup) and self._goes_by_messages(group):
             self._send_messages(group)
+        elif same_machine and isinstance(group, PeerGroup) and self._goes_to_all(group):
+            for cargo in self._prepare(self._pace(group)):
+                group.combine(self._load(cargo))
+                self._unload(cargo, group.size)
         else:
             self._exchange(group, group.all_reduce, divisor=group.size)
 
@@ -470,6 +476,11 @@ class Averager:
             and all(map(group.can_send, self._views))
             and self._copied_bytes <= MESSAGES_MOST_COPIED_BYTES
         )
+
+    def _goes_to_all(self, group: PeerGroup) -> bool:
+        """Return whether each rank sends all it has to all, the same on all ranks."""
+        few = self._bytes <= COMBINED_MOST_BYTES and group.size <= MESSAGES_MOST_RANKS
+        return self._plain and few and all(map(group.can_send, self._views))
 
     def _send_messages(self, group: PeerGroup) -> None:
         key = group.rank, group.size

@@ -37,8 +37,8 @@ _LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
 # Between the tags of a message, of the byte behind it, and of the one that comes back.
 _BEHIND = 1 << 16
-_NEVER_SENT, _COMBINED = 3 * _BEHIND, 3 * _BEHIND + 1  # tags
-_FEW_BYTES = 16 << 10  # that `combine` sends to all
+_NEVER_SENT, _COMBINED = 3 * _BEHIND, 3 * _BEHIND + 1  # tags; the last one has another behind it
+_WHOLE_BYTES = 16 << 10  # that leave in one piece, and so arrive whole or not at all
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
 
@@ -329,65 +329,69 @@ class TorchGroup(_Engine):
         if self._has_messages():
             for rank in self._others:
                 with suppress(RuntimeError):  # at once, from a peer that is gone
-                    group = self._live()
-                    peer = self._dist.get_global_rank(group, rank)
-                    self._signal(self._dist.irecv, peer, group, _NEVER_SENT).abandon()
+                    [work] = self._start(self._dist.irecv, rank, _NEVER_SENT, self._byte())
+                    work.abandon()
         self._kept.clear()
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
-        dist, group = self._dist, self._live()
-        peer = dist.get_global_rank(group, target)
-        acknowledged = self._signal(dist.irecv, peer, group, tag + 2 * _BEHIND)
-        works = [_TorchWork(dist.isend(view, peer, group, tag), view) for view in views]
-        end = self._signal(dist.isend, peer, group, tag + _BEHIND)
-        return _TorchMessage([acknowledged], [*works, end])
+        dist = self._dist
+        acknowledged = self._start(dist.irecv, target, tag + 2 * _BEHIND, self._byte())
+        works = self._start(dist.isend, target, tag, *views)
+        end = self._start(dist.isend, target, tag + _BEHIND, self._byte())
+        return _TorchMessage(acknowledged, works + end)
 
     def _receive(self, views: list[Any], source: int, tag: int) -> Message:
-        dist, group = self._dist, self._live()
-        peer = dist.get_global_rank(group, source)
-        works = [_TorchWork(dist.irecv(view, peer, group, tag), view) for view in views]
-        end = self._signal(dist.irecv, peer, group, tag + _BEHIND)
+        dist = self._dist
+        works = self._start(dist.irecv, source, tag, *views)
+        end = self._start(dist.irecv, source, tag + _BEHIND, self._byte())
 
         def acknowledge() -> None:
-            sent = self._signal(dist.isend, peer, group, tag + 2 * _BEHIND)
-            self._kept.acknowledgements.append(sent)
+            sent = self._start(dist.isend, source, tag + 2 * _BEHIND, self._byte())
+            self._kept.acknowledgements += sent
 
-        return _TorchMessage([end, *works], [], acknowledge)
+        return _TorchMessage(end + works, [], acknowledge)
 
     def _combine(self, view: Any, op: str) -> None:
-        """Send this rank's numbers to all, and add up everyone's in the order of the ranks.
+        """Send this rank's array to all, and add up everyone's in the order of the ranks.
 
         gloo's all-reduce takes longer, twice as many steps, and may wait until the group's timeout for a peer that is
         gone: it waits for sends, which gloo does not end then. Here only receives are waited for.
         """
-        if not self.can_send(view) or view.nbytes > _FEW_BYTES:
-            super()._combine(view, op)
-            return
-        dist, group = self._dist, self._live()
+        dist = self._dist
         everyone = [self._torch.empty_like(view) for _ in range(self._size)]
         own = everyone[self._rank].copy_(view)
+        has_end = view.nbytes > _WHOLE_BYTES
         try:
-            peers = [(rank, dist.get_global_rank(group, rank)) for rank in self._others]
-            receives = [
-                _TorchWork(dist.irecv(everyone[rank], peer, group, _COMBINED), everyone[rank])
-                for rank, peer in peers
-            ]
-            sends = [_TorchWork(dist.isend(own, peer, group, _COMBINED), own) for _, peer in peers]
-            for work in receives:
+            arriving, leaving = [], []
+            for rank in self._others:
+                works = self._start(dist.irecv, rank, _COMBINED, everyone[rank])
+                if has_end:
+                    works = self._start(dist.irecv, rank, _COMBINED + 1, self._byte()) + works
+                arriving += works
+            for rank in self._others:
+                leaving += self._start(dist.isend, rank, _COMBINED, own)
+                if has_end:
+                    leaving += self._start(dist.isend, rank, _COMBINED + 1, self._byte())
+            for work in arriving:
                 work.wait()
         except BaseException:
             self.break_off()
             raise
-        # Those of the call before have arrived: who did not have them would not have sent anything now.
-        self._kept.combined = sends
+        # Those of the call before have arrived: who did not have them would have sent nothing now.
+        self._kept.combined = leaving
         view.copy_(everyone[0])
         for values in everyone[1:]:
             self._additions[op](view, values, out=view)
 
-    def _signal(self, start: Any, peer: int, group: Any, tag: int) -> _TorchWork:
-        """Send or receive a byte, which says no more than that."""
-        byte = self._torch.zeros(1, dtype=self._torch.uint8)
-        return _TorchWork(start(byte, peer, group, tag), byte)
+    def _start(self, operation: Any, rank: int, tag: int, *tensors: Any) -> list[_TorchWork]:
+        """Begin to send tensors to a rank, or to receive them, one after the other."""
+        group = self._live()
+        peer = self._dist.get_global_rank(group, rank)
+        return [_TorchWork(operation(tensor, peer, group, tag), tensor) for tensor in tensors]
+
+    def _byte(self) -> Any:
+        """Return what is sent to say that something is done."""
+        return self._torch.zeros(1, dtype=self._torch.uint8)
 
     def barrier(self) -> None:
         """See `ProcessGroup.barrier`."""
