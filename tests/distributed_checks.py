@@ -6,6 +6,7 @@ NumPy's part; it imports no torch. distributed_torch_checks.py adds torch's to t
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import sys
 import time
@@ -299,6 +300,25 @@ def group_operations(context: Context, dtype: str) -> None:
     whole = np.zeros(2 * n, dtype)
     group.all_gather(whole, np.array([rank, 10 + rank], dtype)).wait()
     assert whole.tolist() == [x for r in ranks.tolist() for x in (r, 10 + r)]
+
+
+@check()
+def numbers_arrive_that_queue_behind_a_message(context: Context) -> None:
+    """Also if their sender has those of the others long before, and goes on."""
+    group: Any = context.group
+    group.open_messages()
+    array, message = np.full(32_000_000, context.rank, np.float32), None
+    if context.rank == 0:
+        message = group.send([array], 1, 5)
+    elif context.rank == 1:
+        message = group.receive([array], 0, 5)
+    ones = np.ones(3)
+    group.combine(ones)
+    gc.collect()
+    assert ones.tolist() == [context.size] * 3
+    if message is not None:
+        message.wait()
+        assert not array.any()
 
 
 @check(cases={d: {"dtype": d} for d in ("float64", "float32", "int64")})
