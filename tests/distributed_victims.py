@@ -205,24 +205,25 @@ def survive_in_backward(
 def wait_for_a_message(
     port: int, trial: str, rank: int, ranks: int, delay: float, lost: str, pipe: Connection
 ) -> None:
-    """Send 400 MB between rank 0 and the last one, the sender or the receiver, which is killed; the others look on."""
+    """Send 400 MB between rank 0 and the last one, the sender or the receiver, which is killed; the other looks on."""
     connect(dist.TCPStore("127.0.0.1", port, is_master=False), trial, rank, ranks, 30.0)
-    group = as_process_group()
+    group: Any = as_process_group()
     arrays = [torch.zeros(10_000_000) for _ in range(10)]
     group.barrier()
-    start, error = time.perf_counter(), ""
+    start, error, messages = time.perf_counter(), "", []
     ends = {0: ranks - 1, ranks - 1: 0}
     if rank in ends:
         sends = (lost == "sender") == (rank == ranks - 1)
-        begin = group.send if sends else group.receive  # type: ignore[attr-defined]
+        begin = group.send if sends else group.receive
         messages = [begin(pair, ends[rank], 5) for pair in zip(*[iter(arrays)] * 2, strict=True)]
         if rank == ranks - 1:
             time.sleep(delay)
             os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            for message in messages:
-                message.wait()
-        except RuntimeError as failure:
-            error = str(failure)
+    try:
+        for message in messages:
+            message.wait()
+        group.close_messages()
+    except RuntimeError as failure:
+        error = str(failure)
     pipe.send({"seconds": time.perf_counter() - start, "error": error})
     os._exit(0)

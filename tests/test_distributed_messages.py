@@ -102,6 +102,9 @@ class Rank:
     def open_messages(self) -> None:
         pass
 
+    def close_messages(self) -> None:
+        pass
+
     def combine(self, array: Any, op: str = "sum") -> None:
         raise NotImplementedError
 

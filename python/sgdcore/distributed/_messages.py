@@ -88,6 +88,7 @@ class MessageMean:
             # A rank whose user has NumPy raise at an overflow would leave the others waiting, who form other means.
             with np.errstate(all="ignore"):
                 self._run(group, load, take, under_way)
+                group.close_messages()
         except BaseException:
             group.break_off()
             # Whatever it was, nothing may be written to the arrays any more.

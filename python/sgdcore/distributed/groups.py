@@ -35,9 +35,9 @@ __all__ = [
 _OPERATIONS = ("sum", "max")
 _LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
-# Between the tags of a message, of the byte behind it, and of the one that comes back.
+# Between the tags of a message and of the byte behind it.
 _BEHIND = 1 << 16
-_NEVER_SENT, _COMBINED = 3 * _BEHIND, 3 * _BEHIND + 1  # tags; the last one has another behind it
+_NEVER_SENT, _COMBINED = 2 * _BEHIND, 2 * _BEHIND + 1  # tags; the last one has another behind it
 _WHOLE_BYTES = 16 << 10  # that leave in one piece, and so arrive whole or not at all
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
@@ -97,7 +97,11 @@ class ProcessGroup(Protocol):
 
 
 class Message(Work, Protocol):
-    """A message under way."""
+    """A message under way.
+
+    After `wait` for one that is sent, the receiver's answer may be received in its place; that it has arrived is known
+    when `PeerGroup.close_messages` returns.
+    """
 
     def abandon(self) -> None:
         """Give it up, after a failure: from here on it touches no memory. The group may be of no use any more."""
@@ -116,6 +120,9 @@ class PeerGroup(ProcessGroup, Protocol):
 
     def open_messages(self) -> None:
         """Get ready for messages, before the first one; all ranks call it together. Later calls do nothing."""
+
+    def close_messages(self) -> None:
+        """Return when all messages have arrived; all ranks call it together, when they have waited for their own."""
 
     def combine(self, array: Any, op: str = "sum") -> None:
         """Do what `all_reduce` does, and wait. For a few numbers: it is sooner, and notices a rank that is gone."""
@@ -194,6 +201,10 @@ class _Engine(ABC):
         """See `PeerGroup.open_messages`."""
 
     @abstractmethod
+    def close_messages(self) -> None:
+        """See `PeerGroup.close_messages`."""
+
+    @abstractmethod
     def break_off(self) -> None:
         """See `PeerGroup.break_off`."""
 
@@ -248,10 +259,12 @@ class TorchGroup(_Engine):
         # torch's annotations leave out some of what torch.distributed has.
         distributed: Any = dist
         self._torch, self._dist = torch, distributed
-        self._kept = kept = _Kept()
-        # Its threads and connections end with it: this must not keep a group alive that is destroyed.
+        # Sends of `combine`, which nobody waits for.
+        self._leaving: list[_TorchWork] = []
+        leaving = self._leaving
+        # Threads and connections end with the group, unless this, or what is under way, keeps them.
         self._alive = weakref.ref(
-            dist.group.WORLD if group is None else group, lambda _: kept.clear()
+            dist.group.WORLD if group is None else group, lambda _: leaving.clear()
         )
         self._backend = str(dist.get_backend(group))
         self._rank = dist.get_rank(group)
@@ -321,8 +334,11 @@ class TorchGroup(_Engine):
         return "gloo" in self.backend and self._dist.get_debug_level().name != "DETAIL"
 
     def open_messages(self) -> None:
-        """See `PeerGroup.open_messages`: all of the last ones have arrived, and so have their acknowledgements."""
-        self._kept.acknowledgements.clear()
+        """See `PeerGroup.open_messages`: nothing."""
+
+    def close_messages(self) -> None:
+        """See `PeerGroup.close_messages`: who is here has received what was sent to it."""
+        self.combine(self._byte())
 
     def break_off(self) -> None:
         """See `PeerGroup.break_off`: where a wait's time is up, gloo ends all connections."""
@@ -331,25 +347,18 @@ class TorchGroup(_Engine):
                 with suppress(RuntimeError):  # at once, from a peer that is gone
                     [work] = self._start(self._dist.irecv, rank, _NEVER_SENT, self._byte())
                     work.abandon()
-        self._kept.clear()
+        self._leaving.clear()
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
-        dist = self._dist
-        acknowledged = self._start(dist.irecv, target, tag + 2 * _BEHIND, self._byte())
-        works = self._start(dist.isend, target, tag, *views)
-        end = self._start(dist.isend, target, tag + _BEHIND, self._byte())
-        return _TorchMessage(acknowledged, works + end)
+        works = self._start(self._dist.isend, target, tag, *views)
+        return _TorchSent(
+            works + self._start(self._dist.isend, target, tag + _BEHIND, self._byte())
+        )
 
     def _receive(self, views: list[Any], source: int, tag: int) -> Message:
-        dist = self._dist
-        works = self._start(dist.irecv, source, tag, *views)
-        end = self._start(dist.irecv, source, tag + _BEHIND, self._byte())
-
-        def acknowledge() -> None:
-            sent = self._start(dist.isend, source, tag + 2 * _BEHIND, self._byte())
-            self._kept.acknowledgements += sent
-
-        return _TorchMessage(end + works, [], acknowledge)
+        works = self._start(self._dist.irecv, source, tag, *views)
+        end = self._start(self._dist.irecv, source, tag + _BEHIND, self._byte())
+        return _TorchReceived(end + works)
 
     def _combine(self, view: Any, op: str) -> None:
         """Send this rank's array to all, and add up everyone's in the order of the ranks.
@@ -365,7 +374,7 @@ class TorchGroup(_Engine):
             arriving, leaving = [], []
             for rank in self._others:
                 works = self._start(dist.irecv, rank, _COMBINED, everyone[rank])
-                if has_end:
+                if has_end:  # as in a message
                     works = self._start(dist.irecv, rank, _COMBINED + 1, self._byte()) + works
                 arriving += works
             for rank in self._others:
@@ -378,7 +387,7 @@ class TorchGroup(_Engine):
             self.break_off()
             raise
         # Those of the call before have arrived: who did not have them would have sent nothing now.
-        self._kept.combined = leaving
+        self._leaving[:] = leaving
         view.copy_(everyone[0])
         for values in everyone[1:]:
             self._additions[op](view, values, out=view)
@@ -399,18 +408,6 @@ class TorchGroup(_Engine):
 
     def __repr__(self) -> str:
         return f"TorchGroup({self.backend}, rank {self.rank} of {self.size})"
-
-
-class _Kept:
-    """Small sends that are not waited for. While these are kept, so are the connections, beyond the group's end."""
-
-    def __init__(self) -> None:
-        self.acknowledgements: list[_TorchWork] = []
-        self.combined: list[_TorchWork] = []
-
-    def clear(self) -> None:
-        self.acknowledgements.clear()
-        self.combined.clear()
 
 
 class _TorchWork:
@@ -453,34 +450,45 @@ class _TorchWork:
             self._work = None
 
 
-class _TorchMessage:
-    """A message of gloo's, with a byte behind it, and one back that acknowledges it.
+class _TorchSent:
+    """A message of gloo's on its way, with a byte behind it.
 
-    If the peer is killed meanwhile, gloo ends the receives that are under way, but neither the one that it is reading
-    nor any send: a wait for these would last until the group's timeout. So a receive that does not begin before all of
-    the message has arrived comes first among these operations: of the byte behind it, or of that which comes back.
+    gloo does not end a send when the receiver is gone, so that a wait for it would last until the group's timeout. What
+    was sent has arrived when the receiver sends something that it does not send before, or closes messages.
     """
 
-    def __init__(
-        self,
-        receives: list[_TorchWork],
-        sends: list[_TorchWork],
-        acknowledge: Callable[[], None] | None = None,
-    ) -> None:
-        self._receives, self._sends, self._acknowledge = receives, sends, acknowledge
+    def __init__(self, works: list[_TorchWork]) -> None:
+        self._works = works
 
     def wait(self) -> None:
-        for work in [*self._receives, *self._sends]:
-            work.wait()
-        acknowledge, self._acknowledge = self._acknowledge, None
-        if acknowledge is not None:
-            acknowledge()
+        """Return at once: what the receiver sends in answer may be received where this message lies."""
 
     def test(self) -> bool:
-        return all(work.test() for work in [*self._receives, *self._sends])
+        return True
 
     def abandon(self) -> None:
-        for work in self._receives:  # the only ones that write
+        """Do nothing: it only reads."""
+
+
+class _TorchReceived:
+    """A message of gloo's that is to come, and the byte behind it, which is waited for first.
+
+    When the sender is gone, gloo ends the receives that have not begun, but not the one that it is reading: this byte
+    does not begin before all of the message has arrived.
+    """
+
+    def __init__(self, works: list[_TorchWork]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def test(self) -> bool:
+        return all(work.test() for work in self._works)
+
+    def abandon(self) -> None:
+        for work in self._works:
             work.abandon()
 
 
@@ -549,6 +557,9 @@ class MpiGroup(_Engine):
         """See `PeerGroup.open_messages`: a communicator of their own keeps messages from the user's receives."""
         if self._message_comm is None:
             self._message_comm = _duplicate(self._comm)
+
+    def close_messages(self) -> None:
+        """See `PeerGroup.close_messages`: nothing, as MPI ends all ranks with one of them."""
 
     def break_off(self) -> None:
         """See `PeerGroup.break_off`: nothing, MPI has no such means, and ends a job with its first process."""
