@@ -49,9 +49,11 @@ __all__ = [
 SLICE_BYTES = 16 << 20
 # Between ranks of one machine arrays go from each to all if together they have at most so many bytes,
 COMBINED_MOST_BYTES = 256 << 10
-# and by messages (_messages.py) if they have at least so many. In between the engine's all-reduce is as soon.
+# and there are at least so many ranks: with two a ring is as direct.
+COMBINED_LEAST_RANKS = 3
+# They go by messages (_messages.py) if they have at least so many bytes. In between an all-reduce is as soon.
 MESSAGES_LEAST_TOTAL_BYTES = 8 << 20
-# The most ranks between which they do.
+# The most ranks between which they do either.
 MESSAGES_MOST_RANKS = 8
 # The most bytes in a message.
 MESSAGE_BYTES = 8 << 20
@@ -479,8 +481,12 @@ class Averager:
 
     def _goes_to_all(self, group: PeerGroup) -> bool:
         """Return whether each rank sends all it has to all, the same on all ranks."""
-        few = self._bytes <= COMBINED_MOST_BYTES and group.size <= MESSAGES_MOST_RANKS
-        return self._plain and few and all(map(group.can_send, self._views))
+        return (
+            self._plain
+            and COMBINED_LEAST_RANKS <= group.size <= MESSAGES_MOST_RANKS
+            and self._bytes <= COMBINED_MOST_BYTES
+            and all(map(group.can_send, self._views))
+        )
 
     def _send_messages(self, group: PeerGroup) -> None:
         key = group.rank, group.size
