@@ -84,6 +84,10 @@ class CountingGroup:
         self.reductions += size >= self._elements
         return self._group.all_reduce(array, op)
 
+    def combine(self, array: Any, op: str = "sum") -> None:
+        self.reductions += array.shape[0] >= self._elements
+        self._group.combine(array, op)
+
 
 def batches(labels: NDArray[Any], shards: str, rank: int, seed: int) -> Iterator[NDArray[Any]]:
     """Yield the indices of this rank's mini-batches, without end."""

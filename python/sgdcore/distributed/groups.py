@@ -234,6 +234,11 @@ class _Engine(ABC):
     def _receive(self, views: list[Any], source: int, tag: int) -> Message: ...
 
 
+# What the last `combine` on each of torch's groups sent. Nobody waits for it; a send that is dropped before it left
+# would hold up those behind it, and as long as it is kept, so are the connections: it ends with the group.
+_leaving: weakref.WeakKeyDictionary[Any, list[_TorchWork]] = weakref.WeakKeyDictionary()
+
+
 class TorchGroup(_Engine):
     """A process group of torch.distributed: gloo for memory of the CPU, NCCL for that of CUDA devices.
 
@@ -259,13 +264,8 @@ class TorchGroup(_Engine):
         # torch's annotations leave out some of what torch.distributed has.
         distributed: Any = dist
         self._torch, self._dist = torch, distributed
-        # Sends of `combine`, which nobody waits for.
-        self._leaving: list[_TorchWork] = []
-        leaving = self._leaving
-        # Threads and connections end with the group, unless this, or what is under way, keeps them.
-        self._alive = weakref.ref(
-            dist.group.WORLD if group is None else group, lambda _: leaving.clear()
-        )
+        # Its threads and connections end with it: this must not keep a group alive that is destroyed.
+        self._alive = weakref.ref(dist.group.WORLD if group is None else group)
         self._backend = str(dist.get_backend(group))
         self._rank = dist.get_rank(group)
         if self._rank < 0:
@@ -347,7 +347,8 @@ class TorchGroup(_Engine):
                 with suppress(RuntimeError):  # at once, from a peer that is gone
                     [work] = self._start(self._dist.irecv, rank, _NEVER_SENT, self._byte())
                     work.abandon()
-        self._leaving.clear()
+        with suppress(RuntimeError):
+            _leaving.pop(self._live(), None)
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
         works = self._start(self._dist.isend, target, tag, *views)
@@ -387,7 +388,7 @@ class TorchGroup(_Engine):
             self.break_off()
             raise
         # Those of the call before have arrived: who did not have them would have sent nothing now.
-        self._leaving[:] = leaving
+        _leaving[self._live()] = leaving
         view.copy_(everyone[0])
         for values in everyone[1:]:
             self._additions[op](view, values, out=view)
