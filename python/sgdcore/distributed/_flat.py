@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +51,7 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+@cache
 def dtype_name(dtype: Any) -> str:
     """Return the name of a dtype of NumPy or torch, or a name as it is."""
     if isinstance(dtype, str):

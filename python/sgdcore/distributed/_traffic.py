@@ -138,6 +138,7 @@ def plan_slices(
     bucket_bytes = min(pace.slice_bytes, pace.bucket_bytes)
     slices: list[Slice] = []
     buckets: dict[str, list[Part]] = {}
+    filled: dict[str, int] = {}  # elements in the buckets
     for run in runs:
         dtype = dtypes[run[0]]
         size = sum(sizes[i] for i in run)
@@ -148,10 +149,12 @@ def plan_slices(
             slices += [Slice(parts, dtype) for parts in _cut(run, sizes, limit, limit)]
             continue
         bucket, limit = buckets.setdefault(dtype, []), bucket_bytes // item_bytes(dtype)
-        if sum(part.stop - part.start for part in bucket) + size > limit:
+        if filled.get(dtype, 0) + size > limit:
             slices.append(Slice(tuple(bucket), dtype))
             bucket.clear()
+            filled[dtype] = 0
         bucket += [Part(i, 0, sizes[i]) for i in run if sizes[i]]
+        filled[dtype] = filled.get(dtype, 0) + size
     return slices + [Slice(tuple(parts), dtype) for dtype, parts in buckets.items() if parts]
 
 
