@@ -10,6 +10,7 @@ import gc
 import hashlib
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -1334,6 +1335,54 @@ def nobody_waits_for_a_rank_that_left(context: Context) -> None:
             group.all_reduce(np.zeros(10)).wait()
     context.group.barrier()
     assert time.perf_counter() - start < 20
+
+
+INTERRUPTS: dict[str, dict[str, Any]] = {
+    "a round": {"wrap": partial(LocalSGD, sync_every=1), "where": (_traffic.Averager, "_unload")},
+    "a step": {"wrap": DataParallel, "where": (DataParallel, "_take")},
+}
+
+
+@check(GLOO, cases=INTERRUPTS)
+def nobody_waits_for_a_rank_that_was_interrupted(
+    context: Context, wrap: Any, where: tuple[Any, str]
+) -> None:
+    """Nor goes on with other parameters than it has: all ranks get an error, in this round or in the next."""
+    import torch.distributed as dist
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    optimizer = wrap(make("numpy flat"), as_process_group(dist.new_group()))
+    start = time.perf_counter()
+    if context.rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*where, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(context, optimizer, 1)
+    with pytest.raises(RuntimeError):
+        train(context, optimizer, 2)
+    context.group.barrier()
+    assert time.perf_counter() - start < 20
+
+
+@check()
+def a_failure_is_forgotten_with_its_error(context: Context) -> None:
+    """No cycle of references keeps what was under way until a garbage collection."""
+    optimizer = DataParallel(make("numpy separate"))
+    grads = [np.zeros(as_array(p).shape, np.float32) for p in params_of(optimizer)]
+    if context.rank == 1:
+        grads[0] = np.zeros(3, np.float32)
+    gc.disable()
+    try:
+        with pytest.raises(ValueError if context.rank == 1 else RoundError) as caught:
+            optimizer.step(grads=grads)
+        if context.rank != 1:
+            error = weakref.ref(caught.value)
+            del caught
+            assert error() is None
+    finally:
+        gc.enable()
 
 
 @check()

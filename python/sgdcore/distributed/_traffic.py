@@ -26,7 +26,7 @@ from sgdcore.distributed._flat import (
     join,
 )
 from sgdcore.distributed._messages import MessageMean
-from sgdcore.distributed.groups import MpiGroup, PeerGroup, ProcessGroup, Work
+from sgdcore.distributed.groups import MpiGroup, PeerGroup, ProcessGroup, Work, break_off
 
 __all__ = [
     "SLICE_BYTES",
@@ -463,14 +463,16 @@ class Averager:
         """
         if group.size == 1:
             return
-        if same_machine and isinstance(group, PeerGroup) and self._goes_by_messages(group):
-            self._send_messages(group)
-        elif same_machine and isinstance(group, PeerGroup) and self._goes_to_all(group):
-            for cargo in self._prepare(self._pace(group)):
-                group.combine(self._load(cargo))
-                self._unload(cargo, group.size)
-        else:
-            self._exchange(group, group.all_reduce, divisor=group.size)
+        try:
+            if same_machine and isinstance(group, PeerGroup) and self._goes_by_messages(group):
+                self._send_messages(group)
+            elif same_machine and isinstance(group, PeerGroup) and self._goes_to_all(group):
+                self._send_to_all(group)
+            else:
+                self._exchange(group, group.all_reduce, divisor=group.size)
+        except BaseException:  # an interrupt, too
+            break_off(group)
+            raise
 
     def _goes_by_messages(self, group: PeerGroup) -> bool:
         """Return whether messages are sooner there than an all-reduce; the same on all ranks."""
@@ -490,6 +492,11 @@ class Averager:
             and self._bytes <= COMBINED_MOST_BYTES
             and all(map(group.can_send, self._views))
         )
+
+    def _send_to_all(self, group: PeerGroup) -> None:
+        for cargo in self._prepare(self._pace(group)):
+            group.combine(self._load(cargo))
+            self._unload(cargo, group.size)
 
     def _send_messages(self, group: PeerGroup) -> None:
         key = group.rank, group.size

@@ -44,7 +44,7 @@ from sgdcore.distributed._traffic import (
 from sgdcore.distributed._views import Momenta, Views
 from sgdcore.distributed._wrapper import Wrapper, call_closure
 from sgdcore.distributed.errors import RoundError
-from sgdcore.distributed.groups import Work, as_process_group
+from sgdcore.distributed.groups import Work, as_process_group, break_off
 
 __all__ = ["DataParallel"]
 
@@ -471,10 +471,15 @@ class DataParallel(Wrapper):
                 if not idle:
                     self._take(number, array, weights, gradients, present, given)
         except Exception as error:
-            own, failure = self._failed, self._failure(error)
+            own = self._failed
             if isinstance(own, TypeError | ValueError):  # bad input is just that on its own rank
+                self._forget_step()
                 raise own from None
-            raise failure from error
+            # Under no name here: with its traceback that would be a cycle, which keeps what was under way.
+            raise self._failure(error) from error
+        except BaseException:  # an interrupt: the others take a step that this rank does not
+            break_off(group)
+            raise
         self._begin()
         return int(training)
 
@@ -689,12 +694,15 @@ class DataParallel(Wrapper):
         if self._weighing is not None:
             drain([self._weighing[1]])
 
-    def _failure(self, error: Exception) -> RoundError:
-        """Return what to raise, once nothing is on its way any more."""
+    def _forget_step(self) -> None:
         self._drain()
         self._begin()
         self._forget_means()
         self._clear_residuals()  # some are of this step's gradients
+
+    def _failure(self, error: Exception) -> RoundError:
+        """Return what to raise, once nothing is on its way any more."""
+        self._forget_step()
         group = self._group
         return RoundError(
             f"the gradients of step {self._steps + 1} could not be averaged on rank {group.rank} of {group.size}; "

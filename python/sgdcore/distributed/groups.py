@@ -30,6 +30,7 @@ __all__ = [
     "TorchGroup",
     "Work",
     "as_process_group",
+    "break_off",
 ]
 
 _OPERATIONS = ("sum", "max")
@@ -426,7 +427,7 @@ class _TorchWork:
             return
         try:
             self._work.wait()
-        except RuntimeError:
+        except BaseException:
             self._failed()
             raise
         self._work = None
@@ -636,6 +637,12 @@ class _MpiMessage:
     def abandon(self) -> None:
         for work in self._works if self._writes else ():
             work.cancel()
+
+
+def break_off(group: ProcessGroup) -> None:
+    """Let no rank wait for this one, which will not do what they expect, where the engine can."""
+    if isinstance(group, PeerGroup):
+        group.break_off()
 
 
 def as_process_group(group: Any = None) -> ProcessGroup:
