@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sgdcore.distributed._flat import empty, is_torch, numbers
-from sgdcore.distributed.groups import PeerGroup, ProcessGroup
+from sgdcore.distributed.groups import ProcessGroup, is_peer_group
 
 if TYPE_CHECKING:
     from sgdcore.distributed._views import Views
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # The most that each rank sends to all, wherever they are: a network does not notice it.
-COMBINED_MOST_BYTES = 16 << 10
+FEW_BYTES = 16 << 10
 
 
 def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
@@ -111,8 +111,7 @@ def add_up(
 
 
 def _combine(group: ProcessGroup, array: Any, op: str = "sum") -> None:
-    few = array.nbytes <= COMBINED_MOST_BYTES
-    if few and isinstance(group, PeerGroup) and group.can_send(array):
+    if array.nbytes <= FEW_BYTES and is_peer_group(group) and group.can_send(array):
         group.combine(array, op)
     else:
         group.all_reduce(array, op).wait()

@@ -26,7 +26,14 @@ from sgdcore.distributed._flat import (
     join,
 )
 from sgdcore.distributed._messages import MessageMean
-from sgdcore.distributed.groups import MpiGroup, PeerGroup, ProcessGroup, Work, break_off
+from sgdcore.distributed.groups import (
+    MpiGroup,
+    PeerGroup,
+    ProcessGroup,
+    Work,
+    break_off,
+    is_peer_group,
+)
 
 __all__ = [
     "SLICE_BYTES",
@@ -464,9 +471,9 @@ class Averager:
         if group.size == 1:
             return
         try:
-            if same_machine and isinstance(group, PeerGroup) and self._goes_by_messages(group):
+            if same_machine and is_peer_group(group) and self._goes_by_messages(group):
                 self._send_messages(group)
-            elif same_machine and isinstance(group, PeerGroup) and self._goes_to_all(group):
+            elif same_machine and is_peer_group(group) and self._goes_to_all(group):
                 self._send_to_all(group)
             else:
                 self._exchange(group, group.all_reduce, divisor=group.size)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic, sleep
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,7 @@ __all__ = [
     "Work",
     "as_process_group",
     "break_off",
+    "is_peer_group",
 ]
 
 _OPERATIONS = ("sum", "max")
@@ -639,9 +640,14 @@ class _MpiMessage:
             work.cancel()
 
 
+def is_peer_group(group: ProcessGroup) -> TypeGuard[PeerGroup]:
+    """Return whether ranks can send each other messages; the protocol alone would look up member after member."""
+    return isinstance(group, _Engine) or isinstance(group, PeerGroup)  # noqa: SIM101 (the order is what it is for)
+
+
 def break_off(group: ProcessGroup) -> None:
     """Let no rank wait for this one, which will not do what they expect, where the engine can."""
-    if isinstance(group, PeerGroup):
+    if is_peer_group(group):
         group.break_off()
 
 
