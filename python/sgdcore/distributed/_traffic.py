@@ -484,19 +484,23 @@ class Averager:
     def _goes_by_messages(self, group: PeerGroup) -> bool:
         """Return whether messages are sooner there than an all-reduce; the same on all ranks."""
         return (
-            self._plain
-            and group.size <= MESSAGES_MOST_RANKS
-            and self._bytes >= MESSAGES_LEAST_TOTAL_BYTES
-            and all(map(group.can_send, self._views))
+            self._bytes >= MESSAGES_LEAST_TOTAL_BYTES
             and self._copied_bytes <= MESSAGES_MOST_COPIED_BYTES
+            and self._can_be_sent(group)
         )
 
     def _goes_to_all(self, group: PeerGroup) -> bool:
-        """Return whether each rank sends all it has to all, the same on all ranks."""
+        """Return whether it is sooner if each rank sends all it has to all; the same on all ranks."""
+        return (
+            self._bytes <= COMBINED_MOST_BYTES
+            and group.size >= COMBINED_LEAST_RANKS
+            and self._can_be_sent(group)
+        )
+
+    def _can_be_sent(self, group: PeerGroup) -> bool:
         return (
             self._plain
-            and COMBINED_LEAST_RANKS <= group.size <= MESSAGES_MOST_RANKS
-            and self._bytes <= COMBINED_MOST_BYTES
+            and group.size <= MESSAGES_MOST_RANKS
             and all(map(group.can_send, self._views))
         )
 

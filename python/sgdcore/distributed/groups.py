@@ -39,7 +39,7 @@ _LETTING_GO = 1.0  # seconds, of microseconds that it takes
 _LAST_CHANCE = timedelta(seconds=0.1)  # for a message that is on its way when another one failed
 # Between the tags of a message and of the byte behind it.
 _BEHIND = 1 << 16
-_NEVER_SENT, _COMBINED = 2 * _BEHIND, 2 * _BEHIND + 1  # tags; the last one has another behind it
+_NEVER_SENT, _COMBINED = 2 * _BEHIND, 2 * _BEHIND + 1  # tags
 _WHOLE_BYTES = 16 << 10  # that leave in one piece, and so arrive whole or not at all
 _KINDS = "{}: expected a NumPy array or a torch tensor, got {}"
 
@@ -353,15 +353,10 @@ class TorchGroup(_Engine):
             _leaving.pop(self._live(), None)
 
     def _send(self, views: list[Any], target: int, tag: int) -> Message:
-        works = self._start(self._dist.isend, target, tag, *views)
-        return _TorchSent(
-            works + self._start(self._dist.isend, target, tag + _BEHIND, self._byte())
-        )
+        return _TorchSent(self._start_message(self._dist.isend, target, tag, *views))
 
     def _receive(self, views: list[Any], source: int, tag: int) -> Message:
-        works = self._start(self._dist.irecv, source, tag, *views)
-        end = self._start(self._dist.irecv, source, tag + _BEHIND, self._byte())
-        return _TorchReceived(end + works)
+        return _TorchReceived(self._start_message(self._dist.irecv, source, tag, *views))
 
     def _combine(self, view: Any, op: str) -> None:
         """Send this rank's array to all, and add up everyone's in the order of the ranks.
@@ -372,18 +367,13 @@ class TorchGroup(_Engine):
         dist = self._dist
         everyone = [self._torch.empty_like(view) for _ in range(self._size)]
         own = everyone[self._rank].copy_(view)
-        has_end = view.nbytes > _WHOLE_BYTES
+        start = self._start if view.nbytes <= _WHOLE_BYTES else self._start_message
         try:
             arriving, leaving = [], []
             for rank in self._others:
-                works = self._start(dist.irecv, rank, _COMBINED, everyone[rank])
-                if has_end:  # as in a message
-                    works = self._start(dist.irecv, rank, _COMBINED + 1, self._byte()) + works
-                arriving += works
+                arriving += start(dist.irecv, rank, _COMBINED, everyone[rank])
             for rank in self._others:
-                leaving += self._start(dist.isend, rank, _COMBINED, own)
-                if has_end:
-                    leaving += self._start(dist.isend, rank, _COMBINED + 1, self._byte())
+                leaving += start(dist.isend, rank, _COMBINED, own)
             for work in arriving:
                 work.wait()
         except BaseException:
@@ -400,6 +390,13 @@ class TorchGroup(_Engine):
         group = self._live()
         peer = self._dist.get_global_rank(group, rank)
         return [_TorchWork(operation(tensor, peer, group, tag), tensor) for tensor in tensors]
+
+    def _start_message(
+        self, operation: Any, rank: int, tag: int, *tensors: Any
+    ) -> list[_TorchWork]:
+        """Do so, and with a byte behind them, which is the first of what is returned."""
+        works = self._start(operation, rank, tag, *tensors)
+        return self._start(operation, rank, tag + _BEHIND, self._byte()) + works
 
     def _byte(self) -> Any:
         """Return what is sent to say that something is done."""
