@@ -708,6 +708,28 @@ def test_what_a_scaler_set_is_dropped_when_a_step_fails(cls: Any) -> None:
     assert not {"found_inf", "grad_scale"} & set(vars(optimizer))
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, sgdcore.torch.SGD])
+@pytest.mark.parametrize("cls", [LocalSGD, DataParallel])
+def test_only_a_grad_scaler_hears_that_a_wrappers_step_takes_the_scale(cls: Any, make: Any) -> None:
+    """Trainers clip gradients only if the attribute is false."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = cls(make([parameter], lr=0.5), Alone())
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) is False
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (1.0, np.inf):
+        optimizer.zero_grad()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(optimizer)
+        assert parameter.tolist() == [0.5, 0.5, 0.5]
+        if factor == 1.0 and make is sgdcore.torch.SGD:
+            assert parameter.grad.tolist() == [
+                8.0,
+                8.0,
+                8.0,
+            ]  # the step undid the scale, in its pass
+        scaler.update()
+
+
 def test_a_schedule_that_answers_nonsense() -> None:
     class Nonsense:
         def period(self, progress: Progress) -> Any:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 import sgdcore
 from sgdcore.torch import SGD, step_in_backward, verify
-from torch_support import assert_same_bits, assert_same_training, momentum_of
+from torch_support import assert_ranks_pass, assert_same_bits, assert_same_training, momentum_of
 
 FULL: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 MAKERS: list[Any] = [SGD, torch.optim.SGD]
@@ -229,6 +227,66 @@ def test_grad_scaler(unscale: bool) -> None:
     both(train)
 
 
+class CountingScaler(torch.amp.GradScaler):
+    """Asks through a method of its own, as the scaler of sharded models does."""
+
+    def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().step(optimizer, *args, **kwargs)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("make_scaler", [torch.amp.GradScaler, CountingScaler])
+def test_only_a_grad_scaler_hears_that_the_step_takes_the_scale(
+    make_scaler: Any, scheduled: bool
+) -> None:
+    """Trainers clip gradients only if the attribute is false, and then unscale them first."""
+    model = network()
+    optimizer = SGD(model.parameters(), **FULL)
+    if scheduled:  # which replaces `step`
+        lr_scheduler.ExponentialLR(optimizer, 0.9)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) is False
+    scaler = make_scaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss_of(model, 0)).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    scaler.step(optimizer)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) is False
+    for p, scaled in zip(model.parameters(), grads, strict=True):
+        assert_same_bits(p.grad, scaled)  # the step undid the scale, in its pass
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_who_replaces_step_sees_whether_it_is_left_out(scheduled: bool) -> None:
+    """As accelerate does: it moves its scheduler on only where the scaler called `step`."""
+    calls = []
+    for make in MAKERS:
+        model = network()
+        optimizer = make(model.parameters(), foreach=False, **FULL)
+        if scheduled:
+            lr_scheduler.ExponentialLR(optimizer, 0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        called = []
+
+        def counted(step: Any = optimizer.step, called: list[int] = called) -> None:
+            called.append(1)
+            step()
+
+        original = optimizer.step
+        for i in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, i)).backward()
+            if i in (0, 2):
+                model[0].weight.grad[0, 0] = torch.inf
+            optimizer.step = counted
+            scaler.step(optimizer)
+            optimizer.step = original
+            called.append(0)
+            scaler.update()
+        calls.append((called, [p.detach().clone() for p in model.parameters()]))
+    assert calls[0][0] == calls[1][0] == [0, 1, 0, 0, 1, 0]
+    for ours, theirs in zip(calls[0][1], calls[1][1], strict=True):
+        assert_same_bits(ours, theirs)
+
+
 def test_a_loss_scale_that_is_no_power_of_two() -> None:
     def train(model: torch.nn.Module, optimizer: Any) -> None:
         scaler = torch.amp.GradScaler(
@@ -343,23 +401,7 @@ def test_compiled_training(inside: bool) -> None:
 
 @pytest.mark.parametrize("scenario", ["ddp", "zero", "fsdp2", "checkpoint"])
 def test_two_processes(scenario: str, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("torch_worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), scenario, str(rank), "2", str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output
+    assert_ranks_pass(scenario, tmp_path)
 
 
 # Steps in the backward pass

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +111,24 @@ def parameter(values: Any, grad: Any = None, **kwargs: Any) -> torch.nn.Paramete
             result.grad_dtype = None  # any
         result.grad = grad
     return result
+
+
+def assert_ranks_pass(scenario: str, folder: Path) -> None:
+    """Run a scenario of torch_worker.py on two ranks, and expect none to fail."""
+    script = Path(__file__).with_name("torch_worker.py")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), scenario, str(rank), "2", str(folder / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore.distributed._flat import alike, compute_dtype, dtype_name, is_torch, reorder
 from sgdcore.distributed._views import Views
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
@@ -128,7 +129,9 @@ class Wrapper:
             step = self._optimizer.step
             return step(**kwargs) if closure is None else step(closure, **kwargs)
         inner = self._optimizer
-        if getattr(inner, "_step_supports_amp_scaling", False):
+        # Of sgdcore.torch.SGD; torch's optimizers answer with the attribute.
+        takes_scale = getattr(inner, "_takes_scale", None)
+        if takes_scale() if takes_scale else getattr(inner, "_step_supports_amp_scaling", False):
             inner.found_inf, inner.grad_scale = found_inf, scale
             try:
                 return inner.step(**kwargs)
@@ -161,6 +164,10 @@ class Wrapper:
         )
 
 
+def _step_supports_amp_scaling(_: Wrapper) -> bool:
+    return asked_by_grad_scaler()
+
+
 _flavours: dict[type, type] = {}
 
 
@@ -171,7 +178,8 @@ def _torch_flavour(cls: type, base: type) -> Any:
     if cls not in _flavours:
         # GradScaler would leave out `step` for an overflow on this rank alone, and the ranks would no longer agree on
         # when a round ends; told that `step` knows about scaling, it always calls it.
-        attributes = {"__module__": cls.__module__, "_step_supports_amp_scaling": True}
+        supports = property(_step_supports_amp_scaling)
+        attributes = {"__module__": cls.__module__, "_step_supports_amp_scaling": supports}
         _flavours[cls] = type(cls.__name__, (cls, base), attributes)
     return _flavours[cls]
 

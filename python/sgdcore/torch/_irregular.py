@@ -22,7 +22,7 @@ from sgdcore._devices import CPU
 from sgdcore.torch import _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
-__all__ = ["Scaling", "as_tensor", "factor_of", "step"]
+__all__ = ["Scaling", "as_tensor", "factor_of", "label_of", "step"]
 
 _COMPLEX_MOMENTUM = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
@@ -215,11 +215,7 @@ def _prepare(
     parameter: Tensor,
     values: Any,
 ) -> _Update:
-    names = group.get("param_names")
-    label = f"param_groups[{place[0] + index}]['params'][{place[1] + position}]"
-    if names is not None and position < len(names):
-        label = f"parameter '{names[position]}'"
-
+    label = label_of(group, position, (place[0] + index, place[1] + position))
     if parameter.layout is not torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got one of layout {parameter.layout}")
     momentum: Tensor | None = None
@@ -239,6 +235,14 @@ def _prepare(
     if not (parameter.is_meta or isinstance(parameter, FakeTensor)):
         _arrange(plan, group, update)
     return update
+
+
+def label_of(group: dict[str, Any], position: int, place: tuple[int, int]) -> str:
+    """Return what error messages call a parameter: its name, else its group's index and its position there."""
+    names = group.get("param_names")
+    if names is not None and position < len(names):
+        return f"parameter '{names[position]}'"
+    return f"param_groups[{place[0]}]['params'][{place[1]}]"
 
 
 def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> None:

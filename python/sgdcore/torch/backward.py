@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from torch import Tensor
 
+from sgdcore.torch._averaged import averaged_parameters, is_sharded, watch_wrappers
 from sgdcore.torch._interface import exchange_api, new_plan
+from sgdcore.torch._irregular import label_of
+from sgdcore.torch._passes import current_pass, keeps_graph, nested_pass
 from sgdcore.torch.sgd import SGD
 
 __all__ = ["StepInBackward", "step_in_backward"]
@@ -18,15 +22,19 @@ class _UsedGradient(Tensor):
     """What stands in for a gradient that was used and freed: without memory, and any use of it raises."""
 
     @staticmethod
-    def __new__(cls, parameter: Tensor) -> Self:
+    def __new__(cls, parameter: Tensor, grad: Tensor) -> Self:
         used: Self = Tensor._make_wrapper_subclass(
             cls,
-            parameter.shape,
+            grad.shape,
             strides=parameter.stride(),
-            dtype=parameter.dtype,
-            device=parameter.device,
+            dtype=grad.dtype,
+            device=grad.device,
         )
         return used
+
+    def stands_for(self, grad: Tensor) -> bool:
+        """Tell whether it can take the gradient's place. The parameter may have been converted since."""
+        return self.dtype == grad.dtype and self.shape == grad.shape and self.device == grad.device
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<gradient of shape {tuple(self.shape)}, already used by step_in_backward>"
@@ -39,41 +47,119 @@ class _UsedGradient(Tensor):
         )
 
 
+class _Hook:
+    """Steps one parameter when its gradient is complete. The parameter refers to its hook, and no hook to a parameter.
+
+    Attributes:
+        owner: a weak reference to the StepInBackward. The garbage collector does not see what hooks refer to: a cycle
+            through one would stay for ever.
+        place: where the parameter was last found: the index of its group, and its position there.
+        used: what last stood in for its gradient.
+    """
+
+    __slots__ = ("owner", "place", "used")
+
+    def __init__(self, owner: weakref.ref[StepInBackward], place: tuple[int, int]) -> None:
+        self.owner = owner
+        self.place = place
+        self.used: _UsedGradient | None = None
+
+    def __call__(self, parameter: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None:
+            owner._step(parameter, self)
+
+
+def _hooks_of(parameter: Tensor) -> list[_Hook]:
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    return [hook for hook in hooks.values() if isinstance(hook, _Hook)]
+
+
 class StepInBackward:
     """Returned by `step_in_backward`; `remove` makes the optimizer step by itself again. Also a context manager."""
 
     def __init__(self, optimizer: SGD) -> None:
         self._optimizer = optimizer
+        self._this = weakref.ref(self)
         self._handles: list[Any] = []
         # Of one parameter each time, so there is nothing to remember.
         self._plan = new_plan(exchange_api(), pins=False)
-        # Where each parameter was last found: the index of its group, and its position there.
-        self._places: dict[Tensor, tuple[int, int]] = {}
-        self._stepped: dict[Tensor, None] = {}  # an ordered set; since the last round's end
-        self._used: dict[Tensor, _UsedGradient] = {}
-        for group in optimizer.param_groups:
-            self.add_group(group)
+        # Those that stepped since the last round's end, by id: `step` is to clear their gradients.
+        self._stepped: dict[int, weakref.ref[Tensor]] = {}
+        self._waiting = False  # all parameters wait for `step`, until the round's end
+        self._pass = -1  # the last backward pass that was looked at, and whether its gradients are not complete yet
+        self._pass_is_partial = False
+        self._warned = False
+        self._add_groups(0)
+        this = self._this
 
-    def add_group(self, group: dict[str, Any]) -> None:
-        """Make the parameters of a group step in the backward pass."""
-        # The garbage collector does not see what such hooks refer to: a cycle through one would stay for ever.
-        this = weakref.ref(self)
+        def wrapped(wrapper: str, name: str, parameter: Tensor) -> None:
+            owner = this()
+            if owner is not None:
+                owner._refuse_wrapper(wrapper, name, parameter)
 
-        def step(parameter: Tensor) -> None:
-            alive = this()
-            if alive is not None:
-                alive._step(parameter)
+        self._watch = weakref.finalize(self, watch_wrappers(wrapped).remove)
+        self._watch.atexit = False
 
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                handle = parameter.register_post_accumulate_grad_hook(step)
-                self._handles.append(handle)
+    def add_last_group(self) -> None:
+        """Make the parameters of the optimizer's last group step in the backward pass.
 
-    def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        Raises:
+            ValueError: if something else averages or steps one of them; before anything is changed.
+        """
+        self._add_groups(len(self._optimizer.param_groups) - 1)
+
+    def _add_groups(self, first: int) -> None:
+        added = list(enumerate(self._optimizer.param_groups))[first:]
+        averaged = averaged_parameters()
+        for index, group in added:
+            self._check_group(index, group, averaged)
+        # Of parameters that are gone, nothing is kept.
+        self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+        for index, group in added:
+            for position, parameter in enumerate(group["params"]):
+                # A parameter that comes from another group has its hook.
+                if parameter.requires_grad and self._hook_of(parameter) is None:
+                    hook = _Hook(self._this, (index, position))
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _check_group(self, index: int, group: dict[str, Any], averaged: set[int]) -> None:
+        for position, parameter in enumerate(group["params"]):
+            reason = None
+            if id(parameter) in averaged:
+                reason = "DistributedDataParallel averages its gradient only after that"
+            elif is_sharded(parameter):
+                reason = "FullyShardedDataParallel averages its gradient only after that; fully_shard does it before"
+            elif self._other_owner(parameter) is not None:
+                reason = "another optimizer steps in the backward pass and has the parameter, too"
+            if reason is not None:
+                label = label_of(group, position, (index, position))
+                raise ValueError(f"{label} cannot be updated in the backward pass: {reason}")
+
+    def _other_owner(self, parameter: Tensor) -> StepInBackward | None:
+        """Return who else steps the parameter in the backward pass."""
+        for hook in _hooks_of(parameter):
+            owner = hook.owner()
+            if owner not in (None, self) and owner._group_of(parameter, hook) is not None:
+                return owner
+        return None
+
+    def _hook_of(self, parameter: Tensor) -> _Hook | None:
+        return next((h for h in _hooks_of(parameter) if h.owner is self._this), None)
+
+    def _refuse_wrapper(self, wrapper: str, name: str, parameter: Tensor) -> None:
+        hook = self._hook_of(parameter)
+        if hook is not None and self._group_of(parameter, hook) is not None:
+            raise ValueError(
+                f"{wrapper}: parameter '{name}' is updated in the backward pass, before its gradient is averaged; "
+                "remove() step_in_backward from its optimizer first"
+            )
+
+    def _group_of(self, parameter: Tensor, hook: _Hook) -> dict[str, Any] | None:
         """Return the parameter's group as it is now, with this parameter alone; None if it is in none."""
         groups = self._optimizer.param_groups
         for _ in range(2):
-            index, position = self._places.get(parameter, (len(groups), 0))
+            index, position = hook.place
             if index < len(groups):
                 group = groups[index]
                 params = group["params"]
@@ -82,39 +168,79 @@ class StepInBackward:
                     if "param_names" in group:
                         only["param_names"] = [group["param_names"][position]]
                     return only
-            self._places = {
-                p: (i, j) for i, group in enumerate(groups) for j, p in enumerate(group["params"])
-            }
+            self._find_places()
         return None
 
-    def _step(self, parameter: Tensor) -> None:
-        group = self._group_of(parameter)
+    def _find_places(self) -> None:
+        """Note where each parameter is now; of all at once, since what moved one mostly moved many."""
+        for i, group in enumerate(self._optimizer.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                hook = self._hook_of(parameter)
+                if hook is not None:
+                    hook.place = (i, j)
+
+    def _step(self, parameter: Tensor, hook: _Hook) -> None:
+        grad = parameter.grad
+        assert grad is not None
+        # What autograd recorded (create_graph=True) is wanted after the pass.
+        if self._waiting or grad.requires_grad or self._is_partial():
+            return  # `step` updates it
+        group = self._group_of(parameter, hook)
         if group is None:
             return  # it was removed, and keeps its gradient
-        used = self._used.get(parameter)
-        # The parameter may have been converted since.
-        if (
-            used is None
-            or used.dtype != parameter.dtype
-            or used.shape != parameter.shape
-            or used.device != parameter.device
-        ):
-            used = self._used[parameter] = _UsedGradient(parameter)
+        used = hook.used
+        if used is None or not used.stands_for(grad):
+            used = hook.used = _UsedGradient(parameter, grad)
+        del grad
         optimizer = self._optimizer
         if not self._plan.run([group], optimizer._state, False, 1.0):
-            optimizer._update_part(self._plan, [group], self._places[parameter])
-        parameter.grad = used
-        self._stepped[parameter] = None
+            optimizer._update_part(self._plan, [group], hook.place)
+        try:
+            parameter.grad = used
+        except BaseException:
+            parameter.grad = None  # or `step` would use it a second time
+            raise
+        self._stepped[id(parameter)] = weakref.ref(parameter)
+
+    def _is_partial(self) -> bool:
+        """Tell whether more passes are to add to the gradients of this one."""
+        number = current_pass()
+        if number != self._pass or number == -1:
+            # Another pass over the same graph is to come where it is kept.
+            partial = number != -1 and keeps_graph()
+            if not partial:
+                node = nested_pass()
+                if node is not None:
+                    self._wait(node)
+                    return True
+            self._pass, self._pass_is_partial = number, partial
+        return self._pass_is_partial
+
+    def _wait(self, node: str) -> None:
+        """Leave all updates of this round to `step`."""
+        self._waiting = True
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step_in_backward: {node} runs a backward pass of its own (torch.utils.checkpoint does with "
+                "use_reentrant=True), and parameters may get gradients from both; they keep them until "
+                "optimizer.step(), which updates them. Pass use_reentrant=False to free them in the backward pass",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def finish_round(self) -> None:
         """Let the parameters take new gradients; a part of ``optimizer.step()``."""
-        for parameter in self._stepped:
-            if isinstance(parameter.grad, _UsedGradient):
+        stepped, self._stepped = self._stepped, {}
+        self._waiting = False
+        for reference in stepped.values():
+            parameter = reference()
+            if parameter is not None and isinstance(parameter.grad, _UsedGradient):
                 parameter.grad = None
-        self._stepped.clear()
 
     def remove(self) -> None:
         """Take the hooks off again; the optimizer then steps when it is told to."""
+        self._watch()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -139,20 +265,26 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
 
     The gradients of all parameters are then never in memory together, and each is used while it is in the cache. The
     training loop stays as it is: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, where ``step()`` updates
-    the parameters that got a gradient in another way, runs the hooks and schedulers' bookkeeping, and lets the next
-    backward pass begin. Hyperparameters are read at each update. The numbers are those of separate steps, provided the
-    backward pass uses no parameter after its gradient was complete; autograd raises an error if it does.
+    the parameters that still have a gradient, runs the hooks and schedulers' bookkeeping, and lets the next backward
+    pass begin. Hyperparameters are read at each update. The numbers are those of separate steps, provided the backward
+    pass uses no parameter after its gradient was complete; autograd raises an error if it does.
 
     Between the backward pass and ``step()``, ``p.grad`` is a placeholder without memory that raises a RuntimeError when
     it is used: by clip_grad_norm_, or by a second backward pass that would accumulate. A GradScaler gets a
     RuntimeError, too, but only after the parameters were updated with scaled gradients.
+
+    Parameters keep their gradients until ``step()`` where another pass is to add to them: after
+    ``backward(retain_graph=True)`` or ``create_graph=True``, and, with a warning, where a node of the graph runs a
+    backward pass of its own, as ``torch.utils.checkpoint`` does with ``use_reentrant=True``.
 
     Args:
         optimizer: the optimizer whose parameters are to be stepped.
 
     Raises:
         TypeError: if the optimizer is not an sgdcore.torch.SGD.
-        ValueError: if it is differentiable, or already steps in the backward pass, or a gradient is pending.
+        ValueError: if it is differentiable, or already steps in the backward pass, or a gradient is pending, or
+            DistributedDataParallel, FullyShardedDataParallel or another optimizer's step_in_backward has one of the
+            parameters. DistributedDataParallel raises it, too, when it is to wrap one of them afterwards.
     """
     if not isinstance(optimizer, SGD):
         raise TypeError(f"optimizer: expected an sgdcore.torch.SGD, got {type(optimizer)}")

@@ -16,6 +16,7 @@ from torch.optim import optimizer as _optimizer
 from sgdcore import _core
 from sgdcore._arrays import as_tensor
 from sgdcore._devices import CPU
+from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
 
@@ -180,12 +181,27 @@ class SGD(torch.optim.SGD):
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         # What GradScaler.step asks first: the scale and found_inf are then left to `step`.
+        return asked_by_grad_scaler() and self._takes_scale() and not self._step_is_replaced()
+
+    def _takes_scale(self) -> bool:
+        """Return whether `step` undoes the scale and leaves itself out for an overflow, given as attributes."""
         if self._in_backward is not None:
             raise RuntimeError(
                 "GradScaler cannot be used with step_in_backward: the parameters were already updated, with "
                 "gradients that are still scaled"
             )
         return not _any_differentiable(self.param_groups)
+
+    def _step_is_replaced(self) -> bool:
+        """Return whether somebody replaced this optimizer's `step`, as accelerate does.
+
+        accelerate learns that a step was left out from `step` not being called, so GradScaler has to decide. What a
+        scheduler puts in the place of `step` only notes that there was a first call.
+        """
+        step = self.step
+        if getattr(step, "__func__", None) is type(self).step:
+            return False
+        return not hasattr(step, "_wrapped_by_lr_sched")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the defaults for the hyperparameters it does not set.
@@ -198,7 +214,11 @@ class SGD(torch.optim.SGD):
         super().add_param_group(param_group)
         _interface.collapse_huge_pages(self.param_groups[-1]["params"])
         if self._in_backward is not None:
-            self._in_backward.add_group(self.param_groups[-1])
+            try:
+                self._in_backward.add_last_group()
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     # The step
 
