@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,6 +112,150 @@ def test_batches_are_arrays_to_index_with() -> None:
     assert sampler.state_dict() == sampler.state_dict(position=5)
     assert np.concatenate(batches).tolist() == list(sampler)
     assert images[batches[0]].tolist() == batches[0].tolist()
+
+
+# Frameworks that divide the data by themselves
+
+
+class Weighed(ShardSampler):
+    """As users derive their own."""
+
+    def __init__(self, dataset: Any, weight: float, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.weight = weight
+
+
+@pytest.fixture
+def before_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardSampler]:
+    """A sampler from before torch was imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "torch.utils.data")
+        return ShardSampler(20, 2, 1, seed=3)
+
+
+def test_is_one_of_torchs_samplers(before_torch: ShardSampler) -> None:
+    for sampler in (ShardSampler(20, 2, 1), Weighed(20, 0.5, num_replicas=2, rank=1)):
+        assert isinstance(sampler, DistributedSampler)
+        assert isinstance(sampler, torch.utils.data.Sampler)
+        assert isinstance(sampler, ShardSampler)
+        assert (sampler.num_samples, sampler.total_size) == (10, 20)
+    assert type(ShardSampler(20, 2, 1)) is type(ShardSampler(30, 3, 1))
+    assert type(sampler).__qualname__ == "Weighed"
+    assert not isinstance(before_torch, DistributedSampler)
+
+
+def copied(sampler: ShardSampler) -> list[ShardSampler]:
+    pickled = [
+        pickle.loads(pickle.dumps(sampler, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    ]
+    return [copy.copy(sampler), copy.deepcopy(sampler), *pickled]
+
+
+def test_copies_are_as_far_and_of_the_same_class() -> None:
+    sampler = Weighed(20, 0.5, num_replicas=2, rank=1, seed=3)
+    sampler.set_epoch(4)
+    sampler.load_state_dict(sampler.state_dict(position=3))
+    rest = list(copy.copy(sampler))
+    assert len(rest) == 7
+    for other in copied(sampler):
+        assert type(other) is type(sampler)
+        assert vars(other) == vars(sampler)
+        assert list(other) == rest
+    assert vars(sampler)["_start"] == 6, "a copy's epoch is its own"
+
+
+def test_a_sampler_from_before_torch_becomes_one_of_its_samplers_with_a_copy(
+    before_torch: ShardSampler,
+) -> None:
+    expected = list(DistributedSampler(range(20), 2, 1, seed=3))
+    for other in copied(before_torch):
+        assert isinstance(other, DistributedSampler)
+        assert list(other) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "torch.utils.data")
+        for other in copied(ShardSampler(20, 2, 1, seed=3)):
+            assert type(other) is ShardSampler
+            assert list(other) == expected
+
+
+def test_pickles_need_no_torch() -> None:
+    pickled = pickle.dumps(ShardSampler(10, 2, 1, seed=3))
+    program = (
+        "import pickle, sys\n"
+        f"sampler = pickle.loads({pickled!r})\n"
+        "assert 'torch' not in sys.modules\n"
+        "before = list(sampler)\n"
+        "import torch.utils.data as data\n"
+        "assert isinstance(pickle.loads(pickle.dumps(sampler)), data.DistributedSampler)\n"
+        "print(before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == f"{list(DistributedSampler(range(10), 2, 1, seed=3))}\n"
+
+
+class Dividing(DistributedSampler):
+    """As frameworks wrap a sampler that they do not know, such as Lightning's DistributedSamplerWrapper."""
+
+    def __init__(self, sampler: Any, ranks: int) -> None:
+        super().__init__(range(len(sampler)), ranks, 0, shuffle=False)
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = list(self.sampler)
+        return iter([indices[i] for i in super().__iter__()])
+
+
+def test_a_sampler_that_is_not_recognised_refuses_to_be_divided(before_torch: ShardSampler) -> None:
+    message = (
+        r"^ShardSampler: test_shard_sampler.Dividing divides the samples of a sampler among the ranks, "
+        r"and this one has those of rank 1 of 2 only"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        list(Dividing(before_torch, 2))
+    assert len(list(Dividing(before_torch, 1))) == 10
+    assert len(list(Dividing(ShardSampler(20, 1, 0), 2))) == 10, "all samples, among two ranks"
+
+
+def accelerate(monkeypatch: pytest.MonkeyPatch, ranks: int) -> Any:
+    """What there is of accelerate in a batch sampler; tests/clients has the real one."""
+
+    class BatchSamplerShard:
+        def __init__(self, batches: Any) -> None:
+            self.batch_sampler, self.num_processes = batches, ranks
+
+        def __iter__(self) -> Iterator[Any]:
+            yield from list(self.batch_sampler)[:: self.num_processes]
+
+    class DataLoaderDispatcher(BatchSamplerShard):
+        state = SimpleNamespace(num_processes=ranks)
+
+    module = ModuleType("accelerate.data_loader")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update(
+        BatchSamplerShard=BatchSamplerShard, DataLoaderDispatcher=DataLoaderDispatcher
+    )
+    return module
+
+
+@pytest.mark.parametrize("kind", ["BatchSamplerShard", "DataLoaderDispatcher"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_refuses_to_be_divided_by_accelerate(
+    kind: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TensorDataset(torch.arange(20))
+
+    def loader(ranks: int, *arguments: int) -> DataLoader[Any]:
+        batches = torch.utils.data.BatchSampler(ShardSampler(data, *arguments), 5, drop_last=False)
+        shard = getattr(accelerate(monkeypatch, ranks), kind)(batches)
+        return DataLoader(data, batch_sampler=shard, num_workers=workers)
+
+    with pytest.raises(RuntimeError, match=rf"{kind} divides .* with num_replicas=1, rank=0$"):
+        list(loader(2, 2, 1))
+    assert [len(batch) for (batch,) in loader(1, 2, 1)] == [5, 5]
+    assert [len(batch) for (batch,) in loader(2, 1, 0)] == [5, 5]
 
 
 # Going on in the middle of an epoch

@@ -3,12 +3,18 @@
 The order of an epoch depends on (number of samples, seed, epoch) alone and is the same on every rank; the
 ranks take turns in it. What has been seen is therefore the beginning of that order, whatever the number
 of ranks, and one number says how far an epoch has come.
+
+Frameworks divide the data among the ranks by themselves, unless the sampler does so already. Most of them ask whether
+it is a torch.utils.data.DistributedSampler. A `ShardSampler` becomes one where torch has been imported. A framework
+that divides it all the same is noticed when it asks for indices, and refused.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sized
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -34,7 +40,10 @@ class ShardSampler:
     also where torch is not installed: the generator and the shuffle are written out in NumPy (for fewer
     than 214,748,364 samples, and some 0.6 us each; if torch has been imported, it does the shuffling).
 
-    A torch DataLoader takes it as ``sampler=``. Without torch, iterate over it, or over `batches`.
+    A torch DataLoader takes it as ``sampler=``. Without torch, iterate over it, or over `batches`. Where torch has been
+    imported, the sampler is an instance of torch.utils.data.DistributedSampler, too: Lightning and others that divide
+    data among ranks then leave it alone. accelerate divides every loader that it prepares, and needs
+    ``num_replicas=1, rank=0``.
 
     Args:
         dataset: anything with a length, or the length.
@@ -48,6 +57,7 @@ class ShardSampler:
     Raises:
         TypeError: `dataset` has no length; a number is not an integer.
         ValueError: `rank` is not one of the ranks; a number is out of range.
+        RuntimeError: from iteration, where a framework would divide the shard among the ranks once more.
 
     Example:
         >>> sampler = ShardSampler(10, num_replicas=4, rank=1, shuffle=False)
@@ -70,6 +80,7 @@ class ShardSampler:
         *,
         group: Any = None,
     ) -> None:
+        _recognise(self)
         self.dataset = dataset
         self._length = _length(dataset)
         if num_replicas is None or rank is None:
@@ -112,8 +123,10 @@ class ShardSampler:
 
         Raises:
             TypeError, ValueError: `batch_size` is not an integer of at least 1.
+            RuntimeError: a framework would divide the shard among the ranks once more.
         """
         batch_size = check_count("batch_size", batch_size, 1)
+        self._check_undivided()
         start, self._start = self._start, 0
         shard = self._shard(start)
         self._seen = self._base = start
@@ -189,6 +202,25 @@ class ShardSampler:
         seen = check_count("state_dict['seen']", state_dict["seen"], 0)
         self.epoch, self._seen, self._start, self._base = epoch, seen, seen, seen
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (_plain(type(self)),), self.__getstate__()
+
+    def _check_undivided(self) -> None:
+        """Refuse to be iterated by something that gives each rank a part of what it gets."""
+        if self.num_replicas == 1:
+            return
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if caller is not self and _divides(caller):
+                kind = f"{type(caller).__module__}.{type(caller).__qualname__}"
+                raise RuntimeError(
+                    f"ShardSampler: {kind} divides the samples of a sampler among the ranks, and this one has those of "
+                    f"rank {self.rank} of {self.num_replicas} only, so that some would never be seen. Construct the "
+                    "sampler after `import torch`, by which frameworks may recognise it, or with num_replicas=1, rank=0"
+                )
+            frame = frame.f_back
+
     def _samples_after(self, seen: int) -> int:
         """Indices left for each rank when the first `seen` of the order are done."""
         left = max(0, self._length - seen)
@@ -205,6 +237,48 @@ class ShardSampler:
             order = np.arange(self._length)
         places = seen + self.rank + self.num_replicas * np.arange(count)
         return order[places % self._length]
+
+
+@functools.cache
+def _recognised(plain: type[ShardSampler], torch_sampler: type) -> type[ShardSampler]:
+    """Return a class like `plain` that is a subclass of torch's DistributedSampler as well."""
+    names = ("__doc__", "__module__", "__qualname__")
+    own = {name: getattr(plain, name) for name in names}
+    return type(plain.__name__, (plain, torch_sampler), {**own, "_made_from": plain})
+
+
+def _plain(kind: type[ShardSampler]) -> type[ShardSampler]:
+    """Return the class that can be imported: the one that `_recognised` made this one from."""
+    plain: type[ShardSampler] = kind.__dict__.get("_made_from", kind)
+    return plain
+
+
+def _recognise(sampler: ShardSampler) -> None:
+    """Make a sampler one of torch's, if torch has been imported."""
+    data = sys.modules.get("torch.utils.data")
+    if data is not None and not isinstance(sampler, data.DistributedSampler):
+        kind: Any = type(sampler)
+        sampler.__class__ = _recognised(kind, data.DistributedSampler)
+
+
+def _new(kind: type[ShardSampler]) -> ShardSampler:
+    """Make what a pickled or copied sampler's state is put into; one of torch's where torch has been imported."""
+    sampler = kind.__new__(kind)
+    _recognise(sampler)
+    return sampler
+
+
+def _divides(caller: Any) -> bool:
+    """Return whether an object gives each rank a part of what it takes from a sampler."""
+    data = sys.modules.get("torch.utils.data")
+    if data is not None and isinstance(caller, data.DistributedSampler):
+        return bool(caller.num_replicas > 1)  # such as Lightning's DistributedSamplerWrapper
+    loaders = sys.modules.get("accelerate.data_loader")
+    if loaders is None:
+        return False
+    if isinstance(caller, loaders.BatchSamplerShard):
+        return bool(caller.num_processes > 1)
+    return isinstance(caller, loaders.DataLoaderDispatcher) and caller.state.num_processes > 1
 
 
 def _permutation(count: int, seed: int) -> Indices:
