@@ -147,13 +147,18 @@ def test_demo_needs_a_launcher(tmp_path: Path) -> None:
     ("launcher", "script"),
     [
         pytest.param(TORCHRUN, "ddp.py", id="ddp"),
+        *(
+            pytest.param(TORCHRUN, f"ddp.py --compress {dtype}", id=f"ddp {dtype}")
+            for dtype in ("bfloat16", "float16", "powersgd")
+        ),
         pytest.param(TORCHRUN, "local_sgd.py", id="local_sgd"),
         pytest.param(None, "local_sgd_mpi.py", id="local_sgd_mpi", marks=needs_mpi),
     ],
 )
 def test_examples(launcher: list[str] | None, script: str, tmp_path: Path) -> None:
     start = [*mpiexec(), sys.executable, "-m", "mpi4py"] if launcher is None else launcher
-    done = run([*start, str(ROOT / "examples" / script), "--epochs", "8"], tmp_path)
+    path, *options = script.split()
+    done = run([*start, str(ROOT / "examples" / path), *options, "--epochs", "8"], tmp_path)
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(r"2 ranks, 8 epochs: test accuracy (\d+\.\d)%\n", done.stdout)
     assert found is not None, done.stdout
