@@ -29,18 +29,13 @@ import numpy as np
 import pytest
 
 import sgdcore
+from processes import TIMEOUT, allow_fork, assert_daemons_let_python_end, in_fork, stepping
 from sgdcore.reference import ReferenceSGD
 from support import Array, assert_same_bits, momentum_of, numbers, parameters_of
 
 FULL = {"lr": 0.1, "momentum": 0.9, "dampening": 0.25, "weight_decay": 0.01}
-TIMEOUT = 60  # seconds, after which something hangs
 # Large enough that a step releases the GIL and, on two cores or more, runs in parallel.
 LARGE = 150_000
-
-# Python 3.12 and later warn about every fork of a process with threads, which is what is tested here.
-allow_fork = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
-)
 
 
 def in_threads(*functions: Callable[[], Any]) -> None:
@@ -323,30 +318,6 @@ def test_step_inside_a_step_is_refused() -> None:
 # --- Forks ----------------------------------------------------------------------------------------
 
 
-def in_fork(function: Callable[[], Any]) -> Any:
-    """Fork, call the function in the child, and return its result (anything JSON can hold)."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:  # pragma: no cover - not seen by the parent
-        code = 1
-        try:
-            os.close(reader)
-            os.write(writer, json.dumps(function()).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writer)
-    deadline = time.monotonic() + TIMEOUT
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            pytest.fail("the child hangs")
-        time.sleep(0.005)
-    with os.fdopen(reader, "rb") as pipe:
-        return json.loads(pipe.read())
-
-
 def checksum(array: Array) -> list[int]:
     """Enough of an array's bits to be sure of all."""
     words = array.view(np.uint32).astype(np.uint64)
@@ -421,6 +392,71 @@ def test_forked_while_another_thread_steps() -> None:
 
 
 @allow_fork
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("given", [False, True], ids=["grad", "grads="])
+@pytest.mark.parametrize("count", [1, 2])
+def test_child_steps_the_optimizer_that_another_thread_was_stepping(
+    count: int, given: bool
+) -> None:
+    """The thread does not exist in the child, and neither does its step."""
+    sgdcore.set_num_threads(count)
+    parameter = sgdcore.Parameter(np.zeros(20 * LARGE, np.float32))
+    grad = np.zeros_like(parameter.data)
+    grads = [grad, None] if given else None
+    if not given:
+        parameter.grad = grad
+    other = sgdcore.Parameter(np.zeros(4, np.float32))
+    optimizer = sgdcore.SGD([parameter, other], lr=1, momentum=0.5)
+
+    def child() -> list[float]:
+        optimizer.step(
+            grads=[None, np.ones(4, np.float32)]
+        )  # not with what the lost step was given
+        optimizer.add_param_group({"params": [np.zeros(3, np.float32)], "momentum": 0})
+        grad.fill(1)
+        optimizer.step(grads=[grad, None, np.ones(3, np.float32)])
+        datas = [p.data for p in parameters_of(optimizer)]
+        assert all((data == data[0]).all() for data in datas)
+        return [float(data[0]) for data in datas]
+
+    with stepping(lambda: optimizer.step(grads=grads)):
+        for _ in range(5):
+            assert in_fork(child) == [-1, -1, -1]
+
+
+@allow_fork
+def test_a_step_goes_on_where_its_own_thread_forks() -> None:
+    """Reading a hyperparameter may run any code; no other step can begin meanwhile, in the child neither."""
+    optimizer, expected = training(10, 0)
+    for _ in range(7):
+        optimizer.step()
+    results = []
+
+    class Forking:
+        """A learning rate that forks when it is read."""
+
+        def __float__(self) -> float:
+            if not results:
+                results.append(None)
+                results[0] = os.fork()
+                if results[0] == 0:
+                    with pytest.raises(RuntimeError, match="already running"):
+                        optimizer.step()
+            return 0.1
+
+    optimizer.param_groups[0]["lr"] = Forking()
+    code = 1
+    try:
+        optimizer.step()
+        assert_same_bits(parameters_of(optimizer)[0].data, expected)
+        code = 0
+    finally:
+        if results[0] == 0:
+            os._exit(code)
+    assert os.waitpid(results[0], 0)[1] == 0
+
+
+@allow_fork
 def test_grandchild_trains() -> None:
     optimizer, expected = training(LARGE, 0)
     optimizer.step()
@@ -453,6 +489,80 @@ def test_multiprocessing_fork() -> None:
     with multiprocessing.get_context("fork").Pool(2) as pool:
         results = pool.map_async(_train_in_worker, [0, 1, 2]).get(TIMEOUT)
     assert results == [checksum(training(LARGE, seed)[1]) for seed in (0, 1, 2)]
+
+
+# --- The end of Python ----------------------------------------------------------------------------
+
+STEPPING = """
+import numpy as np
+import sgdcore
+from sgdcore import _core, _devices
+
+def optimizer():
+    return sgdcore.SGD([np.zeros(4_000_000, np.float32)], lr=0.1, momentum=0.9)
+
+def step(optimizer):
+    grads = [np.ones(4_000_000, np.float32)]
+    return lambda: optimizer.step(grads=grads)
+"""
+
+ON_DEVICES = """
+_core.use_runtime(_core.simulated_runtime(1))
+_devices.load_runtime = lambda: None
+"""
+
+AT_EXIT_KINDS = {
+    "step": "make = lambda: step(optimizer())",
+    "strided": """
+def make():
+    made = optimizer()
+    grads = [np.ones((4_000_000, 2), np.float32)[:, 0]]
+    return lambda: made.step(grads=grads, zero_grad=True)
+""",
+    "memory pass": """
+def make():
+    a, b = np.zeros(4_000_000, np.float32), np.zeros(4_000_000, np.float32)
+    return lambda: _core.memory_pass(a, b)
+""",
+    "huge pages": """
+def make():
+    a = np.zeros(16_000_000, np.float32)
+    return lambda: _core.collapse_huge_pages([(a.ctypes.data, a.nbytes)])
+""",
+    "overlap": """
+def make():
+    matrix = np.ones((3_000, 500), np.float32)
+    params = [np.zeros((1_000, 500), np.float32) for _ in range(2)]
+    made = sgdcore.SGD(params, lr=0.1)
+    grads = [matrix[::3], matrix[1::3]]
+    return lambda: made.step(grads=grads, zero_grad=True)
+""",
+    "gradients copied into a buffer": """
+def make():
+    buffer = sgdcore.ParameterBuffer({"a": 4_000_000})
+    grad = np.ones(4_000_000, np.float64)
+    return lambda: setattr(buffer["a"], "grad", grad)
+""",
+    "devices": ON_DEVICES
+    + """
+def make():
+    buffer = sgdcore.ParameterBuffer({"a": 200_000}, device="cuda")
+    made = sgdcore.SGD(buffer, lr=0.1, momentum=0.9)
+    return made.step
+""",
+    "copies from a device": ON_DEVICES
+    + """
+def make():
+    buffer = sgdcore.ParameterBuffer({"a": 4_000_000}, device="cuda")
+    return lambda: np.asarray(buffer["a"].data.numpy())
+""",
+}
+
+
+@pytest.mark.parametrize("kind", AT_EXIT_KINDS)
+def test_daemon_threads_do_not_abort_the_end(kind: str) -> None:
+    """Threads that want the GIL back from a step while Python ends stop, whatever they were doing."""
+    assert_daemons_let_python_end(STEPPING + AT_EXIT_KINDS[kind])
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

@@ -16,10 +16,19 @@ import numpy as np
 import pytest
 
 import sgdcore
+from processes import allow_fork, in_fork, stepping
 from sgdcore import _core, _devices
 from sgdcore.__main__ import main
 from sgdcore.device_array import DeviceArray, device_number
-from support import BFLOAT16, STORAGE_TYPES, Array, assert_same_bits, numbers, refused
+from support import (
+    BFLOAT16,
+    STORAGE_TYPES,
+    Array,
+    assert_same_bits,
+    numbers,
+    parameters_of,
+    refused,
+)
 
 SHAPES = {"w": (3, 5), "b": (5,), "empty": (0, 4), "v": (2, 20_000)}
 HYPERS: list[dict[str, Any]] = [
@@ -579,3 +588,25 @@ def test_without_a_device_the_reason_is_given() -> None:
     for kind in ON_CUDA:
         with refused(ValueError, "^data: an array on a CUDA device cannot be used: .+"):
             sgdcore.Parameter(kind())
+
+
+@allow_fork
+def test_child_steps_while_another_thread_of_the_parent_steps_on_the_device(
+    device: Simulated,
+) -> None:
+    """Neither the device nor the tables of the lost thread's step are as they were left."""
+    buffer = sgdcore.ParameterBuffer({"a": 20_000, "b": 7}, device="cuda")
+    optimizer = sgdcore.SGD(buffer, lr=1, momentum=0.5)
+
+    def child() -> list[float]:
+        other = sgdcore.SGD([on_device(np.zeros(3, np.float32))], lr=1)
+        other.step(grads=[on_device(np.ones(3, np.float32))])
+        buffer.grad.assign(np.ones(20_007, np.float32))
+        optimizer.step()
+        values = buffer.data.numpy()
+        assert (values == values[0]).all()
+        return [float(values[0]), float(parameters_of(other)[0].data.numpy()[0])]
+
+    with stepping(optimizer.step):
+        for _ in range(20):
+            assert in_fork(child) == [-1, -1]

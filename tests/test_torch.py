@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
 )
 
 import sgdcore
+from processes import allow_fork, assert_daemons_let_python_end, in_fork, stepping
 from sgdcore import reference
 from sgdcore.torch import SGD, _interface
 from sgdcore.torch import sgd as sgd_module
@@ -1348,3 +1349,44 @@ def test_verify_takes_sparse_gradients() -> None:
 
     assert sgdcore.torch.verify(model, batch, steps=1).equal
     assert sgdcore.torch.verify(model, batch, steps=5).steps > 1
+
+
+# --- Threads and processes ------------------------------------------------------------------------
+
+IN_THREADS = """
+import torch
+import sgdcore.torch
+
+def make():
+    parameter = torch.nn.Parameter(torch.zeros(4_000_000))
+    parameter.grad = torch.ones(4_000_000)
+    optimizer = sgdcore.torch.SGD([parameter], lr=0.1, momentum=0.9)
+    for _ in range(3):  # the first ones call functions of torch, which do not let Python end
+        optimizer.step()
+    return optimizer.step
+"""
+
+
+def test_daemon_threads_do_not_abort_the_end() -> None:
+    assert_daemons_let_python_end(IN_THREADS)
+
+
+@allow_fork
+@pytest.mark.usefixtures("reading")
+def test_child_steps_the_optimizer_that_another_thread_was_stepping() -> None:
+    p = parameter(torch.zeros(3_000_000))
+    p.grad, ones = torch.zeros(3_000_000), torch.ones(3_000_000)
+    values = (
+        p.detach().numpy()
+    )  # torch's own functions may wait for threads that the child does not have
+    optimizer = SGD([p], lr=1, momentum=0.5)
+
+    def child() -> float:
+        p.grad = ones
+        optimizer.step()
+        assert (values == values[0]).all()
+        return float(values[0])
+
+    with stepping(optimizer.step):
+        for _ in range(5):
+            assert in_fork(child) == -1

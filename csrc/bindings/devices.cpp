@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../step.hpp"
+#include "gil.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -63,7 +64,7 @@ cuda::CudaError after_stepping(std::span<const DevicePart> stepped, const cuda::
 
 void load_runtime() {
     try {
-        py::module_::import("sgdcore._devices").attr("load_runtime")();
+        call(attribute_of("sgdcore._devices", "load_runtime"));
     } catch (const py::error_already_set& error) {  // which is no std::runtime_error, whatever Python's is
         if (!error.matches(PyExc_RuntimeError)) throw;
         throw std::runtime_error(py::cast<std::string>(py::str(error.value())));
@@ -100,8 +101,8 @@ void use_device_runtime(cuda::Runtime* other) {
 }
 
 cuda::Stepper& DeviceSteps::stepper(int device) {
-    std::unique_ptr<cuda::Stepper>& stepper = steppers_[device];
-    if (!stepper) stepper = std::make_unique<cuda::Stepper>(device_runtime(), device);
+    Steppers::mapped_type& stepper = steppers_[device];
+    if (!stepper || !stepper->is_of_this_process()) stepper.reset(new cuda::Stepper(device_runtime(), device));
     return *stepper;
 }
 
@@ -122,16 +123,17 @@ void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& pa
             check(part.tensors, host_hypers);
             if (!interface.scaling.is_none()) {
                 std::tie(cpu_left_out, options.grad_factor) =
-                    py::cast<std::pair<bool, double>>(interface.scaling(device));
+                    py::cast<std::pair<bool, double>>(call(interface.scaling, py::make_tuple(device)));
             }
             continue;
         }
         cuda::check_for_device(part.tensors, host_hypers, options.zero_grad);
         part.scalars = scalars_of(device, scalars);
-        part.options.stream = pointer_of<void>(py::cast<std::uintptr_t>(interface.stream(device)));
+        part.options.stream =
+            pointer_of<void>(py::cast<std::uintptr_t>(call(interface.stream, py::make_tuple(device))));
         if (!interface.scaling.is_none()) {
             const auto [found_inf, grad_scale] =
-                py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(interface.scaling(device));
+                py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(call(interface.scaling, py::make_tuple(device)));
             part.options.found_inf = pointer_of<const float>(found_inf);
             part.options.grad_scale = pointer_of<const float>(grad_scale);
         }
@@ -142,7 +144,7 @@ void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& pa
         if (device != cpu_device) on_devices.emplace_back(&stepper(device), &part);
     }
 
-    const py::gil_scoped_release release;
+    const GilRelease release;
     for (std::size_t i = 0; i < on_devices.size(); ++i) {
         const auto& [stepper, part] = on_devices[i];
         try {

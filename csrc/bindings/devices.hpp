@@ -53,9 +53,17 @@ class DeviceSteps {
               const std::vector<GroupScalars>& scalars, StepOptions options, const DeviceInterface& interface);
 
   private:
+    /// Leaves a stepper that a fork brought here as it is: a thread that is not here may have been changing it.
+    struct Discard {
+        void operator()(cuda::Stepper* stepper) const {
+            if (stepper->is_of_this_process()) delete stepper;
+        }
+    };
+    using Steppers = std::map<int, std::unique_ptr<cuda::Stepper, Discard>>;
+
     cuda::Stepper& stepper(int device);
 
-    std::map<int, std::unique_ptr<cuda::Stepper>> steppers_;
+    Steppers steppers_;
 };
 
 }  // namespace sgdcore::bindings

@@ -9,6 +9,7 @@
 
 #include "arrays.hpp"
 #include "dlpack_abi.hpp"
+#include "gil.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -51,7 +52,8 @@ py::capsule export_array(const ArrayRef& ref, DLDevice device) {
     Managed& managed = owner->managed;
     managed.context = owner.get();
     managed.deleter = [](Managed* self) {
-        py::gil_scoped_acquire gil;  // consumers may delete from any thread
+        if (Py_IsInitialized() == 0) return;  // Python has ended, and with it the array
+        const GilAcquire gil;                 // consumers may delete from any thread
         delete static_cast<Export<Managed>*>(self->context);
     };
     managed.tensor = {ref.data,

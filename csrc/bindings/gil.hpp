@@ -1,15 +1,84 @@
-// When a step on the CPU lets other threads of Python run.
+// The GIL: how it is released and taken back, how Python is called, and when a step on the CPU lets other threads run.
+//
+// A thread that wants the GIL when Python has ended must not go on. Since CPython 3.14 such a thread hangs. Before,
+// CPython ends it by pthread_exit, which with glibc unwinds the thread's stack: the destructors on the way would give
+// back references without the GIL, and one that may not throw ends the process by std::terminate. So here, too, the
+// thread stops for good at the first frame of ours, with every Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <span>
+#include <utility>
+
+#if defined(__GLIBCXX__)
+#include <cxxabi.h>
+#endif
 
 #include "../platform.hpp"
 #include "../step.hpp"
 
 namespace sgdcore::bindings {
+
+/// function(), a call into Python that gives up or waits for the GIL. Does not return if Python ends meanwhile. The
+/// function should hold no references of its own: they would be given back before the thread stops.
+template <class Function>
+auto unless_python_ends(Function&& function) {
+#if defined(__GLIBCXX__)
+    try {
+        return std::forward<Function>(function)();
+    } catch (const abi::__forced_unwind&) {  // never left, since it may not be swallowed
+        for (;;) pause();
+    }
+#else
+    return std::forward<Function>(function)();  // pthread_exit does not unwind, or not in a way that can be caught
+#endif
+}
+
+/// Releases the GIL for a scope; in the place of pybind11's class, whose destructor may end the process.
+class GilRelease {
+  public:
+    GilRelease() : state_(PyEval_SaveThread()) {}
+    ~GilRelease() {
+        unless_python_ends([this] { PyEval_RestoreThread(state_); });
+    }
+    GilRelease(const GilRelease&) = delete;
+    GilRelease& operator=(const GilRelease&) = delete;
+
+  private:
+    PyThreadState* state_;
+};
+
+/// Takes the GIL for a scope, in any thread, whether it has the GIL already or not.
+class GilAcquire {
+  public:
+    GilAcquire() : state_(unless_python_ends([] { return PyGILState_Ensure(); })) {}
+    ~GilAcquire() { PyGILState_Release(state_); }
+    GilAcquire(const GilAcquire&) = delete;
+    GilAcquire& operator=(const GilAcquire&) = delete;
+
+  private:
+    PyGILState_STATE state_;
+};
+
+/// callable(*args, **kwargs), where that runs Python code, or code that releases the GIL. To be used in the place of
+/// pybind11's call operator, which holds references of its own meanwhile.
+inline pybind11::object call(const pybind11::handle& callable, const pybind11::tuple& args = pybind11::tuple(),
+                             const pybind11::dict& kwargs = pybind11::dict()) {
+    PyObject* const result =
+        unless_python_ends([&] { return PyObject_Call(callable.ptr(), args.ptr(), kwargs.ptr()); });
+    if (result == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(result);
+}
+
+/// The attribute of a module, which is imported if it was not yet.
+inline pybind11::object attribute_of(const char* module, const char* name) {
+    PyObject* const found = unless_python_ends([&] { return PyImport_ImportModule(module); });
+    if (found == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(found).attr(name);
+}
 
 /// Releasing and taking back the GIL costs about as much as updating so many elements, and other threads may make us
 /// wait for it.
@@ -20,7 +89,7 @@ constexpr bool releases_gil(std::int64_t elements) { return elements >= 16 * 102
 SGDCORE_INLINE void step_on_cpu(std::span<const TensorRef> tensors, std::int64_t elements,
                                 std::span<const SgdHyper> hypers, const StepOptions& options) {
     if (!releases_gil(elements)) return step(tensors, hypers, options);
-    const pybind11::gil_scoped_release release;
+    const GilRelease release;
     step(tensors, hypers, options);
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "arrays.hpp"
+#include "gil.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -34,7 +35,8 @@ std::string hyper_text(PyObject* key, std::size_t index) {
 /// scalars are converted as they are, since their item() allocates memory.
 bool converts_by_item(const py::object& value) {
     static PyObject* const tensor_mark = PyUnicode_InternFromString("requires_grad");
-    return py::isinstance<py::array>(value) || PyObject_HasAttr(value.ptr(), tensor_mark) != 0;
+    return py::isinstance<py::array>(value) ||
+           unless_python_ends([&] { return PyObject_HasAttr(value.ptr(), tensor_mark); }) != 0;
 }
 
 /// group[key]: a float, whatever converts to one, or an array or tensor of one element. If there is a `place`, a number
@@ -52,18 +54,18 @@ double number_of(PyObject* group, PyObject* key, std::size_t index, DeviceNumber
     }
     py::object scalar = value;
     if (!PyFloat_Check(item) && !PyLong_Check(item) && converts_by_item(value)) {
-        PyObject* const converted = PyObject_CallMethod(item, "item", nullptr);
+        PyObject* const converted = unless_python_ends([&] { return PyObject_CallMethod(item, "item", nullptr); });
         if (converted == nullptr) refuse(value, expected_number, key, index);
         scalar = py::reinterpret_steal<py::object>(converted);
     }
-    const double number = PyFloat_AsDouble(scalar.ptr());
+    const double number = unless_python_ends([&] { return PyFloat_AsDouble(scalar.ptr()); });
     if (number == -1 && PyErr_Occurred()) refuse(value, expected_number, key, index);
     return number;
 }
 
 bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
     const auto value = py::reinterpret_borrow<py::object>(group_item(group, key, index));
-    const int truth = PyObject_IsTrue(value.ptr());
+    const int truth = unless_python_ends([&] { return PyObject_IsTrue(value.ptr()); });
     if (truth < 0) refuse(value, "True or False", key, index);
     return truth != 0;
 }

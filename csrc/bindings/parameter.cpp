@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "devices.hpp"
+#include "gil.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -23,10 +24,11 @@ void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argume
 /// Gives a buffer's gradient the values of an array of its shape, which for one on a device may also be on the CPU.
 void copy_to_buffer(const ArrayRef& ref, const ArrayRef& buffer_grad) {
     if (buffer_grad.device != cpu_device) {
-        py::module_::import("sgdcore._devices").attr("assign")(buffer_grad.object(), ref.object());
+        call(attribute_of("sgdcore._devices", "assign"), py::make_tuple(buffer_grad.object(), ref.object()));
     } else {
         require_same_device(ref, buffer_grad, "grad");
-        py::module_::import("numpy").attr("copyto")(buffer_grad.array, ref.array, py::arg("casting") = "unsafe");
+        call(attribute_of("numpy", "copyto"), py::make_tuple(buffer_grad.array, ref.array),
+             py::dict(py::arg("casting") = "unsafe"));
     }
 }
 
@@ -100,14 +102,14 @@ void Parameter::zero_grad(bool set_to_none) {
     }
     if (grad_.device != cpu_device) {
         const auto stream =
-            py::module_::import("sgdcore._devices").attr("current_stream")(data_.object(), grad_.device);
+            call(attribute_of("sgdcore._devices", "current_stream"), py::make_tuple(data_.object(), grad_.device));
         device_runtime().fill(grad_.device, grad_.data, 0,
                               static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype),
                               pointer_of<void>(py::cast<std::uintptr_t>(stream)));
     } else if (grad_axes_.empty()) {
         std::memset(grad_.data, 0, static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype));
     } else {
-        grad_.array.attr("fill")(0);
+        call(grad_.array.attr("fill"), py::make_tuple(0));
     }
 }
 

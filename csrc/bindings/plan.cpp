@@ -44,7 +44,7 @@ TensorRef tensor_of(const ArrayRef& data, const ArrayRef& grad, std::span<const 
 /// A list or tuple as it is, what else is a sequence as a tuple.
 py::sequence as_list(const py::object& grads) {
     if (py::isinstance<py::list>(grads) || py::isinstance<py::tuple>(grads)) return py::sequence(grads);
-    const py::object sequence = py::module_::import("collections.abc").attr("Sequence");
+    const py::object sequence = attribute_of("collections.abc", "Sequence");
     if (!py::isinstance(grads, sequence) || py::isinstance<py::str>(grads) || PyObject_CheckBuffer(grads.ptr())) {
         throw py::type_error("grads: expected a list, tuple or other sequence of arrays, got " +
                              py::cast<std::string>(py::type::of(grads).attr("__name__")));
@@ -64,7 +64,7 @@ AtExit(F) -> AtExit<F>;
 }  // namespace
 
 void Plan::build(const py::list& param_groups, const py::list& slots) {
-    if (running_) throw std::runtime_error("the optimizer's parameters cannot change while it is stepping");
+    if (running_.is_inside()) throw std::runtime_error("the optimizer's parameters cannot change while it is stepping");
     std::vector<py::object> group_params;
     std::vector<Entry> entries;
     std::size_t next = 0;
@@ -132,13 +132,20 @@ void Plan::read_given(const py::object& grads) {
     }
 }
 
+void Plan::forget_step() {
+    for (GivenGrad& given : given_) given.ref = {};
+    held_.clear();
+}
+
 bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_grad) {
-    if (running_) throw std::runtime_error("step() is already running on this optimizer in another thread");
-    running_ = true;
+    if (running_.is_inside()) {
+        throw std::runtime_error("step() is already running on this optimizer in another thread");
+    }
+    if (running_.is_lost()) forget_step();
+    running_.enter();
     const AtExit finish{[&] {
-        for (GivenGrad& given : given_) given.ref = {};
-        held_.clear();
-        running_ = false;
+        forget_step();
+        running_.leave();
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
@@ -233,7 +240,7 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
         for (std::size_t i = 0; i < entries_.size(); ++i) {
             const ArrayRef& data = entries_[i].parameter->data();
             if (used_grads_[i] == nullptr || data.device != device) continue;
-            return py::module_::import("sgdcore._devices").attr("current_stream")(data.object(), device);
+            return call(attribute_of("sgdcore._devices", "current_stream"), py::make_tuple(data.object(), device));
         }
         return py::object(py::int_(0));
     };
@@ -327,10 +334,11 @@ bool Plan::are_interleaved(std::span<const Range> ranges) {
 }
 
 void Plan::check_pairs(std::span<const Range> ranges) const {
-    const py::object shares_memory = py::module_::import("numpy").attr("shares_memory");
+    const py::object shares_memory = attribute_of("numpy", "shares_memory");
     for (std::size_t i = 0; i < ranges.size(); ++i) {
         for (std::size_t j = i + 1; j < ranges.size() && ranges[j].begin < ranges[i].end; ++j) {
-            if (py::cast<bool>(shares_memory(ranges[i].array, ranges[j].array))) refuse_overlap(ranges[i], ranges[j]);
+            const py::object shared = call(shares_memory, py::make_tuple(ranges[i].array, ranges[j].array));
+            if (py::cast<bool>(shared)) refuse_overlap(ranges[i], ranges[j]);
         }
     }
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../process.hpp"
 #include "../work.hpp"
 #include "devices.hpp"
 #include "parameter.hpp"
@@ -65,6 +66,8 @@ class Plan {
         bool on_device = false;  // tensors or hyperparameters
     };
 
+    /// Lets go what a step used.
+    void forget_step();
     void read_given(const py::object& grads);
     /// Makes tensors_, first_ and used_grads_ those of a step, and missing_ the momentum buffers that it lacks.
     Listed list_tensors(bool given);
@@ -106,7 +109,7 @@ class Plan {
     std::vector<Extent> runs_;
     DeviceSteps device_steps_;
     bool disjoint_grads_checked_ = false;
-    bool running_ = false;
+    Occupant running_;
 };
 
 }  // namespace sgdcore::bindings

@@ -6,6 +6,7 @@
 #include "../cuda/table.hpp"
 #include "arrays.hpp"
 #include "devices.hpp"
+#include "gil.hpp"
 #include "module.hpp"
 
 namespace sgdcore::bindings {
@@ -33,7 +34,7 @@ std::uint64_t memory_pass(const py::object& param, const py::object& grad, const
     require_like_param(p, p, "param");
     require_like_param(g, p, "grad");
     if (!b.empty()) require_like_param(b, p, "momentum");
-    const py::gil_scoped_release release;
+    const GilRelease release;
     return cpu::memory_pass(p.data, g.data, b.data, byte_count(p), clear);
 }
 

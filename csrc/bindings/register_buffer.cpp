@@ -11,6 +11,7 @@
 #include "../huge_pages.hpp"
 #include "arrays.hpp"
 #include "dlpack.hpp"
+#include "gil.hpp"
 #include "module.hpp"
 
 namespace sgdcore::bindings {
@@ -38,7 +39,7 @@ void register_buffer(py::module_& module) {
     module.def(
         "collapse_huge_pages",
         [](const std::vector<std::pair<std::uintptr_t, std::size_t>>& arrays) {
-            const py::gil_scoped_release release;
+            const GilRelease release;
             std::vector<Extent> ranges;
             for (const auto& [address, size] : arrays) ranges.push_back({address, address + size});
             collapse_huge_pages(std::move(ranges));

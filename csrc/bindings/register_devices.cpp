@@ -9,6 +9,7 @@
 #include "../cuda/simulated.hpp"
 #include "arrays.hpp"
 #include "devices.hpp"
+#include "gil.hpp"
 #include "module.hpp"
 
 namespace sgdcore::bindings {
@@ -59,7 +60,7 @@ void copy_array(const py::array& to, const py::array& from, int device, std::uin
     const auto size = static_cast<std::size_t>(to.nbytes());
     void* const target = const_cast<void*>(to.data());
     const void* const source = from.data();
-    const py::gil_scoped_release release;
+    const GilRelease release;
     runtime.copy(device, target, source, size, pointer_of<void>(stream));
     runtime.synchronize(device, pointer_of<void>(stream));
 }

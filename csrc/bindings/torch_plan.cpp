@@ -38,7 +38,7 @@ py::list list_of(const py::object& param_groups) {
         throw py::type_error("param_groups: expected a list or another sequence of dicts, got " +
                              py::cast<std::string>(py::repr(py::type::of(param_groups))));
     }
-    PyObject* list = PySequence_List(param_groups.ptr());
+    PyObject* list = unless_python_ends([&] { return PySequence_List(param_groups.ptr()); });
     if (list == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::list>(list);
 }
@@ -215,7 +215,7 @@ bool TorchPlan::remember(Memory& memory, std::size_t position, PyObject* paramet
     entry.parameter = py::reinterpret_borrow<py::object>(parameter);
     if (reader_.is_negated(parameter)) return false;
     entry.parameter_pin = reader_.pin(parameter);
-    entry.hash = PyObject_Hash(parameter);
+    entry.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
     if (entry.hash == -1) throw py::error_already_set();
     if (position >= memory.entries.size()) memory.entries.resize(position + 1);
     memory.entries[position] = std::move(entry);

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "devices.hpp"
+#include "gil.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -59,7 +60,7 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
 }
 
 bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
-    const py::object description = interface_.describe(py::handle(tensor));
+    const py::object description = call(interface_.describe, py::make_tuple(py::handle(tensor)));
     if (description.is_none()) return false;
     const auto [address, shape, strides, dtype, device] =
         py::cast<std::tuple<std::uintptr_t, std::vector<std::int64_t>, std::vector<std::int64_t>, std::string, int>>(
@@ -90,19 +91,22 @@ bool TorchReader::requires_grad(PyObject* tensor) const {
 }
 
 bool TorchReader::is_negated(PyObject* tensor) const {
-    return py::cast<bool>(interface_.is_negated(py::handle(tensor)));
+    return py::cast<bool>(call(interface_.is_negated, py::make_tuple(py::handle(tensor))));
 }
 
 py::object TorchReader::pin(PyObject* tensor) const {
     if (interface_.pin.is_none()) return py::none();
-    return interface_.pin(py::handle(tensor));
+    return call(interface_.pin, py::make_tuple(py::handle(tensor)));
 }
 
 void TorchReader::increment_versions(const py::list& tensors) const {
-    PyObject* result = PyObject_CallOneArg(interface_.increment_version.ptr(), tensors.ptr());
+    const auto tell = [&](const py::object& increment) {
+        return unless_python_ends([&] { return PyObject_CallOneArg(increment.ptr(), tensors.ptr()); });
+    };
+    PyObject* result = tell(interface_.increment_version);
     if (result == nullptr && PyErr_ExceptionMatches(PyExc_RuntimeError)) {  // such as inference tensors have none
         PyErr_Clear();
-        result = PyObject_CallOneArg(interface_.increment_version_where_possible.ptr(), tensors.ptr());
+        result = tell(interface_.increment_version_where_possible);
     }
     if (result == nullptr) throw py::error_already_set();
     Py_DECREF(result);

@@ -2,9 +2,10 @@
 #include "threads.hpp"
 
 #include <omp.h>
-#include <pthread.h>
 
 #include <atomic>
+
+#include "../process.hpp"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -23,16 +24,13 @@ namespace sgdcore::cpu {
 namespace {
 
 std::atomic<int> requested = 0;
-std::atomic<bool> forked = false;
-
-// A child inherits libgomp's record of a thread pool, but not the threads: its first parallel region would wait for
-// them forever.
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 }  // namespace
 
 int num_threads() {
-    if (forked.load(std::memory_order_relaxed)) return 1;
+    // A child inherits libgomp's record of a thread pool, but not the threads: its first parallel region would wait for
+    // them forever.
+    if (forks() > 0) return 1;
     const int count = requested.load(std::memory_order_relaxed);
     return count > 0 ? count : omp_get_max_threads();
 }

@@ -1,8 +1,11 @@
 // See simulated.hpp.
 #include "simulated.hpp"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <numeric>
 #include <random>
@@ -14,6 +17,16 @@ namespace {
 
 constexpr std::align_val_t memory_alignment{256};  // cudaMalloc's
 constexpr int garbage = 0xc5;                      // in memory that was not written yet
+
+/// Of all simulated devices. Held during a fork, so that the child finds every device in a whole state.
+std::recursive_mutex& mutex() {
+    static std::recursive_mutex mutex;
+    return mutex;
+}
+
+[[maybe_unused]] const int fork_handlers = pthread_atfork([] { mutex().lock(); }, [] { mutex().unlock(); },
+                                                          // The child's thread is not the one that locked it.
+                                                          [] { new (&mutex()) std::recursive_mutex; });
 
 /// One block; its threads come one after the other between barriers.
 class SimulatedBlock {
@@ -63,7 +76,7 @@ void SimulatedRuntime::fail_if_told(int device, const char* call) const {
 }
 
 int SimulatedRuntime::device_of(const void* address) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     const auto* const byte = static_cast<const std::byte*>(address);
     auto next = memory_.upper_bound(byte);
     if (next == memory_.begin()) return -1;
@@ -72,7 +85,7 @@ int SimulatedRuntime::device_of(const void* address) {
 }
 
 std::byte* SimulatedRuntime::new_memory(int device, std::size_t size, const char* call) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, call);
     ++counts.allocations;
     auto* const memory = static_cast<std::byte*>(::operator new(size, memory_alignment));
@@ -81,14 +94,14 @@ std::byte* SimulatedRuntime::new_memory(int device, std::size_t size, const char
 }
 
 std::byte* SimulatedRuntime::allocate(int device, std::size_t size) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     std::byte* const memory = new_memory(device, size, "allocate");
     memory_[memory] = {size, device};
     return memory;
 }
 
 void SimulatedRuntime::free(int, std::byte* memory) noexcept {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     synchronize_all();  // as cudaFree does
     memory_.erase(memory);
     ::operator delete(memory, memory_alignment);
@@ -99,13 +112,13 @@ std::byte* SimulatedRuntime::allocate_pinned(int device, std::size_t size) {
 }
 
 void SimulatedRuntime::free_pinned(int, std::byte* memory) noexcept {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     synchronize_all();
     ::operator delete(memory, memory_alignment);
 }
 
 Event SimulatedRuntime::create_event(int device) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "create_event");
     const auto event = reinterpret_cast<Event>(++last_event_);
     marks_[event] = {};
@@ -113,38 +126,38 @@ Event SimulatedRuntime::create_event(int device) {
 }
 
 void SimulatedRuntime::destroy_event(int, Event event) noexcept {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     marks_.erase(event);
 }
 
 void SimulatedRuntime::record(int device, Event event, Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "record");
     marks_.at(event) = {stream, queues_[stream].operations.size()};
 }
 
 bool SimulatedRuntime::finished(int device, Event event) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "finished");
     const Mark& mark = marks_.at(event);
     return queues_[mark.stream].done >= mark.position;
 }
 
 void SimulatedRuntime::wait(int device, Stream stream, Event event) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "wait");
     const Mark mark = marks_.at(event);
     add(stream, [this, mark] { advance(mark.stream, mark.position); });
 }
 
 bool SimulatedRuntime::capturing(int device, Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "capturing");
     return queues_[stream].capturing;
 }
 
 void SimulatedRuntime::copy(int device, void* to, const void* from, std::size_t size, Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "copy");
     ++counts.copies;
     counts.copied_bytes += static_cast<std::int64_t>(size);
@@ -152,26 +165,26 @@ void SimulatedRuntime::copy(int device, void* to, const void* from, std::size_t 
 }
 
 void SimulatedRuntime::fill(int device, void* to, int byte, std::size_t size, Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "fill");
     add(stream, [=] { std::memset(to, byte, size); });
 }
 
 void SimulatedRuntime::launch(int device, std::int64_t count, const Launch& launch, Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "launch");
     ++counts.launches;
     add(stream, [=, in_any_order = shuffled] { run_grid(launch, count, in_any_order); });
 }
 
 void SimulatedRuntime::synchronize(int device, Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     fail_if_told(device, "synchronize");
     advance(stream, queues_[stream].operations.size());
 }
 
 void SimulatedRuntime::memory_pass(int, std::int64_t count, const MemoryPassArrays& arrays, Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     add(stream, [=] {
         const std::int64_t threads = count * block_threads;
         for (std::int64_t thread = 0; thread < threads; ++thread) cuda::memory_pass(arrays, thread, threads);
@@ -179,20 +192,20 @@ void SimulatedRuntime::memory_pass(int, std::int64_t count, const MemoryPassArra
 }
 
 void SimulatedRuntime::synchronize_all() {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     for (auto& [stream, queue] : queues_) {
         if (!queue.capturing) advance(stream, queue.operations.size());
     }
 }
 
 void SimulatedRuntime::begin_capture(Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     advance(stream, queues_[stream].operations.size());
     queues_[stream].capturing = true;
 }
 
 SimulatedRuntime::Graph SimulatedRuntime::end_capture(Stream stream) {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(mutex());
     Queue& queue = queues_[stream];
     const auto start = queue.operations.begin() + static_cast<std::ptrdiff_t>(queue.done);
     Graph graph(start, queue.operations.end());

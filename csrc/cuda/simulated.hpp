@@ -76,7 +76,6 @@ class SimulatedRuntime final : public Runtime {
 
     const int devices_;
     const std::size_t lag_;
-    std::recursive_mutex mutex_;
     std::map<Stream, Queue> queues_;
     std::map<Event, Mark> marks_;
     std::map<const std::byte*, std::pair<std::size_t, int>> memory_;  // start: size and device

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "../process.hpp"
 #include "../work.hpp"
 #include "runtime.hpp"
 
@@ -35,6 +36,9 @@ class Stepper {
     Stepper& operator=(const Stepper&) = delete;
 
     int device() const { return device_; }
+    /// False in a process that was forked since: the tables belong to the parent's use of the device, and a thread that
+    /// is not there any more may have been changing them. Such a stepper is neither to be used nor destroyed.
+    bool is_of_this_process() const { return forks_ == forks(); }
 
     /// Puts one step over all tensors on the stream: at most one copy, and one launch. Waits for nothing.
     ///
@@ -69,6 +73,7 @@ class Stepper {
     Runtime& runtime_;
     const int device_;
     const std::int64_t blocks_;
+    const std::uint32_t forks_ = forks();
     std::mutex mutex_;
     std::vector<std::unique_ptr<Table>> tables_;
     Table* current_ = nullptr;
