@@ -5,7 +5,8 @@
 
 The first trains every row of METHODS, for each seed, once on shards that are drawn anew each epoch (iid), once on
 shards sorted by label, where a rank sees three or four of the ten digits; all start from the same weights and see the
-same batches. The second writes the plot and the table of docs/distributed.md from the file. Needs torch, for gloo.
+same batches. The second writes the plot and the table of docs/distributed-measurements.md from the file. Needs torch,
+for gloo.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LR = 0.1
 MOMENTUM = 0.9
 SHARDS = ("iid", "sorted by label")
 ROOT = Path(__file__).parents[1]
-GUIDE = ROOT / "docs/distributed.md"
+GUIDE = ROOT / "docs/distributed-measurements.md"
 PLOT = ROOT / "docs/images/local-sgd-digits.png"
 START, END = "<!-- table of local_sgd_digits.py -->", "<!-- end of table -->"
 

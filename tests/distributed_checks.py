@@ -6,13 +6,14 @@ NumPy's part; it imports no torch. distributed_torch_checks.py adds torch's to t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import hashlib
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,9 @@ from sgdcore.distributed import (
     RoundError,
     SlowMo,
     Stagewise,
-    _traffic,
     as_process_group,
-    local_sgd,
 )
-from sgdcore.distributed._messages import MessageMean
+from sgdcore.distributed.averager import Averager
 
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 
@@ -304,57 +303,6 @@ def group_operations(context: Context, dtype: str) -> None:
 
 
 @check()
-def numbers_arrive_that_queue_behind_a_message(context: Context) -> None:
-    """Also if their sender has those of the others long before, and goes on."""
-    group: Any = context.group
-    group.open_messages()
-    array, message = np.full(32_000_000, context.rank, np.float32), None
-    if context.rank == 0:
-        message = group.send([array], 1, 5)
-    elif context.rank == 1:
-        message = group.receive([array], 0, 5)
-    ones = np.ones(3)
-    once: Any = as_process_group()
-    once.combine(ones)
-    del once
-    gc.collect()
-    assert ones.tolist() == [context.size] * 3
-    if message is not None:
-        message.wait()
-    group.close_messages()
-    assert message is None or not array.any()
-
-
-@check(cases={d: {"dtype": d} for d in ("float64", "float32", "int64")})
-def combining_equals_an_all_reduce(context: Context, dtype: str) -> None:
-    """On both sides of the 16 KiB that leave in one piece, again and again, on a group of some ranks as well."""
-    group: Any = context.group
-    some: Any = context.split(range(1, context.size))
-    for size in (0, 1, 5, 2_047, 2_048, 2_049, 4_095, 4_096, 4_097):
-        for op in ("sum", "max"):
-            rng = np.random.default_rng([size, context.rank])
-            array = rng.integers(-1000, 1000, size).astype(dtype)
-            for tensors in {False, context.engine == "gloo"}:
-                combined, expected = array.copy(), array.copy()
-                if tensors:
-                    import torch
-
-                    combined, expected = map(torch.from_numpy, (combined, expected))
-                address = addresses_of([combined])
-                group.combine(combined, op)
-                group.all_reduce(expected, op).wait()
-                assert addresses_of([combined]) == address
-                assert same_bits(combined, expected)
-        if some is not None:
-            ones = np.ones(size, dtype)
-            some.combine(ones)
-            assert (ones == some.size).all()
-    thirds = np.full(100, 1 / 3 + context.rank)
-    group.combine(thirds)
-    assert_equal_on_all(context, [thirds])
-
-
-@check()
 def group_refusals(context: Context) -> None:
     group: Any = context.group
     array, frozen = np.zeros((4, 4)), np.zeros(4)
@@ -365,10 +313,6 @@ def group_refusals(context: Context) -> None:
             [1.0]
         ),
         "op: expected one of sum, max, got 'mean'": lambda: group.all_reduce(array, "mean"),
-        "op: expected one of sum, max, got 'min'": lambda: group.combine(array, "min"),
-        r"array: expected a contiguous tensor|array: expected a contiguous and": lambda: (
-            group.combine(array.T[:2])
-        ),
         r"source: expected a rank from 0 to \d, got \d": lambda: group.broadcast(array, group.size),
         "array: expected a contiguous and writable": lambda: group.all_reduce(frozen),
         "array: expected dtype .*float64, that of output, got .*float32": lambda: group.all_gather(
@@ -583,7 +527,7 @@ def uneven_shards(context: Context) -> None:
             train(context, local, 9 + 7 * context.rank)
         assert_equal_on_all(context, params_of(optimizer))
         assert len(set(on_all(context, local.round))) == 1
-        assert len(set(on_all(context, local._steps))) == 1
+        assert len(set(on_all(context, local._round.steps))) == 1
 
 
 @check()
@@ -593,7 +537,7 @@ def equal_shards_end_without_extra_rounds(context: Context) -> None:
         train(context, local, 8)
         before = values_of(optimizer)
     assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
-    assert (local._steps, local.round) == (8, 2)
+    assert (local._round.steps, local.round) == (8, 2)
 
 
 @check()
@@ -655,7 +599,7 @@ def adacomm(context: Context) -> None:
         put_gradients(optimizer, np.random.default_rng([context.rank, step]))
         local.step(closure=lambda step=step: 4.0 if step < 8 else 1.0)
         if local.step_in_round == 0:
-            periods.append(local._last_period)
+            periods.append(local._round.last_period)
     # sqrt(1) * 8 is no less than 8, so halved; then sqrt(1 / 4) * 8 is no less than 4.
     assert periods == [8, 4, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]
     local = LocalSGD(make("numpy flat"), sync_every=AdaComm(2, 2))
@@ -744,7 +688,7 @@ def ranks_that_disagree_are_refused(context: Context) -> None:
             "wire_dtype": (None, "float32"),
             "transactional": (False, True),
         },
-        DataParallel: {"slice_bytes": (1 << 20, 1 << 21), "wire_dtype": (None, "float32")},
+        DataParallel: {"chunk_bytes": (1 << 20, 1 << 21), "wire_dtype": (None, "float32")},
     }
     for cls, each in options.items():
         for name, (one, other) in each.items():
@@ -790,11 +734,11 @@ def resuming(context: Context, kind: str) -> None:
             assert same_bits(ours, theirs), name
         for ours, theirs in zip(momenta_of(second), momenta_of(unbroken), strict=True):
             assert same_bits(ours, theirs), name
-        assert (second._steps, second._round) == (unbroken._steps, unbroken._round)
+        assert (second._round.total, second.round) == (unbroken._round.total, unbroken.round)
         if name == "losses":
-            seen = second._schedule.seen
+            seen = second._options.sync_every.seen
             assert seen
-            assert seen == unbroken._schedule.seen[-len(seen) :]
+            assert seen == unbroken._options.sync_every.seen[-len(seen) :]
         third.sync()  # ends the round that was begun
         assert_equal_on_all(context, params_of(third))
         if name == "losses":  # and at the start of one, when the schedule is asked
@@ -802,7 +746,7 @@ def resuming(context: Context, kind: str) -> None:
             fourth.load_state_dict(third.state_dict())
             for resumed in (third, fourth):
                 train(context, resumed, 1)
-            assert fourth._schedule.seen == third._schedule.seen[-1:]
+            assert fourth._options.sync_every.seen == third._options.sync_every.seen[-1:]
 
 
 def _assign(p: Any, value: Any) -> None:
@@ -822,17 +766,13 @@ def checkpoints_that_do_not_fit(context: Context) -> None:
         outer.load_state_dict(plain.state_dict())
     train(context, outer, 3)
     state = outer.state_dict()
-    state["local_sgd"]["anchors"] = state["local_sgd"]["anchors"][1:]
-    with refused(
-        context,
-        ValueError,
-        r"state_dict\['local_sgd'\]\['anchors'\]: expected sizes",
-        *params_of(outer),
-    ):
+    state["state"][1]["local_sgd.anchor"] = np.zeros(3, np.float32)
+    match = r"state_dict\['state'\]\[1\]\['local_sgd.anchor'\]: expected shape \(5,\)"
+    with refused(context, ValueError, match, *params_of(outer)):
         outer.load_state_dict(state)
     # A plain optimizer's begins a new round.
     outer.load_state_dict(make("numpy flat").state_dict())
-    assert (outer.step_in_round, outer._anchored) == (0, False)
+    assert (outer.step_in_round, outer._anchor.valid) == (0, False)
 
 
 # Data parallel
@@ -1041,7 +981,7 @@ def data_parallel_refuses_gradients_of_another_shape(context: Context) -> None:
 def bad_gradients_of_one_rank_are_told_to_all(context: Context, **options: Any) -> None:
     """In the same step, which none takes; then all go on."""
     arrays = [np.zeros((3, 2)), np.zeros(4)]
-    data = DataParallel(sgdcore.SGD(arrays, lr=1.0), slice_bytes=16, **options)
+    data = DataParallel(sgdcore.SGD(arrays, lr=1.0), chunk_bytes=16, **options)
     bad: dict[str, Any] = {
         r"grads: expected 2 gradients, one for each parameter, got 1": lambda good: good[:1],
         r"\['params'\]\[1\]: expected shape \(4,\), the parameter's, got \(2, 2\)": lambda good: [
@@ -1098,7 +1038,7 @@ def buffers_travel_without_copies(context: Context) -> None:
     starts = buffer.data.ctypes.data, momentum.ctypes.data
     assert sum(n for _, n in large) == 2 * buffer.size
     assert [a for a, _ in large] == [s for s in starts for _ in (0,)]
-    data = DataParallel(sgdcore.SGD(buffer, lr=0.1), group, slice_bytes=4 << 20)
+    data = DataParallel(sgdcore.SGD(buffer, lr=0.1), group, chunk_bytes=4 << 20)
     group.arrays.clear()
     buffer.grad[:], data.weight = context.rank, context.rank + 1
     data.step()
@@ -1114,18 +1054,18 @@ def nothing_is_left_unreduced(context: Context) -> None:
     """Whatever the sizes, in whatever slices."""
     rng = np.random.default_rng(3)
     sizes = [1, 2, 3, 1000, 0, 7, 4096, 5, 4097, 1, 12345]
-    for slice_bytes in (8, 64, 16384, 1 << 24):
+    for chunk_bytes in (8, 64, 16384, 1 << 24):
         arrays = [rng.standard_normal(n).astype(np.float32) for n in sizes]
         data = (
-            DataParallel(sgdcore.SGD(arrays, lr=1.0), slice_bytes=max(8, slice_bytes))
-            if slice_bytes > 64
+            DataParallel(sgdcore.SGD(arrays, lr=1.0), chunk_bytes=max(8, chunk_bytes))
+            if chunk_bytes > 64
             else None
         )
         if data is None:
             arrays = [a[:9] for a in arrays]
             data = DataParallel(
                 sgdcore.SGD([np.ascontiguousarray(a) for a in arrays], lr=1.0),
-                slice_bytes=slice_bytes,
+                chunk_bytes=chunk_bytes,
             )
         params = params_of(data)
         before = values_of(data)
@@ -1160,186 +1100,13 @@ def results_to_compare(context: Context) -> None:
     optimizer = make("numpy flat")
     train(context, DataParallel(optimizer), 20)
     results["data parallel"] = params_of(optimizer)[0].buffer.data
-    with by_messages(context):
-        optimizer = make("numpy flat")
-        train(context, LocalSGD(optimizer, sync_every=4), 20)
-        results["messages"] = params_of(optimizer)[0].buffer.data
     if context.rank == 0:
         np.savez(context.folder / f"{context.engine}-{context.size}.npz", **results)
 
 
-@contextmanager
-def by_messages(context: Context) -> Iterator[list[int]]:
-    """Let everything be averaged by messages of some hundred bytes; yields the numbers of elements sent."""
-    sent: list[int] = []
-    engine = type(context.group)
-    send = engine._send
-
-    def counting(group: Any, views: list[Any], target: int, tag: int) -> Any:
-        sent.append(sum(map(len, views)))
-        return send(group, views, target, tag)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_send", counting)
-        patch.setattr(_traffic, "MESSAGES_LEAST_TOTAL_BYTES", 0)
-        for name, limit in {"": 120, "DIRECT_": 40}.items():
-            patch.setattr(_traffic, f"MESSAGE_{name}BYTES", limit)
-        yield sent
-
-
-@check()
-def torchs_own_checks_of_collectives(context: Context) -> None:
-    """With TORCH_DISTRIBUTED_DEBUG=DETAIL torch counts messages as collectives, so there are none."""
-    if context.engine == "gloo":
-        import torch.distributed as dist
-
-        array, level = np.zeros(1), dist.get_debug_level()
-        assert context.group.can_send(array)  # type: ignore[attr-defined]
-        try:
-            dist.set_debug_level(dist.DebugLevel.DETAIL)
-            assert not context.group.can_send(array)  # type: ignore[attr-defined]
-        finally:
-            dist.set_debug_level(level)
-
-
-@check(cases=KINDS)
-def averaging_by_messages(context: Context, kind: str) -> None:
-    """On one machine; the ranks send 2 (N - 1) times all bytes together."""
-    with by_messages(context) as sent:
-        averaging(context, kind)
-        # In two rounds all but the owner send each value, and the owner sends the mean to all others.
-        total = np.array([float(sum(sent))])
-        assert total > 0
-        context.group.all_reduce(total).wait()
-        elements = sum(as_array(p).size for p in params_of(make(kind)))
-        assert total == 2 * 2 * (context.size - 1) * elements
-        sent.clear()
-        for place, name, value in (
-            (local_sgd, "machine_fingerprint", lambda: context.rank),
-            (_traffic, "MESSAGES_MOST_COPIED_BYTES", -1),
-        ):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(place, name, value)
-                averaging(context, kind)
-            assert not sent
-
-
-@check(cases=KINDS)
-def averaging_what_goes_from_each_to_all(context: Context, kind: str) -> None:
-    """On one machine, up to a limit, from three ranks on."""
-    engine, combined = type(context.group), []
-    combine = engine._combine
-
-    def counting(group: Any, view: Any, op: str) -> None:
-        if "float32" in str(view.dtype):  # the parameters; else a header
-            combined.append(len(view))
-        combine(group, view, op)
-
-    elements = sum(as_array(p).size for p in params_of(make(kind)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_combine", counting)
-        for limit in (4 * elements, 4 * elements - 1):
-            patch.setattr(_traffic, "COMBINED_MOST_BYTES", limit)
-            averaging(context, kind)
-            rounds = 2 if context.size > 2 and limit == 4 * elements else 0
-            assert sum(combined) == rounds * elements
-            combined.clear()
-        patch.setattr(_traffic, "COMBINED_MOST_BYTES", 4 * elements)
-        patch.setattr(local_sgd, "machine_fingerprint", lambda: context.rank)
-        averaging(context, kind)
-        assert not combined
-
-
-@check()
-def messages_keep_to_themselves(context: Context) -> None:
-    """A user's receive from anybody, with any tag, gets the user's message; MPI matches them by communicator only."""
-    if context.engine == "mpi":
-        from mpi4py import MPI
-
-        comm, size = MPI.COMM_WORLD, context.size
-        theirs = np.zeros(1_000, np.float32)
-        request = comm.Irecv(theirs, MPI.ANY_SOURCE, MPI.ANY_TAG)
-    with by_messages(context) as sent:
-        averaging(context, "numpy")
-        assert sent
-    if context.engine == "mpi":
-        comm.Send(np.full(1_000, context.rank, np.float32), (context.rank + 1) % size, 7)
-        request.Wait()
-        assert (theirs == (context.rank - 1) % size).all()
-
-
-@check(cases={name: {"dtype": name} for name in ("float32", "float64")})
-def numpys_error_state_stops_no_round(context: Context, dtype: str) -> None:
-    """Each rank forms other means: where one raised at an overflow, the others would wait for it."""
-    arrays = [np.full(1_000, np.finfo(dtype).max, dtype) for _ in range(2 * context.size)]
-    mean = MessageMean([[array] for array in arrays], context.rank, context.size)
-    with np.errstate(all="raise"):
-        mean.run(context.group, lambda number: None, lambda number: None)  # type: ignore[arg-type]
-    assert all(np.isinf(array).all() for array in arrays)
-
-
-@check(GLOO, cases={transfer: {"transfer": transfer} for transfer in ("send", "receive")})
-def nobody_waits_for_a_rank_that_broke_off(context: Context, transfer: str) -> None:
-    """Long before the timeout of 60 seconds, whether for a message or for its arrival."""
-    import torch.distributed as dist
-
-    group: Any = as_process_group(dist.new_group())
-
-    def wait() -> None:
-        getattr(group, transfer)([np.zeros(1_000_000, np.float32)], 1, 5).wait()
-        group.close_messages()
-
-    start = time.perf_counter()
-    if context.rank == 0:
-        with pytest.raises(RuntimeError):
-            wait()
-    elif context.rank == 1:
-        group.break_off()
-    context.group.barrier()
-    assert time.perf_counter() - start < 20
-
-
-@check(GLOO)
-def nobody_waits_for_a_rank_whose_operation_failed(context: Context) -> None:
-    """In a ring only one of them loses the rank that it waits for."""
-    import torch.distributed as dist
-
-    group = as_process_group(dist.new_group())
-    start = time.perf_counter()
-    if context.rank == context.size - 1:
-        group.break_off()  # type: ignore[attr-defined]
-    else:
-        with pytest.raises(RuntimeError):
-            group.all_reduce(np.zeros(10)).wait()
-    context.group.barrier()
-    assert time.perf_counter() - start < 20
-
-
-@check(GLOO)
-def nobody_waits_for_a_rank_that_left(context: Context) -> None:
-    """What is left of messages does not keep the connections of a group that was destroyed."""
-    import torch.distributed as dist
-
-    torchs = dist.new_group()
-    group: Any = as_process_group(torchs)
-    arrays = [np.full(1_000, context.rank, np.float32) for _ in range(2 * context.size)]
-    mean = MessageMean([[array] for array in arrays], context.rank, context.size)
-    mean.run(group, lambda number: None, lambda number: None)
-    context.group.barrier()
-    start = time.perf_counter()
-    if context.rank == 1:
-        dist.destroy_process_group(torchs)
-        del torchs
-    else:
-        with pytest.raises(RuntimeError):
-            group.all_reduce(np.zeros(10)).wait()
-    context.group.barrier()
-    assert time.perf_counter() - start < 20
-
-
 INTERRUPTS: dict[str, dict[str, Any]] = {
-    "a round": {"wrap": partial(LocalSGD, sync_every=1), "where": (_traffic.Averager, "_unload")},
-    "a step": {"wrap": DataParallel, "where": (DataParallel, "_take")},
+    "a round": {"wrap": partial(LocalSGD, sync_every=1), "where": (Averager, "_unload")},
+    "a step": {"wrap": DataParallel, "where": (Averager, "_unload")},
 }
 
 
@@ -1385,38 +1152,6 @@ def a_failure_is_forgotten_with_its_error(context: Context) -> None:
         gc.enable()
 
 
-@check()
-def a_message_given_up_touches_nothing(context: Context) -> None:
-    """What is sent later does not reach it."""
-    if context.engine == "gloo":  # which ends its connections then
-        import torch.distributed as dist
-
-        group = as_process_group(dist.new_group())
-    else:
-        group = context.group
-    group.open_messages()  # type: ignore[attr-defined]
-    array = np.zeros(1_000_000, np.float32)
-    if context.rank == 0:
-        message = group.receive([array], 1, 5)  # type: ignore[attr-defined]
-        message.abandon()
-        message.abandon()  # once more, for nothing
-    context.group.barrier()
-    sending = None
-    if context.rank == 1:
-        with suppress(RuntimeError):
-            sending = group.send([array + 1], 0, 5)  # type: ignore[attr-defined]
-    context.group.barrier()
-    assert not array.any()
-    if context.engine == "mpi":  # it waits for who wants it
-        if context.rank == 0:
-            group.receive([array], 1, 5).wait()  # type: ignore[attr-defined]
-            assert array.all()
-        if sending is not None:
-            sending.wait()
-    elif sending is not None:
-        sending.abandon()
-
-
 class Four:
     """A schedule, so that losses are counted."""
 
@@ -1448,10 +1183,10 @@ def going_on_with_other_ranks(context: Context) -> None:
             local.rebind(context.group)
         assert_equal_on_all(context, params_of(optimizer))
         # With `transactional` back at the end of the round.
-        assert set(on_all(context, local._steps)) == {
+        assert set(on_all(context, local._round.steps)) == {
             14.0 if options.get("transactional") else 16.0
         }
-        for loss in (local._last_loss, local._first_loss):
+        for loss in (local._round.last_loss, local._round.first_loss):
             assert loss is not None
             assert len(set(on_all(context, loss))) == 1
         train(context, local, 4, first=20, losses=True)
@@ -1543,24 +1278,19 @@ def momentum_loaded_in_another_dtype(context: Context) -> None:
     """On one rank alone, which copies what the others send from where it is; all choose the same way, and mean."""
     value = 1.0 + context.rank
     expected = np.float32((context.size + 1) / 2)
-    for copied in (0, 1 << 20):  # how much may be
-        with by_messages(context) as sent, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_traffic, "MESSAGES_MOST_COPIED_BYTES", copied)
-            parameter = sgdcore.Parameter(np.ones(1000, np.float32))
-            optimizer = sgdcore.SGD([parameter], lr=0.0, momentum=0.9)
-            optimizer.step(grads=[np.full(1000, value, np.float32)])
-            if context.rank == 1:
-                state = optimizer.state_dict()
-                momentum = state["state"][0]["momentum_buffer"].astype(np.float64)
-                state["state"][0]["momentum_buffer"] = momentum
-                optimizer.load_state_dict(state)
-            local = LocalSGD(optimizer, sync_every=1, momentum_sync="average")
-            sent.clear()
-            local.step(grads=[np.full(1000, 0.1 * value, np.float32)])  # b = 0.9 b + g
-            assert sent
-            [mean] = momenta_of(local)
-            assert mean.dtype == (np.float64 if context.rank == 1 else np.float32)
-            close(mean, np.full(1000, expected), 4)
+    parameter = sgdcore.Parameter(np.ones(1000, np.float32))
+    optimizer = sgdcore.SGD([parameter], lr=0.0, momentum=0.9)
+    optimizer.step(grads=[np.full(1000, value, np.float32)])
+    if context.rank == 1:
+        state = optimizer.state_dict()
+        momentum = state["state"][0]["momentum_buffer"].astype(np.float64)
+        state["state"][0]["momentum_buffer"] = momentum
+        optimizer.load_state_dict(state)
+    local = LocalSGD(optimizer, sync_every=1, momentum_sync="average")
+    local.step(grads=[np.full(1000, 0.1 * value, np.float32)])  # b = 0.9 b + g
+    [mean] = momenta_of(local)
+    assert mean.dtype == (np.float64 if context.rank == 1 else np.float32)
+    close(mean, np.full(1000, expected), 4)
 
 
 class Failing(Counting):
@@ -1634,7 +1364,7 @@ def ranks_that_completed_a_round_lead(context: Context) -> None:
         else:
             with pytest.MonkeyPatch.context() as patch:
                 # Rank 1 does not get to the momentum.
-                patch.setattr(local._momentum, "averager", lambda wanted: None)
+                patch.setattr(local._parameters.momenta, "averager", lambda wanted: None)
                 train(context, local, 2, first=2)
             assert local.round == 2
         group.armed = False
@@ -1660,7 +1390,7 @@ def long_rounds_end_at_once(context: Context) -> None:
 @check()
 def a_failure_before_the_first_step_changes_nothing(context: Context) -> None:
     class Gone(Counting):
-        def all_reduce(self, array: Any, op: str = "sum") -> Any:
+        def all_gather(self, output: Any, array: Any) -> Any:
             raise ConnectionError("all are gone")
 
     optimizer = make("numpy flat")
@@ -1688,11 +1418,11 @@ def steps_are_counted_alike(context: Context) -> None:
     """After a round that some ranks ended early, schedules choose the same period on all ranks."""
     local = LocalSGD(make("numpy flat"), sync_every=PostLocal(4, after=5), warmup_steps=1)
     train(context, local, 1)
-    local._schedule = 100
+    local._options = dataclasses.replace(local._options, sync_every=100)
     train(context, local, 4 * context.rank)
     local.sync()
-    assert on_all(context, local._steps) == [4 * context.size - 3] * context.size
-    assert on_all(context, local._last_period) == [4 * (context.size - 1)] * context.size
+    assert on_all(context, local._round.steps) == [4 * context.size - 3] * context.size
+    assert on_all(context, local._round.last_period) == [4 * (context.size - 1)] * context.size
 
 
 @check(
@@ -1707,7 +1437,7 @@ def a_round_without_a_step_here(context: Context, options: dict[str, Any]) -> No
     """A rank that has not stepped since all were equal averages from there, too."""
     optimizer, plain = make("numpy flat"), make("numpy flat")
     local = LocalSGD(optimizer, sync_every=100, **options)
-    for anchor in local._anchors:  # memory's contents before it is used
+    for anchor in local._anchor.values:  # memory's contents before it is used
         anchor[...] = np.nan
     reference = LocalSGD(plain, sync_every=100)
     if context.rank == 0:
@@ -1735,7 +1465,7 @@ def a_failed_first_round(context: Context, steps: int) -> None:
             local.sync()
         assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), start, strict=True))
         assert all(momentum is None for momentum in momenta_of(optimizer))
-        assert (local._steps, local.step_in_round) == (0, 0)
+        assert (local._round.steps, local.step_in_round) == (0, 0)
     else:
         local.sync()
 

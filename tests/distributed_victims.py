@@ -17,18 +17,25 @@ import torch
 import torch.distributed as dist
 
 import sgdcore
-from sgdcore.distributed import DataParallel, LocalSGD, RoundError, _traffic, as_process_group
+from sgdcore.distributed import DataParallel, LocalSGD, RoundError
 
 ELEMENTS = 600_000  # some milliseconds for an average
 
 
-def connect(store: dist.Store, name: str, rank: int, ranks: int, seconds: float) -> None:
+def connect(
+    store: dist.Store,
+    name: str,
+    rank: int,
+    ranks: int,
+    seconds: float,
+    backend: str | None = "gloo",
+) -> None:
     """Join a group; survivors leave the old one and meet under another name."""
     if dist.is_initialized():
         dist.destroy_process_group()
     prefixed = dist.PrefixStore(name, store)
     dist.init_process_group(
-        "gloo", store=prefixed, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
+        backend, store=prefixed, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
     )
 
 
@@ -61,15 +68,9 @@ def survive(
     """Train until a peer is gone, report what is left, go on without it, and report again."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    connect(store, f"{trial}-0", rank, ranks, options.pop("timeout", 10.0))
+    seconds, backend = options.pop("timeout", 10.0), options.pop("backend", "gloo")
+    connect(store, f"{trial}-0", rank, ranks, seconds, backend)
     how = options.pop("how", signal.SIGKILL)
-    way = options.pop("way")
-    if way == "messages":
-        _traffic.MESSAGES_LEAST_TOTAL_BYTES, _traffic.MESSAGE_BYTES = 0, 100_000
-    elif way == "to all":
-        _traffic.COMBINED_MOST_BYTES = 4 * ELEMENTS + 1_000
-    else:
-        _traffic.MESSAGES_MOST_RANKS = 0
     optimizer, buffer = optimizer_for(rank)
     local = LocalSGD(optimizer, sync_every=2, **options)
     if rank == ranks - 1:
@@ -89,13 +90,13 @@ def survive(
         while True:
             one_step(local, buffer, rank, step)
             step += 1
-            if local._step_in_round == 0:
-                kept[local._round] = buffer.data.copy(), momentum_of(optimizer, buffer).copy()
-                kept.pop(local._round - 2, None)
+            if local.step_in_round == 0:
+                kept[local.round] = buffer.data.copy(), momentum_of(optimizer, buffer).copy()
+                kept.pop(local.round - 2, None)
     except RoundError as error:
         report |= {"error": str(error), "round": error.round, "restored": error.restored}
-        report["rounds"] = local._round
-        data, momentum = kept[local._round]
+        report["rounds"] = local.round
+        data, momentum = kept[local.round]
         report["parameters are back"] = buffer.data.tobytes() == data.tobytes()
         own = momentum_of(optimizer, buffer)
         same = own is None if momentum is None else own.tobytes() == momentum.tobytes()
@@ -109,13 +110,13 @@ def survive(
         report["rebind"] = str(error)
         pipe.send(report)
         os._exit(0)
-    report["rounds after rebind"] = local._round
+    report["rounds after rebind"] = local.round
     report["equal after rebind"] = _equal(buffer)
-    if local._round in kept:
-        report["at a round's end"] = buffer.data.tobytes() == kept[local._round][0].tobytes()
+    if local.round in kept:
+        report["at a round's end"] = buffer.data.tobytes() == kept[local.round][0].tobytes()
     for more in range(4):
         one_step(local, buffer, rank, step + more)
-    report["went on"] = local._round - report["rounds after rebind"]
+    report["went on"] = local.round - report["rounds after rebind"]
     report["equal in the end"] = _equal(buffer)
     report["finite"] = bool(np.isfinite(buffer.data).all())
     pipe.send(report)
@@ -159,71 +160,4 @@ def survive_data_parallel(
     report["equal in the end"] = _equal(buffer)
     pipe.send(report)
     dist.barrier()
-    os._exit(0)
-
-
-def survive_in_backward(
-    port: int, trial: str, rank: int, ranks: int, delay: float, pipe: Connection
-) -> None:
-    """A backward pass raises on rank 0, with part of its gradients sent to a group that ends meanwhile."""
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    connect(store, f"{trial}-0", rank, ranks, 10.0)
-    first, second = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
-    data = DataParallel(torch.optim.SGD([first, second], lr=0.1), slice_bytes=16)
-    dist.barrier()
-    if rank == ranks - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    report: dict[str, Any] = {"rank": rank}
-
-    def fails(gradient: torch.Tensor) -> None:
-        raise MemoryError("out of memory")
-
-    x = first * (1.0 + rank)
-    if rank == 0:
-        x.register_hook(fails)
-    try:
-        (x * second).sum().backward()  # type: ignore[no-untyped-call]
-    except (MemoryError, RoundError) as error:
-        report["error"] = str(error)
-    report["sent"] = data._next
-    connect(store, f"{trial}-1", rank, ranks - 1, 10.0)
-    try:
-        data.group.barrier()
-    except RuntimeError as error:
-        report["old group"] = str(error)
-    data.rebind()
-    data.zero_grad()
-    (first * (1.0 + rank) * second).sum().backward()  # type: ignore[no-untyped-call]
-    data.step()
-    report["parameters"] = first.tolist() + second.tolist()
-    pipe.send(report)
-    dist.barrier()
-    os._exit(0)
-
-
-def wait_for_a_message(
-    port: int, trial: str, rank: int, ranks: int, delay: float, lost: str, pipe: Connection
-) -> None:
-    """Send 400 MB between rank 0 and the last one, the sender or the receiver, which is killed; the other looks on."""
-    connect(dist.TCPStore("127.0.0.1", port, is_master=False), trial, rank, ranks, 30.0)
-    group: Any = as_process_group()
-    arrays = [torch.zeros(10_000_000) for _ in range(10)]
-    group.barrier()
-    start, error, messages = time.perf_counter(), "", []
-    ends = {0: ranks - 1, ranks - 1: 0}
-    if rank in ends:
-        sends = (lost == "sender") == (rank == ranks - 1)
-        begin = group.send if sends else group.receive
-        messages = [begin(pair, ends[rank], 5) for pair in zip(*[iter(arrays)] * 2, strict=True)]
-        if rank == ranks - 1:
-            time.sleep(delay)
-            os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        for message in messages:
-            message.wait()
-        group.close_messages()
-    except RuntimeError as failure:
-        error = str(failure)
-    pipe.send({"seconds": time.perf_counter() - start, "error": error})
     os._exit(0)

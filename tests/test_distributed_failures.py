@@ -16,17 +16,11 @@ import pytest
 import torch.distributed as dist
 
 import distributed_victims
-from distributed_victims import (
-    survive,
-    survive_data_parallel,
-    survive_in_backward,
-    wait_for_a_message,
-)
+from distributed_victims import survive, survive_data_parallel
 
 RANKS = 3
 # Each at another moment.
 KILLS = 50
-WAYS = pytest.mark.parametrize("way", ["all-reduce", "messages", "to all"])
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +60,16 @@ def spawn() -> Callable[..., list[dict[str, Any]]]:
     return run
 
 
-@WAYS
 def test_killed_ranks_cost_nothing_with_transactions(
-    spawn: Callable[..., list[dict[str, Any]]], way: str
+    spawn: Callable[..., list[dict[str, Any]]],
 ) -> None:
     """SIGKILL at any moment: parameters and momentum are back at the last round, bit for bit; the others go on."""
     rng = np.random.default_rng(0)
     for trial in range(KILLS):
         # Some in the first round, most in one of the following.
         delay = float(rng.uniform(0, 0.15))
-        options = {"transactional": True, "way": way}
-        reports = spawn(survive, f"kill-{trial}-{way}", delay, options)
+        options = {"transactional": True}
+        reports = spawn(survive, f"kill-{trial}", delay, options)
         rounds = max(report["rounds"] for report in reports)
         for report in reports:
             what = f"trial {trial}, delay {delay}: {report}"
@@ -94,13 +87,13 @@ def test_killed_ranks_cost_nothing_with_transactions(
             assert report["finite"], what
 
 
-@WAYS
+@pytest.mark.parametrize("backend", ["gloo", None])
 def test_a_dead_peer_is_reported_soon_and_by_round(
-    spawn: Callable[..., list[dict[str, Any]]], way: str
+    spawn: Callable[..., list[dict[str, Any]]], backend: str | None
 ) -> None:
     start = time.perf_counter()
-    options = {"transactional": True, "timeout": 30.0, "way": way}
-    reports = spawn(survive, f"soon-{way}", 0.1, options)
+    options = {"transactional": True, "timeout": 30.0, "backend": backend}
+    reports = spawn(survive, f"soon-{backend}", 0.1, options)
     assert time.perf_counter() - start < 25
     for rank, report in enumerate(reports):
         expected = (
@@ -110,34 +103,22 @@ def test_a_dead_peer_is_reported_soon_and_by_round(
         assert report["error"].startswith(expected)
 
 
-@pytest.mark.parametrize("lost", ["sender", "receiver"])
-def test_a_peer_that_dies_in_the_middle_of_a_large_message_is_reported_soon(
-    spawn: Callable[..., list[dict[str, Any]]], lost: str
-) -> None:
-    for trial in range(8):
-        for report in spawn(wait_for_a_message, f"{lost}-{trial}", 0.02 + 0.01 * trial, lost):
-            assert report["seconds"] < 15, report
-            assert report["error"]
-
-
-@WAYS
 def test_a_peer_that_hangs_is_reported_within_the_timeout(
-    spawn: Callable[..., list[dict[str, Any]]], way: str
+    spawn: Callable[..., list[dict[str, Any]]],
 ) -> None:
     start = time.perf_counter()
     options = {"transactional": True, "timeout": 2.0, "how": signal.SIGSTOP}
-    reports = spawn(survive, f"hang-{way}", 0.1, options | {"way": way})
+    reports = spawn(survive, "hang", 0.1, options)
     assert time.perf_counter() - start < 25
     for report in reports:
         assert report["parameters are back"]
         assert report["equal in the end"]
 
 
-@WAYS
 def test_without_transactions_the_error_says_what_is_lost(
-    spawn: Callable[..., list[dict[str, Any]]], way: str
+    spawn: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    reports = spawn(survive, f"plain-{way}", 0.1, {"way": way})
+    reports = spawn(survive, "plain", 0.1, {})
     for report in reports:
         assert not report["restored"]
         lost = "transactional=True would restore them" in report["error"]
@@ -159,14 +140,3 @@ def test_data_parallel_survives(spawn: Callable[..., list[dict[str, Any]]]) -> N
         assert report["parameters are untouched"]
         assert report["equal after rebind"]
         assert report["equal in the end"]
-
-
-def test_what_was_sent_to_a_group_that_ended_is_forgotten(
-    spawn: Callable[..., list[dict[str, Any]]],
-) -> None:
-    """The default group after `destroy_process_group` is another one, whose ranks know nothing of it."""
-    reports = spawn(survive_in_backward, "in backward", 0.0)
-    assert [report["sent"] for report in reports] == [1, 0]
-    for report in reports:
-        assert report["old group"].startswith("the process group was destroyed")
-        np.testing.assert_allclose(report["parameters"], np.full(8, 1 - 0.1 * 1.5), rtol=1e-6)

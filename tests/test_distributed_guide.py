@@ -1,4 +1,7 @@
-"""docs/distributed.md: its examples run, its tables are those of the committed results, its links lead somewhere."""
+"""The guide for several workers and its measurements.
+
+The guide's examples run, the tables of the measurements are those of the committed results, and links lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from sgdcore.distributed import sampler
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs/distributed.md"
+MEASUREMENTS = ROOT / "docs/distributed-measurements.md"
 
 
 def benchmark(name: str) -> ModuleType:
@@ -33,7 +37,7 @@ def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPa
     # dataclasses look their module up.
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
     results = ROOT / "benchmarks/results/distributed" / f"{name.replace('_', '-')}.json"
-    assert benchmark(name).table(json.loads(results.read_text())) in GUIDE.read_text()
+    assert benchmark(name).table(json.loads(results.read_text())) in MEASUREMENTS.read_text()
 
 
 def test_table_of_the_traffic_is_that_of_the_results() -> None:
@@ -42,7 +46,7 @@ def test_table_of_the_traffic_is_that_of_the_results() -> None:
     for engine in ("gloo", "mpi"):
         text = (folder / f"round-{engine}-epyc-2-cores.json").read_text()
         results |= json.loads(text)["results"]
-    assert benchmark("distributed").table(results) in GUIDE.read_text()
+    assert benchmark("distributed").table(results) in MEASUREMENTS.read_text()
 
 
 def test_examples_of_the_guide() -> None:
@@ -57,8 +61,13 @@ def test_examples_of_the_sampler() -> None:
     assert result.failed == 0
 
 
-def test_links() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", GUIDE.read_text())
-    assert len(links) > 5
-    missing = [link for link in links if not (GUIDE.parent / link).exists()]
+@pytest.mark.parametrize("page", [GUIDE, MEASUREMENTS], ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert len(links) > 3
+    missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_guide_is_read_in_ten_minutes() -> None:
+    assert len(GUIDE.read_text().split()) < 2_900

@@ -13,11 +13,20 @@ import numpy as np
 import pytest
 
 import sgdcore
-from sgdcore.distributed import LocalSGD, OuterSGD, RoundError, SlowMo, local_sgd, outer
-from sgdcore.distributed._traffic import Averager
+from sgdcore.distributed import (
+    LocalSGD,
+    OuterSGD,
+    RoundError,
+    SlowMo,
+    anchor,
+    local_sgd,
+    outer,
+)
+from sgdcore.distributed import round as rounds
+from sgdcore.distributed.averager import Averager
 
 RANKS = 2
-WRITTEN_TO = (local_sgd.__file__, outer.__file__)
+WRITTEN_TO = (local_sgd.__file__, outer.__file__, anchor.__file__, rounds.__file__)
 
 
 class Done:
@@ -157,7 +166,7 @@ def interrupted(
         report["error"] = str(error)
         return report
     report["met"] = values(local), local.round
-    report["steps"] = local._steps
+    report["steps"] = local._round.steps
     for _ in range(2):
         step(local, group)
     report["went on"] = values(local), local.round

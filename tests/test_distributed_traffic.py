@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sgdcore.distributed import _traffic
-from sgdcore.distributed._flat import divide_into, empty, runs
-from sgdcore.distributed._traffic import CHUNK, Averager, Differences, Pace, exchange
+from sgdcore.distributed import averager as averaging
+from sgdcore.distributed._flat import empty, runs, scale
+from sgdcore.distributed.averager import Averager, Sizes, exchange
+from sgdcore.distributed.feedback import BLOCK, ErrorFeedback
+from sgdcore.distributed.parameters import wire_name
 
 
 class Late:
@@ -52,22 +54,20 @@ KINDS = pytest.mark.parametrize("kind", ["numpy", "torch"])
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
-@pytest.mark.parametrize("divisor", [1, 2, 3, 4, 6, 8, 0.5, 1 << 14, 1 << 15])
-def test_dividing_by_a_power_of_two_is_division(kind: str, dtype: str, divisor: float) -> None:
-    """Also where the result has fewer bits than the source."""
-    limits = np.finfo(dtype)
-    tiny = limits.smallest_subnormal * np.arange(-40, 40)
-    values = np.concatenate([tiny, [limits.max, -0.0, np.inf], np.arange(-50, 50) / 7])
-    values = values.astype(dtype)
-    with np.errstate(over="ignore"):
-        expected = values / np.dtype(dtype).type(divisor)
-        target = like(kind, np.zeros_like(values))
-        divide_into(target, like(kind, values), divisor)
-        in_place = like(kind, values)
-        divide_into(in_place, in_place, divisor)
-    for result in (target, in_place):
-        assert np.asarray(result).tobytes() == expected.tobytes()
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("look", [False, True])
+def test_scaling(kind: str, dtype: str, look: bool) -> None:
+    """Across several blocks; what is not finite is seen wherever it is, and large sums are no alarm."""
+    values = np.random.default_rng(0).standard_normal(3 * (1 << 17) + 5).astype(dtype)
+    array = like(kind, values)
+    assert scale(array, 1 / 3, look)
+    assert np.asarray(array).tobytes() == (values * np.dtype(dtype).type(1 / 3)).tobytes()
+    assert scale(like(kind, np.full(9, np.finfo(dtype).max / 2, dtype)), 1.0, look)
+    for place in (0, 1 << 17, len(values) - 1):
+        for bad in (np.nan, np.inf, -np.inf):
+            spoilt = values.copy()
+            spoilt[place] = bad
+            assert scale(like(kind, spoilt), 0.5, look) == (not look)
 
 
 @KINDS
@@ -76,16 +76,16 @@ def test_dividing_by_a_power_of_two_is_division(kind: str, dtype: str, divisor: 
 def test_copies_do_not_overwrite_each_other(
     kind: str, in_flight: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many slices through few places, each of whose sums comes at the last moment."""
-    monkeypatch.setattr(_traffic, "PACE", Pace(1 << 12, 1 << 10, in_flight))
+    """Many chunks through few places, each of whose sums comes at the last moment."""
+    monkeypatch.setattr(averaging, "GLOO_SIZES", Sizes(1 << 12, 1 << 10, in_flight))
     rng = np.random.default_rng(0)
     sizes = [100, 200, 50, 3000, 256, 256, 1, 999, 120, 130, 140]
     values = [rng.standard_normal(size).astype(dtype) for size in sizes]
     arrays = [like(kind, each) for each in values]
     group = Same(2)
-    averager = Averager(arrays, runs(arrays))
+    averager = Averager(runs(arrays), sizes, [wire_name(dtype)] * len(sizes), arrays[0])
     for _ in range(2):
-        averager.average(group)
+        averager.average(group, arrays, 0.5)
         for array, each in zip(arrays, values, strict=True):
             assert np.asarray(array).tobytes() == each.tobytes()
     assert group.count > 2 * in_flight
@@ -96,16 +96,17 @@ def test_copies_do_not_overwrite_each_other(
 @KINDS
 @pytest.mark.parametrize("renew", [False, True], ids=["anchor kept", "anchor renewed"])
 def test_differences(kind: str, renew: bool) -> None:
-    """Parameter, anchor and what rounding left over, across several chunks."""
+    """Parameter, anchor and what rounding left over, across several blocks."""
     rng = np.random.default_rng(1)
-    size = 2 * CHUNK + 77
+    size = 2 * BLOCK + 77
     start = rng.standard_normal(size, np.float32)
     moved = start + rng.standard_normal(size, np.float32) / 100
     left = rng.standard_normal(size, np.float32) / 1e4
     (view, anchor, error) = (like(kind, each) for each in (moved, start, left))
     group = Same(2)
-    codec = Differences([view], [anchor], [error], group.size, renew)
-    Averager([view], [[0]], codec, wire="bfloat16").average(group)
+    feedback = ErrorFeedback()
+    feedback.residuals, feedback.anchors, feedback.renews = [error], [anchor], renew
+    Averager([[0]], [size], ["bfloat16"], view, feedback).average(group, [view], 0.5)
     share = (moved - start) / np.float32(2) + left
     sent = torch.tensor(share).bfloat16()
     mean = start + (2 * sent.float()).numpy()

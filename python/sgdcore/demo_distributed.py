@@ -24,7 +24,14 @@ import numpy as np
 
 import sgdcore
 from sgdcore import demo
-from sgdcore.distributed import DataParallel, LocalSGD, ProcessGroup, ShardSampler, as_process_group
+from sgdcore.distributed import (
+    DataParallel,
+    LocalSGD,
+    ProcessGroup,
+    RoundError,
+    ShardSampler,
+    as_process_group,
+)
 
 # How the launchers tell a process its rank: torchrun; MPICH and what derives from it; Open MPI.
 _TORCHRUN, _MPIEXEC = "TORCHELASTIC_RUN_ID", ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -65,20 +72,26 @@ def train_on_shards(
     with np.errstate(over="ignore", invalid="ignore"):
         for epoch in range(1, epochs + 1):
             sampler.set_epoch(epoch)
-            for batch in sampler.batches(batch_size):
-                lr = base_lr * schedule(history.steps / total_steps)
-                optimizer.param_groups[0]["lr"] = lr
-                images = data.train_images[batch]
-                images += demo.NOISE * noise.standard_normal(images.shape, images.dtype.type)
-                activations = model.forward(images)
-                _, delta = loss_function(activations[-1], data.train_labels[batch])
-                model.backward(activations, delta)
-                workers.step()
-                history.steps += 1
-                history.seconds = perf_counter() - began
-                progress.step()
-            if isinstance(workers, LocalSGD):
-                workers.sync()
+            try:
+                for batch in sampler.batches(batch_size):
+                    lr = base_lr * schedule(history.steps / total_steps)
+                    optimizer.param_groups[0]["lr"] = lr
+                    images = data.train_images[batch]
+                    images += demo.NOISE * noise.standard_normal(images.shape, images.dtype.type)
+                    activations = model.forward(images)
+                    _, delta = loss_function(activations[-1], data.train_labels[batch])
+                    model.backward(activations, delta)
+                    workers.step()
+                    history.steps += 1
+                    history.seconds = perf_counter() - began
+                    progress.step()
+                if isinstance(workers, LocalSGD):
+                    workers.sync()
+            except RoundError:
+                # Where parameters are no longer finite, training has diverged.
+                record = demo.evaluate(model, data, loss_function, epoch)
+                demo.check_finite(record.train_loss, epoch, lr)
+                raise
             record = demo.evaluate(model, data, loss_function, epoch)
             # Not after each step as alone: a rank that left while the others average would leave them waiting.
             demo.check_finite(record.train_loss, epoch, lr)

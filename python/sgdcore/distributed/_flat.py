@@ -21,12 +21,13 @@ from sgdcore._arrays import storage_dtype
 __all__ = [
     "address",
     "alike",
+    "all_finite",
     "array_namespace",
     "compute_dtype",
     "copied",
+    "copy_all",
     "copy_into",
     "count_change",
-    "divide_into",
     "dtype_name",
     "element_strides",
     "empty",
@@ -34,13 +35,18 @@ __all__ = [
     "is_torch",
     "item_bytes",
     "join",
-    "numbers",
     "overlap",
     "reorder",
     "runs",
+    "scale",
+    "shaped",
+    "store",
     "zero_nonfinite",
     "zeros_like",
 ]
+
+# Elements that are handled at a time where each is needed twice: they stay in the processor's cache.
+BLOCK = 1 << 17
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
@@ -114,12 +120,12 @@ def _axes(array: Any) -> list[int]:
 
 def reorder(values: Any, before: Any, after: Any) -> None:
     """Bring flat values from the order in memory of one array into that of another one of its shape, in place."""
-    source, target = _shaped(copied(values), before), _shaped(values, after)
+    source, target = shaped(copied(values), before), shaped(values, after)
     target[...] = source
 
 
-def _shaped(values: Any, like: Any) -> Any:
-    """Return flat values as a view in the shape of an array whose `flat` view has the same order."""
+def shaped(values: Any, like: Any) -> Any:
+    """Return flat values as a view in the shape of an array, whose `flat` view has the same order."""
     if is_torch(like) and like.is_complex():
         like = sys.modules["torch"].view_as_real(like)
     axes = _axes(like)
@@ -178,14 +184,9 @@ def zero_nonfinite(array: Any) -> None:
         np.nan_to_num(array, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def numbers(like: Any, values: Sequence[float], dtype: str = "float64") -> Any:
-    """Return a new array of the same kind with these values."""
-    array = empty(like, len(values), dtype)
-    if is_torch(like):
-        array.copy_(sys.modules["torch"].tensor(values, dtype=array.dtype))
-    else:
-        array[...] = values
-    return array
+def store(array: Any, values: Any) -> None:
+    """Copy a NumPy array's values into an array of either kind."""
+    array[...] = sys.modules["torch"].from_numpy(values.copy()) if is_torch(array) else values
 
 
 def array_namespace(array: Any) -> Any:
@@ -201,17 +202,48 @@ def copy_into(target: Any, source: Any) -> None:
         target[...] = source
 
 
-def divide_into(target: Any, source: Any, divisor: float) -> None:
-    """``target[...] = source / divisor``, where the source may be overwritten; rounds once to the target's dtype."""
-    result = target if target.dtype == source.dtype else source
-    namespace = array_namespace(source)
-    operation, number = namespace.divide, divisor
-    if 1 <= divisor <= 1 << 14 and math.frexp(divisor)[0] == 0.5:
-        # A power of two, small enough for float16: the same bits in less time.
-        operation, number = namespace.multiply, 1 / divisor
-    operation(source, number if is_torch(source) else source.dtype.type(number), out=result)
-    if result is not target:
-        copy_into(target, result)
+def copy_all(targets: Sequence[Any], sources: Sequence[Any]) -> None:
+    """Copy each source into its target, at less cost for many small tensors."""
+    if targets and is_torch(targets[0]):
+        sys.modules["torch"]._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target[...] = source
+
+
+def scale(array: Any, factor: float, look: bool = False) -> bool:
+    """Multiply an array by a number, in place.
+
+    Args:
+        array: a flat view.
+        factor: the number.
+        look: look whether the products are finite, while they are in the processor's cache.
+
+    Returns:
+        Whether all products were finite; True where they were not looked at.
+    """
+    number = factor if is_torch(array) else array.dtype.type(factor)
+    multiply = array_namespace(array).multiply
+    if not look:
+        if factor != 1:
+            multiply(array, number, out=array)
+        return True
+    finite = True
+    for start in range(0, len(array), BLOCK):
+        block = array[start : start + BLOCK]
+        if factor != 1:
+            multiply(block, number, out=block)
+        finite = finite and all_finite(block)
+    return finite
+
+
+def all_finite(array: Any) -> bool:
+    """Return whether all elements are finite."""
+    # A sum takes a fraction of the time that looking at each element does; it may overflow, and is then looked into.
+    with np.errstate(all="ignore"):
+        if math.isfinite(float(array.sum())):
+            return True
+    return bool(array_namespace(array).isfinite(array).all())
 
 
 def runs(views: Sequence[Any]) -> list[list[int]]:

@@ -3,42 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sgdcore.distributed._agreement import (
-    add_up,
-    check_failures,
-    check_fingerprints,
-    compare,
-    machine_fingerprint,
-)
+import numpy as np
+
+from sgdcore._arrays import Array
 from sgdcore.distributed._checks import check_count, check_wire, integer
-from sgdcore.distributed._flat import alike, copied, join, numbers, reorder
-from sgdcore.distributed._traffic import Averager, Differences
-from sgdcore.distributed._views import Momenta, Views
-from sgdcore.distributed._wrapper import Wrapper
+from sgdcore.distributed._flat import all_finite, dtype_name, shaped, zero_nonfinite
+from sgdcore.distributed.anchor import Anchor
+from sgdcore.distributed.averager import Averager
+from sgdcore.distributed.checkpoint import add_to_state, split_state
 from sgdcore.distributed.errors import RoundError
+from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
+from sgdcore.distributed.header import (
+    Caller,
+    check_failures,
+    checksum,
+    compare,
+    fingerprint,
+    gather,
+    require_equal,
+)
 from sgdcore.distributed.outer import Outer, OuterSGD, SlowMo
-from sgdcore.distributed.schedules import Progress, Schedule
+from sgdcore.distributed.round import Round
+from sgdcore.distributed.schedules import Schedule
+from sgdcore.distributed.settings import share_settings, take_settings
+from sgdcore.distributed.wrapper import Wrapper
 
 __all__ = ["LocalSGD"]
 
 _KEY = "local_sgd"  # in state dicts
 
-# What a rank says of itself when ranks meet: all take the parameters of the first one that says most.
-# Its parameters are left in the middle of a round.
-_BROKEN = 0
-# It has just been constructed.
-_NEW = 1
-# Its parameters are whole; it adds the number of rounds that it has completed.
-_INTACT = 2
+# What a rank says of itself when ranks meet: all take the parameters of the first one whose status is highest.
+_BROKEN = 0  # its parameters are left in the middle of a round
+_NEW = 1  # it has just been constructed
+_INTACT = 2  # its parameters are whole; the number of rounds that it has completed is added
 
-# They need the parameters as they were before the round's first step.
-_STEPS_IN_BACKWARD = "outer, wire_dtype and transactional cannot go with step_in_backward"
+# What a rank says of itself in a round.
+_STEPPING, _SYNCING, _FINISHING = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The constructor's arguments, but for the optimizer, the model and the groups."""
+
+    sync_every: int | Schedule
+    warmup_steps: int
+    momentum_sync: str
+    outer: OuterSGD | SlowMo | None
+    wire: str | None
+    transactional: bool
+    exclude_nonfinite: bool
+
+    @property
+    def need_anchor(self) -> bool:
+        """Whether the parameters are needed as they were at the start of the round."""
+        return self.transactional or self.outer is not None or self.wire is not None
+
+    def facts(self) -> dict[str, str]:
+        """Return what has to be equal on all ranks."""
+        schedule = self.sync_every
+        plain = isinstance(schedule, int) or dataclasses.is_dataclass(schedule)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own["sync_every"] = schedule if plain else type(schedule).__qualname__
+        own["wire_dtype"] = own.pop("wire")
+        return {name: str(value) for name, value in own.items()}
 
 
 class LocalSGD(Wrapper):
@@ -49,17 +81,17 @@ class LocalSGD(Wrapper):
         x_i = H steps of the optimizer on rank i, from x
         x   = mean of x_1 ... x_N, or what `outer` makes of it
 
-    Constructing one gives all ranks the parameters of rank 0. In between rounds nothing is sent. Parameters are
-    averaged where they are, all of them, with or without a gradient on this rank; afterwards they are equal on all
-    ranks in every bit. On one rank nothing is changed. Only parameters (and momentum, if asked for) are averaged:
-    batch norm's running statistics stay each rank's own.
+    Constructing one gives all ranks the parameters of rank 0. Between rounds nothing is sent. Parameters are averaged
+    where they are, all of them, with or without a gradient on this rank; afterwards they are equal on all ranks in
+    every bit. On one rank nothing is changed. Batch norm's running statistics are no parameters: pass `model` or
+    `buffers` to average them, too.
 
     Stands in for the optimizer: ``param_groups``, ``state``, ``zero_grad`` and hooks are the inner one's, and around a
     torch optimizer it is a ``torch.optim.Optimizer``. Give it to schedulers and to GradScaler, of which each rank has
     its own; a step that GradScaler skips still counts as one of the round.
 
     Args:
-        optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim.
+        optimizer: `sgdcore.SGD`, `sgdcore.torch.SGD`, or any optimizer of torch.optim but LBFGS.
         group: see `as_process_group`; by default all ranks.
         sync_every: the steps H of a round, or a schedule: `PostLocal`, `Stagewise`, `AdaComm`, or any object with a
             method ``period(progress)``.
@@ -73,15 +105,23 @@ class LocalSGD(Wrapper):
             differences to their values at the start of the round, rounded to this type; what rounding leaves over, the
             residual, is added to the next difference (error feedback). Sums of such a type round as well.
         transactional: keep what is needed to return to the end of the last round if one fails.
+        exclude_nonfinite: leave a rank whose values are not all finite out of the round: it gets the others' mean, and
+            its momentum's values that are not finite become 0. Costs a pass over the parameters. False: a round with
+            such a rank fails, and the error names it.
+        model: the torch module that is trained. Its parameters that the optimizer does not have are made equal at
+            construction, its buffers are averaged with each round, and its parameters' names are compared.
+        buffers: what is averaged with each round beside parameters, such as ``model.buffers()`` or a mapping of arrays;
+            integers are taken from the group's rank 0. Default: those of `model`.
 
     Memory, in words per parameter, beside p, g and momentum: +1 for `transactional`, `outer` and `wire_dtype` together
     (the values at the start of the round), +1 for the momentum of `transactional`, +1 for that of `outer`, +1 for the
     residuals of `wire_dtype`.
 
     Raises:
-        TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' layout; before
-            anything is changed.
-        RoundError: from `step`, `sync` and `finish`, if a round fails; see `rebind`.
+        TypeError, ValueError: if an argument is invalid, or ranks differ in it or in their parameters' names or layout;
+            before anything is changed.
+        RoundError: from `step`, `sync` and `finish`, if a round fails; see `rebind`. Also where ranks call different
+            wrappers.
 
     Example (with one process; start several by torchrun or mpiexec)::
 
@@ -107,171 +147,153 @@ class LocalSGD(Wrapper):
         levels: Sequence[tuple[Any, int]] | None = None,
         wire_dtype: Any = None,
         transactional: bool = False,
+        exclude_nonfinite: bool = False,
+        model: Any = None,
+        buffers: Any = None,
     ) -> None:
-        self._schedule = _schedule(sync_every)
-        self._warmup_steps = check_count("warmup_steps", warmup_steps, 0)
+        schedule = _schedule(sync_every)
+        check_count("warmup_steps", warmup_steps, 0)
         if momentum_sync not in ("keep", "average", "reset"):
             raise ValueError(
                 f"momentum_sync: expected 'keep', 'average' or 'reset', got {momentum_sync!r}"
             )
-        self._momentum_sync = momentum_sync
         if outer is not None and not isinstance(outer, OuterSGD | SlowMo):
             raise TypeError(f"outer: expected an OuterSGD, a SlowMo or None, got {outer!r}")
-        self._outer_spec = outer
-        self._transactional = bool(transactional)
-        self._wrap(optimizer, group)
-        self._wire = check_wire(wire_dtype, self._group)
+        self._wrap(optimizer, group, model, buffers)
+        self._options = _Options(
+            schedule,
+            int(warmup_steps),
+            momentum_sync,
+            outer,
+            check_wire(wire_dtype, self._group),
+            bool(transactional),
+            bool(exclude_nonfinite),
+        )
         self._levels = _levels(levels)
-        if self._needs_anchor and self._steps_in_backward():
-            raise ValueError(f"optimizer: {_STEPS_IN_BACKWARD}")
-
-        self._steps = self._round = 0
-        self._last_period = 0
-        self._last_loss: float | None = None
-        self._first_loss: float | None = None
-        self._start_round()
-        # The parameters are in the middle of an average, or were left there. Set before they are overwritten, cleared
-        # as the last thing that a round does, so that it holds wherever an exception, or an interrupt, ends that.
-        self._broken = False
-        self._views = Views(optimizer)
-        self._anchors: list[Any] = []
-        self._residuals: list[Any] = []
-        self._momentum = Momenta(optimizer, self._views)
-        self._kept_momenta: list[Any] = []  # as they were at the end of the last round
+        self._refuse_step_in_backward()
+        self._caller = Caller(self)
+        self._round = Round()
+        self._parameters = self._read_parameters()
+        self._anchor = Anchor(self._options.transactional)
+        self._feedback = ErrorFeedback()
         self._outer: Outer | None = None
-        # The anchor and the kept momenta are those of the end of the last round.
-        self._anchored = False
         self._allocate()
-        self._join(_NEW)
+        self._meet(_NEW)
+        self._other_parameters(self._parameters).broadcast(self._group, 0)
 
     # Setting up
 
-    def _start_round(self) -> None:
-        self._step_in_round = 0
-        self._active_steps = 0  # of these, those that were not idle ones of `finish`
-        self._period = 0  # found out when the round's first step is there
-        self._losses: Any = 0.0
-        self._losses_count = 0
-
-    @property
-    def _needs_anchor(self) -> bool:
-        return self._transactional or self._outer_spec is not None or self._wire is not None
-
-    @property
-    def _renews_anchor(self) -> bool:
-        """Whether averaging leaves the anchor behind, too: nothing needs the last one any more."""
-        only_wire = self._wire is not None and self._outer_spec is None and not self._transactional
-        return only_wire and self._group.size > 1
+    def check_step_in_backward(self) -> None:
+        """Raise a ValueError if the parameters are needed as they were before the round's first step."""
+        if self._options.need_anchor:
+            raise ValueError(
+                "optimizer: outer, wire_dtype and transactional cannot go with step_in_backward"
+            )
 
     def _allocate(self) -> None:
         """Make what the options need beside the parameters, for those parameters that have none yet."""
-        flats = self._views.flats
-        if self._needs_anchor:
-            self._anchors += alike(flats[len(self._anchors) :])
-        if self._wire is not None:
-            self._add_residuals(flats)
-        if self._outer_spec is not None:
+        if self._options.need_anchor:
+            self._anchor.grow(self._parameters)
+        if self._options.wire is not None:
+            self._feedback.grow(self._parameters.flats)
+        if self._options.outer is not None:
             groups: list[list[Any]] = [[] for _ in self._optimizer.param_groups]
-            for anchor, i in zip(self._anchors, self._views.group_of, strict=True):
-                groups[i].append(anchor)
+            for values, i in zip(self._anchor.values, self._parameters.group_of, strict=True):
+                groups[i].append(values)
             if self._outer is None:
-                self._outer = Outer(self._outer_spec, groups)
+                self._outer = Outer(self._options.outer, groups)
             else:
                 self._outer.add(groups[-1])
         self._bind()
 
     def _bind(self) -> None:
         """Find the memory that is sent and copied."""
-        views = self._views
-        self._plain = Averager(views.flats, views.runs)
-        self._averager = self._plain
-        self._regions: list[tuple[Any, Any]] = []
-        if self._needs_anchor:
-            self._regions = [
-                (join([views.flats[i] for i in run]), join([self._anchors[i] for i in run]))
-                for run in views.runs
-            ]
-        if self._wire is not None:
-            codec = Differences(
-                views.flats, self._anchors, self._residuals, self._group.size, self._renews_anchor
-            )
-            self._averager = Averager(views.flats, views.runs, codec, wire=self._wire)
+        own, parameters = self._options, self._parameters
+        if own.need_anchor:
+            self._anchor.bind(parameters)
+        self._feedback.anchors = self._anchor.values
+        # Nothing else needs the last anchor any more.
+        self._feedback.renews = (
+            own.wire is not None
+            and own.outer is None
+            and not own.transactional
+            and self._group.size > 1
+        )
 
-    def _facts(self) -> dict[str, str]:
-        options = {
-            "sync_every": _text(self._schedule),
-            "warmup_steps": self._warmup_steps,
-            "momentum_sync": self._momentum_sync,
-            "outer": self._outer_spec,
-            "levels": [every for _, every in self._levels],
-            "wire_dtype": self._wire,
-            "transactional": self._transactional,
-        }
-        return {"parameters": self._views.layout(), **{k: str(v) for k, v in options.items()}}
-
-    def _join(self, status: int) -> None:
+    def _meet(self, status: int) -> None:
         """Meet the other ranks: see that all agree, and bring those behind to where the first one is."""
-        like = self._views.flats[0]
-        compare(self._group, like, {"optimizer": type(self).__name__})
-        compare(self._group, like, self._facts())
-        statuses = numbers(like, [0.0] * self._group.size)
-        self._group.all_gather(statuses, numbers(like, [status])).wait()
-        everyone = [int(value) for value in statuses.tolist()]
+        group, like = self._group, self._parameters.flats[0]
+        present = [momentum is not None for momentum in self._parameters.momenta.all()]
+        headers = self._caller.meet(
+            group, like, self._parameters.labels[0], status=status, flags=present
+        )
+        compare(group, like, {"optimizer": type(self).__name__})
+        compare(group, like, self._facts())
+        everyone = headers["status"].tolist()
         best = max(everyone)
+        source = everyone.index(best)
         if best == _BROKEN:
             raise RuntimeError(
                 "rebind: every rank's parameters are left in the middle of a round; load a checkpoint on all ranks, "
                 "then rebind"
             )
-        if best >= _INTACT and min(everyone) == best and not self._transactional:
+        if best >= _INTACT and min(everyone) == best and not self._options.transactional:
             # Nobody is behind: no rank's steps since then have to be given up.
-            self._average_all()
+            self._average_all(_SYNCING)
         # Also where all took as many rounds: not necessarily with each other.
-        self._plain.broadcast(self._group, everyone.index(best))
+        self._parameters.averager().broadcast(group, self._parameters.flats, source)
         if best >= _INTACT:
-            self._receive(everyone.index(best))
-        self._clear_residuals()
-        self._start_round()
-        self._anchored = False
-        self._broken = False
+            wanted = self._caller.flags_of(group, like, headers, present)[source]
+            self._receive(source, everyone, wanted)
+        self._buffers.broadcast(group, source)
+        self._feedback.clear()
+        self._round.begin()
+        self._anchor.valid = False
+        self._round.broken = False
 
-    def _receive(self, source: int) -> None:
-        """Bring what is not a parameter to all ranks."""
-        like = self._views.flats[0]
-        absent = math.nan
-        lrs = self._outer.lrs if self._outer is not None else []
-        state = numbers(
-            like,
-            [
-                self._steps,
-                self._round,
-                self._last_period,
-                absent if self._last_loss is None else self._last_loss,
-                absent if self._first_loss is None else self._first_loss,
-                *lrs,
-            ],
-        )
-        self._group.broadcast(state, source).wait()
-        step, rounds, period, last, first, *lrs = state.tolist()
-        self._steps, self._round, self._last_period = int(step), int(rounds), int(period)
-        self._last_loss = None if math.isnan(last) else last
-        self._first_loss = None if math.isnan(first) else first
-        if self._outer is not None:
-            self._outer.lrs = lrs
-            momenta = self._outer.momenta()
-            Averager(momenta, [[i] for i in range(len(momenta))]).broadcast(self._group, source)
-        if self._momentum_sync == "average":
-            self._momentum.broadcast(self._group, source)
+    def _facts(self) -> dict[str, str]:
+        levels = str([every for _, every in self._levels])
+        return {
+            "parameters": self._parameters.layout(),
+            "buffers": self._buffers.layout(),
+            "levels": levels,
+            **self._options.facts(),
+        }
+
+    def _receive(self, source: int, everyone: list[int], wanted: Array) -> None:
+        """Take from a rank what is not a parameter."""
+        group, like, outer = self._group, self._parameters.flats[0], self._outer
+        numbers = self._round.numbers()
+        own = [*numbers.values(), *(outer.lrs if outer is not None else [])]
+        rows = gather(group, like, np.array(own, np.float64).view(np.int64))
+        values = np.ascontiguousarray(rows[source]).view(np.float64).tolist()
+        self._round.take(dict(zip(numbers, values, strict=False)))
+        self._round.steps += self._round.active  # they are in the parameters that all have now
+        if outer is not None:
+            outer.lrs = values[len(numbers) :]
+            momenta = outer.momenta()
+            sizes, wires = [len(each) for each in momenta], [dtype_name(m.dtype) for m in momenta]
+            runs = [[i] for i in range(len(momenta))]
+            Averager(runs, sizes, wires, like).broadcast(group, momenta, source)
+        is_new = everyone[group.rank] == _NEW
+        if _NEW in everyone:
+            # A rank that joins has neither momentum nor the learning rates that schedulers have changed.
+            settings = share_settings(group, self._optimizer, self._parameters, source)
+            if is_new:
+                take_settings(self._optimizer, self._parameters, settings)
+        if _NEW in everyone or self._options.momentum_sync == "average":
+            keeps = not is_new and self._options.momentum_sync != "average"
+            self._parameters.momenta.broadcast(group, wanted.tolist(), source, keeps)
 
     @property
     def round(self) -> int:
         """The number of rounds completed."""
-        return self._round
+        return self._round.number
 
     @property
     def step_in_round(self) -> int:
         """The number of steps since the last round's end; 0 right after it, when all ranks are equal."""
-        return self._step_in_round
+        return self._round.position
 
     # Training
 
@@ -287,38 +309,33 @@ class LocalSGD(Wrapper):
 
         Raises:
             RoundError: if the round, or a level's part of it, ended here and could not be averaged.
-            RuntimeError: after a round that failed and left the parameters in the middle of it, see `rebind`; or if
-                step_in_backward was turned on and does not go with the options.
+            RuntimeError: after a round that failed and left the parameters in the middle of it, see `rebind`.
             TypeError, ValueError: if the schedule's period is no integer of at least 1.
         """
         self._refuse_broken()
-        if self._needs_anchor and self._steps_in_backward():
-            raise RuntimeError(f"optimizer: {_STEPS_IN_BACKWARD}")
         self._make_sure_of_anchor()
         try:
             result = self._inner_step(closure, kwargs)
-            self._count_loss(result if loss is None else loss)
-            self._active_steps += 1
-            self._advance()
+            loss = result if loss is None else loss
+            if loss is not None and not isinstance(self._options.sync_every, int):
+                self._round.count_loss(loss)
+            self._round.active += 1
+            self._advance(1, _STEPPING)
         except BaseException:
             self._forget_scaling()
             raise
         return result
 
-    def _count_loss(self, loss: Any) -> None:
-        if loss is not None and not isinstance(self._schedule, int):
-            self._losses = self._losses + (loss.detach() if hasattr(loss, "detach") else loss)
-            self._losses_count += 1
-
     def sync(self) -> None:
-        """End the round here, on all ranks: average, or take the outer step. Does nothing after no step.
+        """End the round, on all ranks: average, or take the outer step. Does nothing after no step.
+
+        Ranks that are here take part in the others' averages until all are.
 
         Raises:
             RoundError: if that failed.
             RuntimeError: after a round that failed and left the parameters in the middle of it; see `rebind`.
         """
-        self._refuse_broken()
-        self._average_all()
+        self._end(_SYNCING)
 
     def finish(self) -> None:
         """End training: take part in the others' rounds until all ranks are here, whatever their numbers of steps.
@@ -330,14 +347,20 @@ class LocalSGD(Wrapper):
             RoundError: if a round failed.
             RuntimeError: after a round that failed and left the parameters in the middle of it; see `rebind`.
         """
+        self._end(_FINISHING)
+
+    def _end(self, ending: int) -> None:
         self._refuse_broken()
         self._make_sure_of_anchor()
-        training: int | None = None
-        while training != 0:
-            training = self._advance(self._until_next_average())
+        ended = False
+        while not ended:
+            if self._levels:
+                ended = self._advance(self._until_next_average(), ending)
+            else:
+                ended = self._average_all(ending)
 
     def _refuse_broken(self) -> None:
-        if self._broken:
+        if self._round.broken:
             raise RuntimeError(
                 "a round failed, or was interrupted, and left the parameters in the middle of it; rebind to the ranks "
                 "that are left, for the last round's with transactional=True and else for those of an intact rank, or "
@@ -346,36 +369,30 @@ class LocalSGD(Wrapper):
 
     def _until_next_average(self) -> int:
         """Return the number of steps until something is due."""
-        if self._period == 0:
-            self._period = self._next_period()
-        done = self._step_in_round
+        self._find_period()
+        done = self._round.position
         steps = [every - done % every for _, every in self._levels]
-        return min([max(1, self._period - done), *steps])
+        return min([max(1, self._round.period - done), *steps])
 
-    def _advance(self, steps: int = 1) -> int | None:
-        """Count steps; average what is due. Returns, at the end of a round, how many ranks stepped in it."""
-        if self._period == 0:
-            self._period = self._next_period()
-        self._steps += steps
-        self._step_in_round += steps
-        if self._step_in_round >= self._period:
-            return self._average_all()
-        for group, every in reversed(self._levels):
-            if self._step_in_round % every == 0:
-                self._average_level(group)
-                break
-        return None
-
-    def _next_period(self) -> int:
-        if self._steps < self._warmup_steps:
-            return 1
-        if isinstance(self._schedule, int):
-            return self._schedule
+    def _find_period(self) -> None:
+        own = self._options
         lr = float(self._optimizer.param_groups[0].get("lr", 0.0))
-        progress = Progress(
-            self._steps, self._round, self._last_period, lr, self._last_loss, self._first_loss
-        )
-        return check_count("the schedule's period", self._schedule.period(progress), 1)
+        self._round.find_period(own.sync_every, own.warmup_steps, lr)
+
+    def _advance(self, steps: int, ending: int) -> bool:
+        """Count steps; average what is due. Returns whether that ended `sync` or `finish`."""
+        self._find_period()
+        self._round.position += steps
+        if self._round.position >= self._round.period:
+            return self._average_all(ending)
+        for group, every in reversed(self._levels):
+            if self._round.position % every == 0:
+                together = self._average_level(group, ending)
+                # Where all ranks of the widest level wait for the others, no level's average is due before the round's.
+                if together and group is self._levels[-1][0]:
+                    return self._average_all(ending)
+                break
+        return False
 
     # Averaging
 
@@ -387,163 +404,198 @@ class LocalSGD(Wrapper):
         except Exception as error:
             raise self._failure(error) from error
 
-    def _average_level(self, group: ProcessGroup) -> None:
-        with self._failures_as_round_errors():
-            failed = self._attempt_to_follow()
-            (steps,), (failures, fingerprints, machines) = add_up(
-                group,
-                self._views.flats[0],
-                sums=[self._active_steps],
-                per_rank=[failed is not None, self._views.fingerprint, machine_fingerprint()],
-            )
-            check_failures(group, self._views.flats[0], failures, failed)
-            check_fingerprints(fingerprints)
-            if steps > 0:
-                self._broken = True
-                self._plain.average(group, len(set(machines)) == 1)
-                self._broken = False
+    def _exchange(self, group: ProcessGroup, operation: str, ending: int) -> Array:
+        """Tell the ranks of a group where this one is; returns their headers, once all can average."""
+        like, counts = self._parameters.flats[0], self._round
+        failed = self._attempt_to_prepare()
+        momenta = self._parameters.momenta.all() if self._options.momentum_sync == "average" else []
+        headers = self._caller.exchange(
+            group,
+            like,
+            operation,
+            flags=[momentum is not None for momentum in momenta],
+            failed=failed is not None,
+            layout=self._parameters.fingerprint,
+            hyper=fingerprint(self._learning_rates()),
+            steps=counts.steps,
+            active=counts.active,
+            period=counts.period,
+            ending=ending,
+            unverified=not self._anchor.verified,
+            nonfinite=self._options.exclude_nonfinite and not self._is_finite(),
+            losses=counts.losses_count,
+            loss=float(counts.losses),
+        )
+        check_failures(group, like, headers["failed"].tolist(), failed)
+        require_equal(
+            group,
+            like,
+            headers["layout"],
+            "parameters: the layout in memory changed on some ranks since they were wrapped",
+            self._parameters.layout(),
+        )
+        period = f"{counts.period} steps"
+        require_equal(
+            group, like, headers["period"], "the round's period", period, headers["period"] > 0
+        )
+        if headers["nonfinite"].all():
+            raise RuntimeError("no rank has parameters that are all finite")
+        return headers
 
-    def _average_all(self) -> int:
-        """End the round; returns how many ranks stepped in it."""
+    def _is_finite(self) -> bool:
+        return all(map(all_finite, (*self._parameters.flats, *self._buffers.floats)))
+
+    def _learning_rates(self) -> str:
+        """Return what an outer step needs of the inner optimizer's groups, one a line."""
+        if not isinstance(self._options.outer, SlowMo):
+            return ""
+        groups = self._optimizer.param_groups
+        return "\n".join(
+            f"param_groups[{i}]['lr'] = {float(g['lr'])!r}" for i, g in enumerate(groups)
+        )
+
+    def _average_level(self, group: ProcessGroup, ending: int) -> bool:
+        """Average within a level; returns whether all its ranks are in `sync` or `finish`."""
         with self._failures_as_round_errors():
-            failed = self._attempt_to_follow()
-            momenta = self._momentum.all() if self._momentum_sync == "average" else []
-            like = self._views.flats[0]
-            (training, losses, count, *has_momentum), per_rank = add_up(
-                self._group,
-                like,
-                sums=[
-                    self._active_steps > 0,
-                    self._losses,
-                    self._losses_count,
-                    *(momentum is not None for momentum in momenta),
-                ],
-                per_rank=[
-                    failed is not None,
-                    self._views.fingerprint,
-                    self._steps,
-                    machine_fingerprint(),
-                ],
+            headers = self._exchange(group, "a level's average", ending)
+            if headers["active"].any():
+                self._round.broken = True
+                self._average(group, headers, None)
+                self._round.broken = False
+        return bool((headers["ending"] > _STEPPING).all())
+
+    def _average(self, group: ProcessGroup, headers: Array, wire: str | None) -> float:
+        """Average the parameters; returns this rank's weight."""
+        included = headers["nonfinite"] == 0
+        factor = 1 / int(included.sum()) if included[group.rank] else 0.0
+        if group.size == 1:
+            return factor
+        look = not self._options.exclude_nonfinite
+        feedback = None if wire is None else self._feedback
+        averager = self._parameters.averager(wire, feedback)
+        bad = averager.average(group, self._parameters.flats, factor, look)
+        if bad:
+            raise RuntimeError(
+                f"rank {bad[0]} has parameters that are not finite (exclude_nonfinite=True leaves them out)"
             )
-            failures, fingerprints, steps, machines = per_rank
-            check_failures(self._group, like, failures, failed)
-            check_fingerprints(fingerprints)
-            same_machine = len(set(machines)) == 1
-            if training > 0:
-                self._broken = True
-                self._averager.average(self._group, same_machine)
-                averager = self._momentum.averager([each > 0 for each in has_momentum])
-                if averager is not None:
-                    averager.average(self._group, same_machine)
-                self._commit(int(max(steps)), losses / count if count > 0 else None)
-        if training > 0:
-            self._make_sure_of_anchor()
-        else:
-            self._forget_steps()  # idle ones only
-        return int(training)
+        if factor == 0:
+            self._feedback.clear()
+            for momentum in self._parameters.momenta.all():
+                if momentum is not None:
+                    zero_nonfinite(momentum)
+        return factor
+
+    def _average_all(self, ending: int) -> bool:
+        """End the round; returns whether `sync` or `finish`, if it is in one of them, is at its end."""
+        with self._failures_as_round_errors():
+            headers = self._exchange(self._group, "a round", ending)
+            self._verify(headers)
+            if headers["active"].any():
+                self._take_round(headers)
+            else:
+                self._round.begin()  # steps were passed over only
+        if headers["active"].any():
+            self._make_sure_of_anchor(after_round=True)
+        return bool((headers["ending"] >= max(ending, _SYNCING)).all())
+
+    def _take_round(self, headers: Array) -> None:
+        group, like = self._group, self._parameters.flats[0]
+        flags: Sequence[bool] = ()
+        if self._options.momentum_sync == "average":
+            flags = [momentum is not None for momentum in self._parameters.momenta.all()]
+            rows = self._caller.flags_of(group, like, headers, flags)
+            flags = np.asarray(rows.any(axis=0)).tolist()
+        self._round.broken = True
+        factor = self._average(group, headers, self._options.wire)
+        if group.size > 1:
+            self._parameters.momenta.average(group, flags, factor)
+            self._buffers.average(group, factor, int(np.argmin(headers["nonfinite"])))
+        steps, losses = int(headers["active"].max()), int(headers["losses"].sum())
+        loss = float(headers["loss"].sum()) / losses if losses > 0 else None
+        self._commit(steps, loss)
 
     def _commit(self, steps: int, loss: float | None) -> None:
-        """What follows the averaging on each rank by itself.
-
-        Args:
-            steps: the most that a rank has taken; from here on all count so many.
-            loss: the mean of the round's.
-        """
-        warmup = steps <= self._warmup_steps
+        """What follows the averaging on each rank by itself; see `Round.complete`."""
+        warmup = self._round.steps + steps <= self._options.warmup_steps
         if self._outer is not None and not warmup and self._group.size > 1:
             self._take_outer_step()
-        if self._momentum_sync == "reset" and self._group.size > 1:
-            for momentum in self._momentum.all():
+        if self._options.momentum_sync == "reset" and self._group.size > 1:
+            for momentum in self._parameters.momenta.all():
                 if momentum is not None:
                     momentum[...] = 0
-        self._anchored = self._renews_anchor  # any other is the last round's
-        self._last_period = self._step_in_round + steps - self._steps
-        self._steps = steps
-        self._round += 1
-        if loss is not None:
-            self._last_loss = loss
-            if self._first_loss is None and math.isfinite(loss):
-                self._first_loss = loss
-        self._start_round()
-        self._broken = False
+        self._anchor.valid = self._feedback.renews  # any other is the last round's
+        self._round.complete(steps, loss)
 
     def _take_outer_step(self) -> None:
         """Let the outer optimizer move the anchors, and the parameters, which hold the average, after them."""
         assert self._outer is not None
-        # The outer gradient, anchor - average, where the average was.
-        for values, anchor in self._regions:
-            values *= -1
-            values += anchor
+        self._anchor.subtract_parameters()
         lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
-        self._anchored = False
-        self._outer.step(self._views.flats, lrs)
-        for values, anchor in self._regions:
-            values[...] = anchor
+        self._anchor.valid = False
+        self._outer.step(self._parameters.flats, lrs)
+        self._anchor.to_parameters()
 
-    def _make_sure_of_anchor(self) -> None:
+    # What an outer step, or a return to the last round, starts from
+
+    def _verify(self, headers: Array) -> None:
+        """Compare anchors and outer state, where a rank has loaded any since all were compared.
+
+        Raises:
+            RuntimeError: on all ranks, naming what differs.
+        """
+        group, like = self._group, self._parameters.flats[0]
+        lrs = self._learning_rates()
+        require_equal(group, like, headers["hyper"], "the learning rates of an outer step", lrs)
+        if not headers["unverified"].any() or not self._options.need_anchor:
+            return
+        labels = self._parameters.labels
+        lines = [
+            f"the anchor of {label}: {checksum([values]):x}"
+            for label, values in zip(labels, self._anchor.values, strict=True)
+        ]
+        if self._outer is not None:
+            lines += [
+                f"the outer momentum of {label}: {'none' if m is None else hex(checksum([m]))}"
+                for label, m in zip(labels, self._outer.saved(), strict=True)
+            ]
+            lines.append(f"the last learning rates {self._outer.lrs}")
+        text = "\n".join(lines)
+        own = np.array([fingerprint(text)], np.int64)
+        what = "the state before this round, which was loaded on some ranks only"
+        require_equal(group, like, gather(group, like, own)[:, 0], what, text)
+        self._anchor.verified = True
+
+    def _make_sure_of_anchor(self, after_round: bool = False) -> None:
         """Take the anchor where none is: this rank has taken no step since all were equal."""
-        if self._needs_anchor and not self._anchored:
+        if self._options.need_anchor and not self._anchor.valid:
             self._follow_moves()
-            self._take_anchor()
-
-    def _take_anchor(self) -> None:
-        for values, anchor in self._regions:
-            anchor[...] = values
-        if self._transactional:
-            self._keep_momenta(self._momentum.all())
-        self._anchored = True
-
-    def _keep_momenta(self, momenta: Sequence[Any]) -> None:
-        """Copy the momentum, into the memory of the last copies where there are any."""
-        kept = self._kept_momenta or [None] * len(momenta)
-        for i, momentum in enumerate(momenta):
-            if (
-                momentum is None
-                or i >= len(kept)
-                or kept[i] is None
-                or kept[i].dtype != momentum.dtype
-            ):
-                kept[i : i + 1] = [copied(momentum)]
-            else:
-                kept[i][...] = momentum
-        self._kept_momenta = kept
+            if not after_round:
+                self._anchor.verified = False
+            self._anchor.take(self._parameters, self._buffers)
 
     def _restore(self) -> None:
         """Return to the end of the last round."""
-        self._broken = True
-        for values, anchor in self._regions:
-            values[...] = anchor
-        parameters = self._views.parameters
-        for parameter, momentum, kept in zip(
-            parameters, self._momentum.all(), self._kept_momenta, strict=True
-        ):
-            if momentum is not None and kept is not None:
-                momentum[...] = kept
-            elif momentum is not None:
-                del self._optimizer.state[parameter]["momentum_buffer"]
-        self._clear_residuals()
-        self._forget_steps()
-        self._broken = False
-
-    def _forget_steps(self) -> None:
-        """Begin the round again."""
-        self._steps, self._step_in_round = self._steps - self._step_in_round, 0
-        self._start_round()
+        self._round.broken = True
+        self._anchor.restore(self._parameters, self._buffers, self._optimizer.state)
+        self._feedback.clear()
+        self._round.begin()
+        self._round.broken = False
 
     def _failure(self, error: Exception) -> RoundError:
         """Leave a failed round behind in a state that is known; returns what to raise."""
-        number = self._round + 1
+        number = self._round.number + 1
+        transactional = self._options.transactional
         # Else they are somewhere else by now, where they could not be followed.
-        found = not self._views.moved()
-        if self._transactional and self._anchored and found:
+        found = not self._parameters.moved()
+        if transactional and self._anchor.valid and found:
             self._restore()
         # Where there was no anchor to return to, this rank has taken no step yet.
-        restored = self._transactional and found and not self._broken
+        restored = transactional and found and not self._round.broken
         if restored:
-            outcome = f"parameters and momentum are those of the end of round {self._round}"
-        elif self._transactional and self._broken:
+            outcome = f"parameters and momentum are those of the end of round {self.round}"
+        elif transactional and self._round.broken:
             outcome = "parameters are left in the middle of the outer step"
-        elif self._broken:
+        elif self._round.broken:
             outcome = (
                 "parameters are left in the middle of it (transactional=True would restore them)"
             )
@@ -556,7 +608,7 @@ class LocalSGD(Wrapper):
             restored,
         )
 
-    def _attempt_to_follow(self) -> Exception | None:
+    def _attempt_to_prepare(self) -> Exception | None:
         """Follow moves and make sure of the anchor; returns what that failed with, which all ranks are to hear of.
 
         Raised here and now, it would leave the others waiting for what this rank has not sent.
@@ -564,27 +616,25 @@ class LocalSGD(Wrapper):
         try:
             self._follow_moves()
             self._make_sure_of_anchor()
+            float(self._round.losses)
         except Exception as error:  # noqa: BLE001 (raised later)
             return error
         return None
 
     def _follow_moves(self) -> None:
-        views = self._views
-        if views.moved():
-            before = views.data
-            views.read()
-            self._reorder(before)
-            self._bind()
-
-    def _reorder(self, before: Sequence[Any]) -> None:
-        """Bring what lies in the order of the parameters' memory into their new one."""
-        self._reorder_residuals(before)
-        if not self._needs_anchor:
-            return
-        for i, old, new in self._views.reordered(before):
-            reorder(self._anchors[i], old, new)
+        parameters = self._parameters
+        if parameters.moved():
+            before = parameters.data
+            parameters.read()
+            changes = parameters.reordered(before)
+            if self._options.wire is not None:
+                self._feedback.reorder(changes)
+            if self._options.need_anchor:
+                self._anchor.reorder(changes)
             if self._outer is not None:
-                self._outer.reorder(i, old, new)
+                for i, old, new in changes:
+                    self._outer.reorder(i, old, new)
+            self._bind()
 
     # Groups
 
@@ -595,26 +645,27 @@ class LocalSGD(Wrapper):
             RuntimeError: in the middle of a round.
             TypeError, ValueError: as the inner optimizer does.
         """
-        if self._step_in_round > 0:
+        if self._round.position > 0:
             raise RuntimeError(
-                f"add_param_group: expected the start of a round, got step {self._step_in_round} of it; "
+                f"add_param_group: expected the start of a round, got step {self._round.position} of it; "
                 "call sync() first"
             )
         self._follow_moves()
         self._optimizer.add_param_group(param_group)
-        self._views = Views(self._optimizer)
-        self._momentum = Momenta(self._optimizer, self._views)
-        compare(self._group, self._views.flats[0], self._facts())
+        self._parameters = self._read_parameters()
+        self._caller.exchange(self._group, self._parameters.flats[0], "to add a group")
+        compare(self._group, self._parameters.flats[0], self._facts())
         self._allocate()
-        self._plain.broadcast(self._group)
-        self._anchored = False
+        self._parameters.averager().broadcast(self._group, self._parameters.flats)
+        self._anchor.valid = False
 
     def rebind(self, group: Any = None, levels: Sequence[tuple[Any, int]] | None = None) -> None:
         """Go on with other ranks: those that are left after a failure, and new ones that construct their LocalSGD now.
 
         With `transactional`, all ranks return to the end of the last round that any of them completed. Otherwise ranks
         whose round failed get the parameters of one that is intact; if all are, they average their steps since. All
-        parameters are then equal in every bit, and a new round begins.
+        parameters are then equal in every bit, and a new round begins. A new rank gets momentum and hyperparameters,
+        too, of a rank that has completed the most rounds.
 
         Args:
             group: a process group of the ranks that go on, as in the constructor.
@@ -625,41 +676,39 @@ class LocalSGD(Wrapper):
             ValueError: if the group cannot add up `wire_dtype`, or ranks differ in options or layout.
         """
         group, levels = as_process_group(group), _levels(levels)
-        check_wire(self._wire, group)
+        check_wire(self._options.wire, group)
         self._group, self._levels = group, levels
         self._follow_moves()
-        if self._transactional and self._anchored:
+        if self._options.transactional and self._anchor.valid:
             self._restore()
         self._bind()
-        self._join(_BROKEN if self._broken else _INTACT + self._round)
+        self._meet(_BROKEN if self._round.broken else _INTACT + self._round.number)
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state dict with one more key: all that makes resuming exact, of this rank.
+        """Return the inner optimizer's state dict, with all in it that makes resuming exact, of this rank.
 
         In the middle of a round ranks differ: save one for each, beside its parameters. After `sync` or `finish` any
         rank's will do for all, if momentum is averaged or reset.
         """
-        self._follow_moves()  # what is saved is in the order of the parameters that are saved beside it
-        state: dict[str, Any] = dict(self._optimizer.state_dict())
-        state[_KEY] = {
-            "steps": self._steps,
-            "round": self._round,
-            "step_in_round": self._step_in_round,
-            "active_steps": self._active_steps,
-            "period": self._period,
-            "last_period": self._last_period,
-            "losses": float(self._losses),
-            "losses_count": self._losses_count,
-            "last_loss": self._last_loss,
-            "first_loss": self._first_loss,
-            "anchors": list(self._anchors) if self._anchored else None,
-            "momenta": list(self._kept_momenta) if self._anchored and self._transactional else None,
-            "residuals": list(self._residuals),
-            "outer": None if self._outer is None else self._outer.state_dict(),
-        }
-        return state
+        self._follow_moves()
+        numbers = self._round.numbers()
+        arrays: dict[str, Sequence[Any]] = {}
+        if self._anchor.valid:
+            arrays["anchor"] = self._shaped(self._anchor.values)
+            arrays["momentum"] = self._anchor.momenta
+        arrays["residual"] = self._shaped(self._feedback.residuals)
+        if self._outer is not None:
+            arrays["outer_momentum"] = self._shaped(self._outer.saved())
+            numbers |= {f"outer_lr.{i}": lr for i, lr in enumerate(self._outer.lrs)}
+        numbers["transactional"] = self._options.transactional
+        return add_to_state(self._optimizer.state_dict(), _KEY, numbers, arrays)
+
+    def _shaped(self, values: Sequence[Any]) -> list[Any]:
+        """Return flat arrays, one for each parameter or None, in the parameters' shapes."""
+        pairs = zip(values, self._parameters.data, strict=False)
+        return [None if value is None else shaped(value, data) for value, data in pairs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, or an inner optimizer's state dict, which begins a new round.
@@ -670,56 +719,50 @@ class LocalSGD(Wrapper):
             ValueError: if it does not match the parameters or the options; the optimizer is then as it was.
         """
         self._follow_moves()
-        state_dict = dict(state_dict)
-        own = state_dict.pop(_KEY, None)
-        if own is not None:
-            self._check_state(own)
-        self._optimizer.load_state_dict(state_dict)
-        self._broken = False
-        self._start_round()
-        self._anchored = False
-        self._clear_residuals()
-        if own is None:
-            return
-        self._steps, self._round = own["steps"], own["round"]
-        self._step_in_round, self._active_steps = own["step_in_round"], own["active_steps"]
-        self._period, self._last_period = own["period"], own["last_period"]
-        self._losses, self._losses_count = own["losses"], own["losses_count"]
-        self._last_loss, self._first_loss = own["last_loss"], own["first_loss"]
-        if own["anchors"] is not None:
-            _copy(self._anchors, own["anchors"])
-            complete = own["momenta"] is not None or not self._transactional
-            self._anchored = self._needs_anchor and complete
-        if own["momenta"] is not None:
-            self._keep_momenta(own["momenta"])
-        _copy(self._residuals, own["residuals"])
-        if self._outer is not None:
-            self._outer.load_state_dict(own["outer"])
+        inner, numbers, arrays = split_state(state_dict, _KEY, self._parameters)
+        if numbers:
+            self._check_state(numbers, arrays)
+        self._optimizer.load_state_dict(inner)
+        self._anchor.verified = False
+        self._round.begin()
+        self._anchor.valid = False
+        self._feedback.clear()
+        if numbers:
+            self._take_state(numbers, arrays)
+        self._round.broken = False
 
-    def _check_state(self, own: dict[str, Any]) -> None:
-        sizes = [len(view) for view in self._views.flats]
-        for name, needed in (
-            ("anchors", self._needs_anchor),
-            ("residuals", self._wire is not None),
-        ):
-            kept = own[name]
-            if kept and needed and [len(each) for each in kept] != sizes:
-                raise ValueError(
-                    f"state_dict['{_KEY}']['{name}']: expected sizes {sizes}, got {[len(each) for each in kept]}"
-                )
-        in_round = own["step_in_round"] > 0
-        lacks_anchor = in_round and self._needs_anchor and not own["anchors"]
-        lacks_anchor |= in_round and self._transactional and own["momenta"] is None
-        if lacks_anchor or (self._outer is not None and own["outer"] is None):
+    def _take_state(self, numbers: dict[str, float], arrays: dict[str, list[Any]]) -> None:
+        own = self._options
+        self._round.take({name: numbers[name] for name in self._round.numbers()})
+        if "anchor" in arrays and own.need_anchor:
+            _copy(self._shaped(self._anchor.values), arrays["anchor"])
+            if numbers["transactional"]:
+                self._anchor.keep(arrays.get("momentum", [None] * len(self._anchor.values)))
+                self._anchor.buffers = self._buffers.copies() if own.transactional else []
+            self._anchor.valid = bool(numbers["transactional"]) or not own.transactional
+        if "residual" in arrays and own.wire is not None:
+            _copy(self._shaped(self._feedback.residuals), arrays["residual"])
+        if self._outer is not None:
+            saved = arrays.get("outer_momentum", [None] * len(self._anchor.values))
+            for target, source in zip(self._shaped(self._outer.momenta()), saved, strict=True):
+                target[...] = 0 if source is None else source
+            self._outer.lrs = [numbers[f"outer_lr.{i}"] for i in range(len(self._outer.lrs))]
+
+    def _check_state(self, numbers: dict[str, float], arrays: dict[str, list[Any]]) -> None:
+        in_round = numbers["position"] > 0
+        lacks = in_round and self._options.need_anchor and "anchor" not in arrays
+        lacks |= in_round and self._options.transactional and not numbers["transactional"]
+        lacks |= self._outer is not None and "outer_lr.0" not in numbers
+        lacks |= any(value is None for value in arrays.get("anchor", ()))
+        if lacks:
             raise ValueError(
-                f"state_dict['{_KEY}']: it was saved with other options and lacks what outer, wire_dtype or "
-                "transactional need"
+                "state_dict: it was saved with other options and lacks what outer, wire_dtype or transactional need"
             )
 
 
 def _copy(targets: Sequence[Any], sources: Sequence[Any]) -> None:
-    if targets and sources:
-        for target, source in zip(targets, sources, strict=True):
+    for target, source in zip(targets, sources, strict=True):
+        if source is not None:
             target[...] = source
 
 
@@ -731,12 +774,6 @@ def _schedule(sync_every: Any) -> int | Schedule:
             f"sync_every: expected an integer or an object with a method period(progress), got {sync_every!r}"
         )
     return check_count("sync_every", sync_every, 1)
-
-
-def _text(schedule: int | Schedule) -> str:
-    """Return what can be compared between processes."""
-    plain = isinstance(schedule, int) or dataclasses.is_dataclass(schedule)
-    return str(schedule) if plain else type(schedule).__qualname__
 
 
 def _levels(levels: Sequence[tuple[Any, int]] | None) -> list[tuple[ProcessGroup, int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgdcore.distributed._flat import compute_dtype, dtype_name, is_torch, item_bytes, reorder
-from sgdcore.distributed._views import momentum_of, set_zero_momentum
+from sgdcore.distributed.parameters import momentum_of, set_zero_momentum
 from sgdcore.sgd import SGD
 
 __all__ = ["Outer", "OuterSGD", "SlowMo"]
@@ -149,19 +149,23 @@ class Outer:
 
     def momenta(self) -> list[Any]:
         """Return the outer momentum of each anchor, zeros where there is none yet."""
-        return [
-            momentum_of(self._optimizer, p)
-            if momentum_of(self._optimizer, p) is not None
-            else set_zero_momentum(self._optimizer, p, group)
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-        ]
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if momentum_of(self._optimizer, parameter) is None:
+                    set_zero_momentum(self._optimizer, parameter, group)
+        return self.saved()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the outer momentum and the last learning rates."""
-        return {"optimizer": self._optimizer.state_dict(), "lrs": list(self.lrs)}
+    def saved(self) -> list[Any]:
+        """Return the outer momentum of each anchor, or None where there is none."""
+        return [momentum_of(self._optimizer, p) for p in self._anchors()]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.lrs = list(state["lrs"])
+    def load(self, momenta: Sequence[Any], lrs: Sequence[float]) -> None:
+        """Take over outer momentum, or None where there is none, and learning rates."""
+        for parameter, momentum in zip(self._anchors(), momenta, strict=True):
+            self._optimizer.state[parameter].pop("momentum_buffer", None)
+            if momentum is not None:
+                self._optimizer.state[parameter]["momentum_buffer"] = momentum
+        self.lrs = list(lrs)
+
+    def _anchors(self) -> list[Any]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]

@@ -7,9 +7,6 @@ with a latency of alpha seconds and a bandwidth of beta bytes a second::
 
 A worker whose own step takes t_c and that averages every H steps spends t_c + t_s / H a step; where the traffic is
 hidden behind the computation, max(t_c, t_s / H). Its efficiency is t_c over that.
-
-The model is of an engine's all-reduce. Where all ranks are on one machine, `LocalSGD` averages large parameters by
-messages instead (_traffic.py says from which size on, and up to how many ranks), which the model does not describe.
 """
 
 from __future__ import annotations

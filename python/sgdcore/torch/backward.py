@@ -284,12 +284,16 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
         TypeError: if the optimizer is not an sgdcore.torch.SGD.
         ValueError: if it is differentiable, or already steps in the backward pass, or a gradient is pending, or
             DistributedDataParallel, FullyShardedDataParallel or another optimizer's step_in_backward has one of the
-            parameters. DistributedDataParallel raises it, too, when it is to wrap one of them afterwards.
+            parameters, or a wrapper of `sgdcore.distributed` that cannot go with it has the optimizer.
+            DistributedDataParallel raises it, too, when it is to wrap one of the parameters afterwards.
     """
     if not isinstance(optimizer, SGD):
         raise TypeError(f"optimizer: expected an sgdcore.torch.SGD, got {type(optimizer)}")
     if optimizer._in_backward is not None:
         raise ValueError("optimizer: it already steps in the backward pass")
+    wrapper = getattr(optimizer, "_wrapper", lambda: None)()  # of sgdcore.distributed
+    if wrapper is not None:
+        wrapper.check_step_in_backward()
     for group in optimizer.param_groups:
         if group.get("differentiable", False):
             raise ValueError("optimizer: differentiable=True cannot go with step_in_backward")

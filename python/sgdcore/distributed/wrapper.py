@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from sgdcore._grad_scaler import asked_by_grad_scaler
-from sgdcore.distributed._flat import alike, compute_dtype, dtype_name, is_torch, reorder
-from sgdcore.distributed._views import Views
+from sgdcore.distributed._flat import is_torch
+from sgdcore.distributed.buffers import Buffers, warn_of_batch_norm
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
+from sgdcore.distributed.parameters import Parameters
 from sgdcore.optimizer import Optimizer
 
 __all__ = ["Wrapper", "call_closure"]
@@ -29,6 +31,41 @@ class _Inner:
         setattr(wrapper._optimizer, self._name, value)
 
 
+class _State(MutableMapping[Any, Any]):
+    """A torch optimizer's state, which counts as there even while it is empty.
+
+    torch's checkpoint API (``get_optimizer_state_dict``) takes a step with any optimizer whose state is empty; a
+    wrapper's would be a round with the other ranks.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._state[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._state[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._state[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._state
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def __repr__(self) -> str:
+        return repr(self._state)
+
+
 class Wrapper:
     """Stands in for an optimizer: groups, state, hooks and `zero_grad` are the inner one's.
 
@@ -37,11 +74,10 @@ class Wrapper:
 
     _optimizer: Any
     _group: ProcessGroup
-    _views: Views
-    _residuals: list[Any]
+    _buffers: Buffers
+    _model: Any
 
     param_groups = _Inner()
-    state = _Inner()
     defaults = _Inner()
     zero_grad = _Inner()
     register_step_pre_hook = _Inner()
@@ -52,13 +88,14 @@ class Wrapper:
     register_load_state_dict_post_hook = _Inner()
 
     def __new__(cls, optimizer: Any = None, *_: Any, **__: Any) -> Self:
+        """Return an instance that is a torch.optim.Optimizer around one."""
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(optimizer, torch.optim.Optimizer):
             flavour: type[Self] = _torch_flavour(cls, torch.optim.Optimizer)
             return object.__new__(flavour)
         return object.__new__(cls)
 
-    def _wrap(self, optimizer: Any, group: Any) -> None:
+    def _wrap(self, optimizer: Any, group: Any, model: Any, buffers: Any) -> None:
         """Take the optimizer over, after checking what it is."""
         if isinstance(optimizer, Wrapper):
             raise TypeError(f"optimizer: it is distributed already, got {type(optimizer).__name__}")
@@ -68,10 +105,49 @@ class Wrapper:
             raise TypeError(
                 f"optimizer: expected one of sgdcore or torch.optim, got {type(optimizer).__name__}"
             )
+        if torch is not None and isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "optimizer: LBFGS evaluates its closure several times a step, with parameters and gradients that are "
+                "not averaged in between; expected an optimizer that steps with one gradient"
+            )
         if not any(group["params"] for group in optimizer.param_groups):
             raise ValueError("optimizer: expected at least one parameter, got none")
+        if model is not None and not (torch is not None and isinstance(model, torch.nn.Module)):
+            raise TypeError(f"model: expected a torch.nn.Module or None, got {model!r}")
         self._group = as_process_group(group)
-        self._optimizer = optimizer
+        self._optimizer, self._model = optimizer, model
+        if hasattr(optimizer, "_in_backward"):
+            self._optimizer._wrapper = weakref.ref(self)  # step_in_backward asks it
+        if buffers is None and model is not None:
+            buffers = dict(model.named_buffers())
+        self._buffers = Buffers(buffers)
+        if model is None and not self._buffers and self._group.size > 1:
+            warn_of_batch_norm(
+                p for each in optimizer.param_groups for p in each["params"] if is_torch(p)
+            )
+
+    def _read_parameters(self) -> Parameters:
+        """Return the optimizer's parameters, by the model's names where it has none."""
+        named = () if self._model is None else self._model.named_parameters()
+        return Parameters(self._optimizer, {id(parameter): name for name, parameter in named})
+
+    def _other_parameters(self, parameters: Parameters) -> Buffers:
+        """Return the model's parameters that the optimizer does not have, by name."""
+        if self._model is None:
+            return Buffers(None)
+        own = {id(parameter) for parameter in parameters.all}
+        named = self._model.named_parameters()
+        return Buffers({name: p.detach() for name, p in named if id(p) not in own})
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state."""
+        state = self._optimizer.state
+        return state if isinstance(self._optimizer, Optimizer) else _State(state)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._optimizer.state = value
 
     @property
     def optimizer(self) -> Any:
@@ -99,27 +175,12 @@ class Wrapper:
         if exc is None:
             self.finish()
 
-    def _add_residuals(self, views: Sequence[Any]) -> None:
-        """Make residuals of zeros, what rounding to the wire's dtype left over, for the views that have none yet."""
-        for view in views[len(self._residuals) :]:
-            [residual] = alike([view], compute_dtype(dtype_name(view.dtype)))
-            residual[...] = 0
-            self._residuals.append(residual)
+    def check_step_in_backward(self) -> None:
+        """Raise a ValueError if stepping in the backward pass cannot go with this wrapper."""
 
-    def _reorder_residuals(self, before: Sequence[Any]) -> None:
-        """Follow parameters into another order in memory; see `Views.reordered`."""
-        if self._residuals:
-            for i, old, new in self._views.reordered(before):
-                reorder(self._residuals[i], old, new)
-
-    def _clear_residuals(self) -> None:
-        """Start anew with error feedback."""
-        for residual in self._residuals:
-            residual[...] = 0
-
-    def _steps_in_backward(self) -> bool:
-        """Return whether `sgdcore.torch.step_in_backward` holds for the optimizer."""
-        return getattr(self._optimizer, "_in_backward", None) is not None
+    def _refuse_step_in_backward(self) -> None:
+        if getattr(self._optimizer, "_in_backward", None) is not None:
+            self.check_step_in_backward()
 
     def _inner_step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Let the inner optimizer step, as GradScaler wants it."""
