@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from sgdcore.torch._compile import not_compiled
+
 __all__ = ["averaged_parameters", "is_sharded", "watch_wrappers"]
 
 _DDP = torch.nn.parallel.DistributedDataParallel
@@ -48,6 +50,7 @@ def watch_wrappers(found: Callable[[str, str, Tensor], None]) -> Any:
     Returns a handle with ``remove()``.
     """
 
+    @not_compiled
     def registered(wrapper: torch.nn.Module, _: str, module: torch.nn.Module | None) -> None:
         if module is not None and issubclass(type(wrapper), _DDP):
             for name, parameter in _averaged(module):

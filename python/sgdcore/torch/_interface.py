@@ -14,6 +14,7 @@ import torch
 
 from sgdcore import _core
 from sgdcore._devices import CPU
+from sgdcore.torch._compile import not_compiled
 
 __all__ = [
     "STORAGE_TYPES",
@@ -149,6 +150,7 @@ def _pin(tensor: torch.Tensor) -> torch.Tensor | None:
 _pinning: weakref.WeakSet[_core.TorchPlan] = weakref.WeakSet()
 
 
+@not_compiled
 def _unpin(phase: str, info: dict[str, int]) -> None:
     """Let a full garbage collection see through the pins."""
     if phase == "start" and info["generation"] == 2:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 from torch import Tensor
 
 from sgdcore.torch._averaged import averaged_parameters, is_sharded, watch_wrappers
+from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import exchange_api, new_plan
 from sgdcore.torch._irregular import label_of
 from sgdcore.torch._passes import current_pass, keeps_graph, nested_pass
@@ -64,6 +65,7 @@ class _Hook:
         self.place = place
         self.used: _UsedGradient | None = None
 
+    @not_compiled
     def __call__(self, parameter: Tensor) -> None:
         owner = self.owner()
         if owner is not None:
@@ -238,6 +240,7 @@ class StepInBackward:
             if parameter is not None and isinstance(parameter.grad, _UsedGradient):
                 parameter.grad = None
 
+    @not_compiled
     def remove(self) -> None:
         """Take the hooks off again; the optimizer then steps when it is told to."""
         self._watch()
@@ -260,6 +263,7 @@ class StepInBackward:
         self.remove()
 
 
+@not_compiled
 def step_in_backward(optimizer: SGD) -> StepInBackward:
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 

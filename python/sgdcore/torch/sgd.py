@@ -18,6 +18,7 @@ from sgdcore._arrays import as_tensor
 from sgdcore._devices import CPU
 from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore.torch import _interface, _irregular
+from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
 
 __all__ = ["SGD"]
@@ -45,6 +46,7 @@ class _OfOneStep:
     def __set_name__(self, _: type, name: str) -> None:
         self._name = name
 
+    @not_compiled
     def __get__(self, optimizer: SGD | None, _: type) -> Any:
         if optimizer is None:
             return self
@@ -53,9 +55,11 @@ class _OfOneStep:
         except KeyError:
             raise AttributeError(f"no step under a GradScaler sets {self._name} now") from None
 
+    @not_compiled
     def __set__(self, optimizer: SGD, value: Any) -> None:
         optimizer._of_one_step[self._name] = value
 
+    @not_compiled
     def __delete__(self, optimizer: SGD) -> None:
         if optimizer._of_one_step.pop(self._name, self) is self:
             raise AttributeError(self._name)
@@ -104,6 +108,7 @@ class SGD(torch.optim.SGD):
     found_inf = _OfOneStep()
     grad_scale = _OfOneStep()
 
+    @not_compiled
     def __init__(
         self,
         params: Iterable[Any],
@@ -150,6 +155,7 @@ class SGD(torch.optim.SGD):
         torch.optim.Optimizer.__init__(self, params, defaults)
 
     @property
+    @not_compiled
     def state(self) -> defaultdict[Tensor, Any]:
         """What is remembered of each parameter: a dict whose ``"momentum_buffer"`` is a tensor like the parameter.
 
@@ -161,6 +167,7 @@ class SGD(torch.optim.SGD):
         return self._state
 
     @state.setter
+    @not_compiled
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         # The first one is torch's, in __init__, which keeps no reference to it.
         self._plan.state_exposed = hasattr(self, "_state")
@@ -179,6 +186,7 @@ class SGD(torch.optim.SGD):
         self._observed_outside = type(self).step is not SGD.step
 
     @property
+    @not_compiled
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         # What GradScaler.step asks first: the scale and found_inf are then left to `step`.
         return asked_by_grad_scaler() and self._takes_scale() and not self._step_is_replaced()
@@ -203,6 +211,7 @@ class SGD(torch.optim.SGD):
             return False
         return not hasattr(step, "_wrapped_by_lr_sched")
 
+    @not_compiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the defaults for the hyperparameters it does not set.
 
@@ -226,6 +235,7 @@ class SGD(torch.optim.SGD):
     def step(self, closure: None = None, *, zero_grad: bool = False) -> None: ...
     @overload
     def step(self, closure: Callable[[], float], *, zero_grad: bool = False) -> float: ...
+    @not_compiled
     def step(
         self, closure: Callable[[], float] | None = None, *, zero_grad: bool = False
     ) -> float | None:
@@ -380,6 +390,7 @@ class SGD(torch.optim.SGD):
 
     # Checkpoints
 
+    @not_compiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a copy of a state dict of this class, of torch.optim.SGD or of `sgdcore.SGD`.
 

@@ -1,0 +1,44 @@
+"""torch.compile: what it is to leave alone.
+
+The update is one call into the core, which no graph of torch's operations can hold. A function that is left alone
+costs the graph around it one break, and runs as it does without torch.compile, with all that it calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["not_compiled"]
+
+_REASON = (
+    "the update runs in sgdcore's core, which cannot be part of a graph: compile forward and backward pass with "
+    "fullgraph=True, and call step() outside of the compiled function, or leave fullgraph=True out"
+)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Return the function, marked as torch.compiler.disable marks what it returns.
+
+    torch.compiler.disable itself wraps the function, which takes longer than a small step, and imports the compiler.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]
+    _skip_frames(function.__code__)
+    return function
+
+
+def _skip_frames(code: CodeType) -> None:
+    """Make the compiler, wherever it is on, run these frames and all below them as they are."""
+    eval_frame = torch._C._dynamo.eval_frame
+    if hasattr(eval_frame, "set_code_exec_strategy"):  # torch >= 2.8
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+    else:
+        eval_frame.skip_code(code)  # type: ignore[attr-defined]
