@@ -33,10 +33,6 @@ class _UsedGradient(Tensor):
         )
         return used
 
-    def stands_for(self, grad: Tensor) -> bool:
-        """Tell whether it can take the gradient's place. The parameter may have been converted since."""
-        return self.dtype == grad.dtype and self.shape == grad.shape and self.device == grad.device
-
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<gradient of shape {tuple(self.shape)}, already used by step_in_backward>"
 
@@ -71,6 +67,17 @@ class _Hook:
         if owner is not None:
             owner._step(parameter, self)
 
+    def replace_grad(self, parameter: Tensor, grad: Tensor) -> None:
+        """Put something without memory in the place of a gradient that was used."""
+        if self.used is not None:
+            try:
+                parameter.grad = self.used
+                return
+            except RuntimeError:  # the parameter was converted since
+                pass
+        self.used = _UsedGradient(parameter, grad)
+        parameter.grad = self.used
+
 
 def _hooks_of(parameter: Tensor) -> list[_Hook]:
     hooks = parameter._post_accumulate_grad_hooks or {}
@@ -89,7 +96,8 @@ class StepInBackward:
         # Those that stepped since the last round's end, by id: `step` is to clear their gradients.
         self._stepped: dict[int, weakref.ref[Tensor]] = {}
         self._waiting = False  # all parameters wait for `step`, until the round's end
-        self._pass = -1  # the last backward pass that was looked at, and whether its gradients are not complete yet
+        # The number of the backward pass that was last looked at, and whether its gradients are not complete yet.
+        self._pass = -1
         self._pass_is_partial = False
         self._warned = False
         self._add_groups(0)
@@ -185,38 +193,40 @@ class StepInBackward:
         grad = parameter.grad
         assert grad is not None
         # What autograd recorded (create_graph=True) is wanted after the pass.
-        if self._waiting or grad.requires_grad or self._is_partial():
+        if self._waiting or grad.requires_grad:
             return  # `step` updates it
+        number = current_pass()
+        if number != self._pass:
+            self._look_at(number)
+        if self._pass_is_partial:
+            return
         group = self._group_of(parameter, hook)
         if group is None:
             return  # it was removed, and keeps its gradient
-        used = hook.used
-        if used is None or not used.stands_for(grad):
-            used = hook.used = _UsedGradient(parameter, grad)
-        del grad
         optimizer = self._optimizer
         if not self._plan.run([group], optimizer._state, False, 1.0):
             optimizer._update_part(self._plan, [group], hook.place)
         try:
-            parameter.grad = used
+            hook.replace_grad(parameter, grad)
         except BaseException:
             parameter.grad = None  # or `step` would use it a second time
             raise
         self._stepped[id(parameter)] = weakref.ref(parameter)
 
-    def _is_partial(self) -> bool:
-        """Tell whether more passes are to add to the gradients of this one."""
-        number = current_pass()
-        if number != self._pass or number == -1:
-            # Another pass over the same graph is to come where it is kept.
-            partial = number != -1 and keeps_graph()
-            if not partial:
-                node = nested_pass()
-                if node is not None:
-                    self._wait(node)
-                    return True
-            self._pass, self._pass_is_partial = number, partial
-        return self._pass_is_partial
+    def _look_at(self, number: int) -> None:
+        """Note whether more passes are to add to the gradients of the one that runs."""
+        # After a failure the pass is looked at again.
+        self._pass, self._pass_is_partial = -1, False
+        if number == -1:
+            return
+        # Another pass over the same graph is to come where it is kept.
+        partial = keeps_graph()
+        if not partial:
+            node = nested_pass()
+            if node is not None:
+                partial = True
+                self._wait(node)
+        self._pass, self._pass_is_partial = number, partial
 
     def _wait(self, node: str) -> None:
         """Leave all updates of this round to `step`."""
