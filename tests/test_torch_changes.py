@@ -205,13 +205,6 @@ def reloaded(t: Trainer, _: int) -> None:
 
 
 @change
-def unpinned(t: Trainer, _: int) -> None:
-    # As a full garbage collection does, in less time.
-    if isinstance(t.optimizer, SGD):
-        t.optimizer._plan.unpin()
-
-
-@change
 def nothing(_t: Trainer, _i: int) -> None:
     pass
 

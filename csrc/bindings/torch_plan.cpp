@@ -1,6 +1,7 @@
 // The way of a step from torch tensors to the core: read everything, check it, and only then write.
 #include "torch_plan.hpp"
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -52,12 +53,7 @@ class TorchPlan::Lease {
         if (!memory_) memory_ = std::make_unique<Memory>();
     }
     ~Lease() {
-        // Deallocation may run Python code, so nothing of ours may be in an intermediate state.
-        for (std::vector<PyObject*>& grads = memory_->grads; !grads.empty();) {
-            PyObject* const grad = grads.back();
-            grads.pop_back();
-            Py_DECREF(grad);
-        }
+        memory_->held.release();
         plan_.memory_ = std::move(memory_);
     }
     Lease(const Lease&) = delete;
@@ -69,6 +65,17 @@ class TorchPlan::Lease {
     TorchPlan& plan_;
     std::unique_ptr<Memory> memory_;
 };
+
+void TorchPlan::References::release() {
+    // Deallocation may run Python code, so nothing of ours may be in an intermediate state.
+    for (std::vector<PyObject*>* references : {&params, &grads, &momenta}) {
+        while (!references->empty()) {
+            PyObject* const reference = references->back();
+            references->pop_back();
+            Py_DECREF(reference);
+        }
+    }
+}
 
 /// Finds each parameter's momentum buffer in the optimizer's state.
 class TorchPlan::Momenta {
@@ -103,8 +110,7 @@ struct TorchPlan::Pass {
     Memory& memory;
     Momenta momenta;
     const bool zero_grad;
-    const bool momenta_are_known;  // those of the entries are still the state's
-    std::size_t position = 0;      // of the parameter among all
+    std::size_t position = 0;  // of the parameter among all
     TorchViews views = {};
     std::vector<std::int64_t> layouts[3] = {};  // of the views, where torch does not lend them
 };
@@ -114,43 +120,41 @@ bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero
     const py::list param_groups = list_of(groups);
     const Lease lease(*this);
     Memory& memory = *lease;
-    if (unpinned_) memory.entries.clear();
-    unpinned_ = false;
     const bool complete = std::exchange(memory.complete, false);
     read_hypers(param_groups, memory.hypers, &memory.scalars);
     if (!PyDict_Check(state.ptr())) return false;
     memory.listing.start();
     // A step that was left to Python may have given parameters other momentum buffers.
-    const bool momenta_are_known = !state_exposed && complete;
-    Pass pass{memory, Momenta(state.ptr()), zero_grad, momenta_are_known};
-    const bool listed = list(pass, param_groups);
-    // What is no longer there, or was not reached, is not kept alive.
-    if (memory.entries.size() > pass.position) memory.entries.resize(pass.position);
-    if (!listed || !memory.listing.finish(zero_grad)) {
-        memory.changed = py::object();
-        return false;
+    if (!complete) {
+        for (Entry& entry : memory.entries) entry.momentum = Known();
     }
+    Pass pass{memory, Momenta(state.ptr()), zero_grad};
+    const bool listed = list(pass, param_groups);
+    if (!listed || !memory.listing.finish(zero_grad)) return false;
     memory.complete = true;
 
-    // The list also holds all tensors while other threads run. Made before anything is written, since it may fail.
-    if (memory.listing.relisted() || !memory.changed || memory.with_momenta != state_exposed) {
-        memory.with_momenta = state_exposed;
-        memory.changed = written(memory, memory.with_momenta);
-    }
-    py::list changed = py::reinterpret_borrow<py::list>(memory.changed);
-    if (zero_grad) {
-        changed = py::list(changed.attr("copy")());
-        for (PyObject* grad : memory.grads) changed.append(py::handle(grad));
-    }
     update(memory, param_groups, {.zero_grad = zero_grad, .grad_factor = grad_factor}, scaling, pending_of(memory));
-    if (!changed.empty()) reader_.increment_versions(changed);
+    increment_versions(memory.held, state_exposed, zero_grad);
     return true;
+}
+
+void TorchPlan::increment_versions(const References& held, bool with_momenta, bool with_grads) const {
+    const std::pair<const std::vector<PyObject*>&, bool> parts[] = {
+        {held.params, true}, {held.momenta, with_momenta}, {held.grads, with_grads}};
+    const auto bump = [&](const auto& part) { return !part.second || reader_.bump_versions(part.first); };
+    if (std::ranges::all_of(parts, bump)) return;
+    py::list tensors;
+    for (const auto& [references, is_changed] : parts) {
+        if (!is_changed) continue;
+        for (PyObject* tensor : references) tensors.append(py::handle(tensor));
+    }
+    if (!tensors.empty()) reader_.increment_versions(tensors);
 }
 
 bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
     static PyObject* const differentiable_key = interned("differentiable");
     for (std::size_t index = 0; index < pass.memory.hypers.size(); ++index) {
-        // Pins and hyperparameters run Python code, after which the lists may be other ones.
+        // Hyperparameters and new tensors run Python code, after which the lists may be other ones.
         if (static_cast<Py_ssize_t>(index) >= PyList_GET_SIZE(param_groups.ptr())) return false;
         const auto group =
             py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(index)));
@@ -176,86 +180,73 @@ bool TorchPlan::list_parameter(Pass& pass, PyObject* parameter, std::uint32_t gr
     const std::size_t position = pass.position;
     memory.listing.prefetch();
     if (!reader_.is_tensor_or_parameter(parameter)) return false;
+    memory.held.params.push_back(Py_NewRef(parameter));
     PyObject* const grad = reader_.grad(parameter);
     if (grad == Py_None) {
+        memory.held.params.pop_back();
+        Py_DECREF(parameter);
         Py_DECREF(grad);
         return true;
     }
-    memory.grads.push_back(grad);
-    if (!reader_.is_tensor(grad) || !remember(memory, position, parameter)) return false;
+    memory.held.grads.push_back(grad);
+    if (!reader_.is_tensor(grad)) return false;
     // Clearing also takes a gradient out of the graph that computed it, which Python code does.
     if (pass.zero_grad && reader_.requires_grad(grad)) return false;
-    const auto read_momentum = [&] {
-        PyObject* const momentum = momentum_of(memory, position, pass.momenta);
-        views.momentum_is_read = true;
-        return momentum != nullptr && reader_.view(momentum, views.momentum, pass.layouts[2]);
-    };
+    if (position >= memory.entries.size()) memory.entries.resize(position + 1);
+    Entry& entry = memory.entries[position];
+    if (entry.parameter.identity.object != parameter) {
+        entry = Entry();
+        entry.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
+        if (entry.hash == -1) throw py::error_already_set();
+    }
     views.momentum_is_read = false;
-    const bool momentum_is_known = pass.momenta_are_known && memory.entries[position].momentum;
-    if (views.has_momentum && !momentum_is_known && !read_momentum()) return false;
-    if (!reader_.view(parameter, views.param, pass.layouts[0]) || !reader_.view(grad, views.grad, pass.layouts[1])) {
+    if (views.has_momentum && !state_exposed && entry.momentum.identity.object != nullptr) {
+        // It lives: the state refers to it, and nobody can have changed that.
+        memory.held.momenta.push_back(Py_NewRef(entry.momentum.identity.object));
+    } else if (views.has_momentum && !read_momentum(pass, parameter)) {
         return false;
     }
-    // Where a negation leaves no gaps it cannot be told from the strides (see TorchListing::append).
-    if (size_of(views.param) == 1 &&
-        (reader_.is_negated(parameter) ||
-         (views.momentum_is_read && reader_.is_negated(memory.entries[position].momentum.ptr())))) {
+    if (!read(parameter, entry.parameter, views.param, pass.layouts[0]) ||
+        !reader_.view(grad, views.grad, pass.layouts[1])) {
         return false;
     }
     using Answer = TorchListing::Answer;
     const auto add = [&] { return memory.listing.add(reader_, position, grad, views, group, false); };
     Answer answer = add();
-    if (answer == Answer::read_momentum) answer = read_momentum() ? add() : Answer::refused;
+    if (answer == Answer::read_momentum) answer = read_momentum(pass, parameter) ? add() : Answer::refused;
     return answer == Answer::listed;
 }
 
-bool TorchPlan::remember(Memory& memory, std::size_t position, PyObject* parameter) {
-    if (position < memory.entries.size() && memory.entries[position].parameter.ptr() == parameter) return true;
-    Entry entry;
-    entry.parameter = py::reinterpret_borrow<py::object>(parameter);
-    if (reader_.is_negated(parameter)) return false;
-    entry.parameter_pin = reader_.pin(parameter);
-    entry.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
-    if (entry.hash == -1) throw py::error_already_set();
-    if (position >= memory.entries.size()) memory.entries.resize(position + 1);
-    memory.entries[position] = std::move(entry);
-    memory.changed = py::object();
-    return true;
+bool TorchPlan::read_momentum(Pass& pass, PyObject* parameter) {
+    Entry& entry = pass.memory.entries[pass.position];
+    PyObject* const momentum = pass.momenta.find(parameter, entry.hash);
+    if (momentum == nullptr || !reader_.is_tensor(momentum)) {
+        entry.momentum = Known();
+        return false;
+    }
+    pass.memory.held.momenta.push_back(Py_NewRef(momentum));
+    pass.views.momentum_is_read = true;
+    return read(momentum, entry.momentum, pass.views.momentum, pass.layouts[2]);
 }
 
-PyObject* TorchPlan::momentum_of(Memory& memory, std::size_t position, Momenta& momenta) {
-    Entry& entry = memory.entries[position];
-    PyObject* const found = momenta.find(entry.parameter.ptr(), entry.hash);
-    if (found == nullptr || !reader_.is_tensor(found)) {
-        entry.momentum = entry.momentum_pin = py::object();
-        return nullptr;
+bool TorchPlan::read(PyObject* tensor, Known& known, TorchView& view, std::vector<std::int64_t>& layout) const {
+    const TensorIdentity identity = reader_.identity(tensor);
+    const bool again = known.identity == identity;
+    if (!(again ? reader_.view_again(tensor, view, layout) : reader_.view(tensor, view, layout))) {
+        known = Known();
+        return false;
     }
-    if (entry.momentum.ptr() != found) {
-        memory.changed = py::object();
-        const auto momentum = py::reinterpret_borrow<py::object>(found);
-        // Both run Python code, which may replace the buffer in the state; this step uses the one that was found.
-        if (reader_.is_negated(found)) return nullptr;
-        entry.momentum_pin = reader_.pin(found);
-        entry.momentum = momentum;
-    }
-    return found;
-}
-
-py::list TorchPlan::written(const Memory& memory, bool with_momenta) {
-    py::list tensors;
-    for (std::size_t i = 0; i < memory.listing.tensors().size(); ++i) {
-        const Entry& entry = memory.entries[memory.listing.position(i)];
-        tensors.append(entry.parameter);
-        if (with_momenta && memory.listing.has_momentum(i)) tensors.append(entry.momentum);
-    }
-    return tensors;
+    // Where a negation leaves no gaps it cannot be told from the strides (see TorchListing::append).
+    if (again && known.data == view.data && size_of(view) != 1) return true;
+    known = {identity, view.data};
+    return !reader_.is_negated(tensor);
 }
 
 std::vector<std::uint8_t*> TorchPlan::pending_of(const Memory& memory) const {
     std::vector<std::uint8_t*> pending;
     if (pending_.empty()) return pending;
     for (std::size_t i = 0; i < memory.listing.tensors().size(); ++i) {
-        const auto found = pending_.find(memory.entries[memory.listing.position(i)].momentum.ptr());
+        const auto found = pending_.find(memory.entries[memory.listing.position(i)].momentum.identity.object);
         pending.push_back(found == pending_.end() ? nullptr : found->second.second);
     }
     return pending;
@@ -317,34 +308,13 @@ bool TorchPlan::is_dense(const py::object& tensor) {
     return reader_.view(tensor.ptr(), view, layout) && (size_of(view) == 0 || memory_order(view, order));
 }
 
-void TorchPlan::unpin() {
-    unpinned_ = true;
-    if (!memory_) return;
-    // They go when nothing here is under way any more, since another thread may run meanwhile.
-    std::vector<py::object> pins;
-    for (Entry& entry : memory_->entries) {
-        pins.push_back(std::move(entry.parameter_pin));
-        pins.push_back(std::move(entry.momentum_pin));
-    }
-}
-
 int TorchPlan::traverse(visitproc visit, void* arg) const {
-    if (!memory_) return 0;
-    for (const Entry& entry : memory_->entries) {
-        Py_VISIT(entry.parameter.ptr());
-        Py_VISIT(entry.parameter_pin.ptr());
-        Py_VISIT(entry.momentum.ptr());
-        Py_VISIT(entry.momentum_pin.ptr());
-    }
-    Py_VISIT(memory_->changed.ptr());
     for (const auto& [momentum, flags] : pending_) Py_VISIT(momentum);
     return 0;
 }
 
 void TorchPlan::clear() {
-    const auto pending = std::move(pending_);
-    if (!memory_) return;
-    const std::unique_ptr<Memory> memory = std::move(memory_);  // whose deallocation may run Python code
+    const auto pending = std::move(pending_);  // whose deallocation may run Python code
 }
 
 }  // namespace sgdcore::bindings

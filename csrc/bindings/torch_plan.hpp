@@ -47,22 +47,26 @@ class TorchPlan {
     /// increment their versions.
     bool state_exposed = true;
 
-    /// Forgets the pins until the next step. They hide the parameters from the garbage collector, which could not
-    /// collect cycles that lead through a parameter and back to the optimizer.
-    void unpin();
-
     int traverse(visitproc visit, void* arg) const;
     void clear();
 
   private:
-    /// What is remembered of one parameter, by its position. All of it only saves time.
-    ///
-    /// A tensor that only Python refers to costs 30 ns more each time its memory or version is asked for (torch
-    /// >= 2.10: passing from one C++ reference to two takes a Python reference, and back). A pin is such a second
-    /// reference.
+    /// A tensor as the last step found it. Between steps nothing here refers to a tensor: what the user lets go is
+    /// freed at once, and swap_tensors takes it.
+    struct Known {
+        TensorIdentity identity;
+        const std::byte* data = nullptr;
+    };
+    /// What is remembered of one parameter, by its position; a cache.
     struct Entry {
-        py::object parameter, parameter_pin, momentum, momentum_pin;
+        Known parameter, momentum;
         Py_hash_t hash = 0;  // of the parameter: a Python call otherwise
+    };
+    /// References that a step holds.
+    struct References {
+        std::vector<PyObject*> params, grads, momenta;
+
+        void release();
     };
     /// What is kept from step to step. A step takes it away from the plan for its time, so that another one, in another
     /// thread or from code that this one calls, finds none and makes its own.
@@ -71,10 +75,8 @@ class TorchPlan {
         std::vector<SgdHyper> hypers;
         std::vector<GroupScalars> scalars;
         TorchListing listing;
-        std::vector<PyObject*> grads;  // references that the step holds
-        py::object changed;            // the list last passed to increment_versions
-        bool with_momenta = false;     // `changed` has the momentum buffers, too
-        bool complete = false;         // the last step found everything as usual
+        References held;        // those of a step, which releases them at its end
+        bool complete = false;  // the last step found everything as usual
     };
     class Lease;
     class Momenta;
@@ -85,12 +87,12 @@ class TorchPlan {
     bool list(Pass& pass, const py::list& param_groups);
     /// Lists the parameter at the pass's position if it has a gradient; false if something is unusual.
     bool list_parameter(Pass& pass, PyObject* parameter, std::uint32_t group);
-    /// The momentum buffer of the parameter at `position`, borrowed; null if it is missing or unusual.
-    PyObject* momentum_of(Memory& memory, std::size_t position, Momenta& momenta);
-    /// Makes entries[position] that of the parameter; false if it is negated.
-    bool remember(Memory& memory, std::size_t position, PyObject* parameter);
-    /// A list of the parameters and momentum buffers in the listing.
-    static py::list written(const Memory& memory, bool with_momenta);
+    /// Reads the momentum buffer of the parameter at the pass's position; false if it is missing or unusual.
+    bool read_momentum(Pass& pass, PyObject* parameter);
+    /// Reads a tensor; false if it is unusual.
+    bool read(PyObject* tensor, Known& known, TorchView& view, std::vector<std::int64_t>& layout) const;
+    /// Tells autograd of what a step has written.
+    void increment_versions(const References& held, bool with_momenta, bool with_grads) const;
     void update(const Memory& memory, const py::list& param_groups, const StepOptions& options,
                 const py::object& scaling, const std::vector<std::uint8_t*>& pending);
     /// The flags of each tensor in the listing; empty if there are none at all.
@@ -100,7 +102,6 @@ class TorchPlan {
     DeviceSteps device_steps_;
     std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending_;  // by momentum buffer
     std::unique_ptr<Memory> memory_;                                     // null while a step uses it
-    bool unpinned_ = false;                                              // the entries are to be made anew
 };
 
 }  // namespace sgdcore::bindings

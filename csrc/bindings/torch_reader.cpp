@@ -3,6 +3,9 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -19,6 +22,28 @@ const PyGetSetDef* getter_of(const py::object& descriptor) {
     return reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
 }
 
+TensorAccess access_of(const py::object& description) {
+    const auto [offset, addresses, codes] =
+        py::cast<std::tuple<std::size_t, std::array<std::uintptr_t, 8>, std::array<std::int32_t, dtype_count + 2>>>(
+            description);
+    TensorAccess access;
+    access.offset = offset;
+    std::size_t next = 0;
+    const auto take = [&]<class F>(F& function) { function = reinterpret_cast<F>(addresses[next++]); };
+    take(access.data_ptr);
+    take(access.sizes);
+    take(access.strides);
+    take(access.dim);
+    take(access.dtype);
+    take(access.device_type);
+    take(access.device_index);
+    take(access.bump_version);
+    std::copy_n(codes.begin(), dtype_count, access.dtypes.begin());
+    access.cpu = codes[dtype_count];
+    access.cuda = codes[dtype_count + 1];
+    return access;
+}
+
 }  // namespace
 
 TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interface)) {
@@ -28,6 +53,7 @@ TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interf
         if (api == nullptr) throw py::error_already_set();
         if (api->version.major == 1) exchange_ = api;
     }
+    if (exchange_ != nullptr && !interface_.access.is_none()) access_ = access_of(interface_.access);
     tensor_type_ = reinterpret_cast<PyTypeObject*>(interface_.tensor_type.ptr());
     parameter_type_ = reinterpret_cast<PyTypeObject*>(interface_.parameter_type.ptr());
     grad_getter_ = getter_of(interface_.grad_descriptor);
@@ -57,6 +83,41 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
     const std::optional<DType> dtype = storage_type(dl.dtype);
     view.dtype = dtype.value_or(DType::float32);
     return dtype.has_value();
+}
+
+TensorIdentity TorchReader::identity(PyObject* tensor) const {
+    if (!access_) return {.object = tensor};
+    const void* implementation;
+    std::memcpy(&implementation, reinterpret_cast<const std::byte*>(tensor) + access_->offset, sizeof implementation);
+    return {.object = tensor, .implementation = implementation};
+}
+
+bool TorchReader::view_again(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
+    if (!access_) return this->view(tensor, view, layout);
+    const TensorAccess& get = *access_;
+    void* const handle = reinterpret_cast<std::byte*>(tensor) + get.offset;
+    std::int32_t type, device, dtype;
+    std::int64_t dimensions, *shape, *strides;
+    void* data;
+    // The first one refuses what has no memory, which later ones would write to stderr about.
+    if (get.device_type(handle, &type) != 0 || (type != get.cpu && type != get.cuda)) return false;
+    if (get.dtype(handle, &dtype) != 0 || get.dim(handle, &dimensions) != 0 || get.sizes(handle, &shape) != 0 ||
+        get.strides(handle, &strides) != 0 || get.data_ptr(handle, &data) != 0) {
+        return false;
+    }
+    view.device = cpu_device;
+    if (type == get.cuda) {
+        if (get.device_index(handle, &device) != 0) return false;
+        view.device = device;
+    }
+    const auto* const found = std::ranges::find(get.dtypes, dtype);
+    if (found == get.dtypes.end() || dimensions > max_dimensions) return false;
+    view.dtype = static_cast<DType>(found - get.dtypes.begin());
+    view.data = static_cast<std::byte*>(data);
+    view.dimensions = static_cast<int>(dimensions);
+    view.shape = shape;
+    view.strides = strides;
+    return true;
 }
 
 bool TorchReader::described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
@@ -94,9 +155,16 @@ bool TorchReader::is_negated(PyObject* tensor) const {
     return py::cast<bool>(call(interface_.is_negated, py::make_tuple(py::handle(tensor))));
 }
 
-py::object TorchReader::pin(PyObject* tensor) const {
-    if (interface_.pin.is_none()) return py::none();
-    return call(interface_.pin, py::make_tuple(py::handle(tensor)));
+bool TorchReader::bump_versions(std::span<PyObject* const> tensors) const noexcept {
+    if (!access_ || access_->bump_version == nullptr) return false;
+    try {
+        for (PyObject* tensor : tensors) {
+            access_->bump_version(reinterpret_cast<const std::byte*>(tensor) + access_->offset);
+        }
+    } catch (const std::exception&) {
+        return false;
+    }
+    return true;
 }
 
 void TorchReader::increment_versions(const py::list& tensors) const {

@@ -6,7 +6,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "../dtypes.hpp"
@@ -23,10 +27,10 @@ struct TorchInterface {
     /// describe(tensor) -> (address, shape, strides, dtype's name, number of the CUDA device or -1), or None for what
     /// is not plain memory; used without exchange_api.
     py::object describe;
+    /// (offset, addresses, codes) of TensorAccess, or None where torch does not have them.
+    py::object access;
     py::object increment_version;  // of a list of tensors; fails where one has no version
     py::object increment_version_where_possible;
-    /// pin(tensor) -> an object that holds a C++ reference to the tensor, or None; see TorchPlan::Entry.
-    py::object pin;
     py::object is_negated;  // of a tensor: the elements in memory have the opposite sign
     py::object tensor_type, parameter_type, grad_descriptor, requires_grad_descriptor;
     py::object current_stream;  // of a CUDA device: its address
@@ -41,6 +45,32 @@ struct TorchView {
     const std::int64_t *shape = nullptr, *strides = nullptr;
 };
 
+/// Functions of torch's stable C ABI (aoti_torch/c/shim.h) that tell where a tensor's elements are, and one that counts
+/// its changes. They take no reference to the tensor. DLPack's exchange function does, and torch (>= 2.10) then also
+/// takes one to the Python object and gives it back: 30 ns for a tensor that only Python refers to.
+struct TensorAccess {
+    template <class T>
+    using Getter = std::int32_t (*)(void* handle, T* value);  // returns 0, or an error after it wrote to stderr
+
+    std::size_t offset = 0;  // of the C++ tensor in the Python object; its address is the handle
+    Getter<void*> data_ptr = nullptr;
+    Getter<std::int64_t*> sizes = nullptr, strides = nullptr;
+    Getter<std::int64_t> dim = nullptr;
+    Getter<std::int32_t> dtype = nullptr, device_type = nullptr, device_index = nullptr;
+    std::array<std::int32_t, dtype_count> dtypes{};  // torch's number of each DType
+    std::int32_t cpu = 0, cuda = 0;                  // torch's numbers of these types of devices
+    /// torch::autograd::impl::bump_version, which no C ABI has; throws for tensors without a version.
+    void (*bump_version)(const void* handle) = nullptr;
+};
+
+/// What tells a tensor from others while both live. It does not refer to the tensor.
+struct TensorIdentity {
+    PyObject* object = nullptr;
+    const void* implementation = nullptr;  // which swap_tensors exchanges; null without TensorAccess
+
+    bool operator==(const TensorIdentity&) const = default;
+};
+
 class TorchReader {
   public:
     explicit TorchReader(TorchInterface interface);
@@ -48,6 +78,9 @@ class TorchReader {
     /// Reads where a tensor's elements are; false unless they lie in the memory of the CPU, or of a CUDA device that
     /// can be used, as one of the storage types. `layout` keeps shape and strides where torch does not lend them.
     bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
+    /// The same, faster, for a tensor that was viewed before, as its identity says.
+    bool view_again(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
+    TensorIdentity identity(PyObject* tensor) const;
 
     /// The gradient or None; a new reference.
     PyObject* grad(PyObject* parameter) const { return get(grad_getter_, parameter, "grad"); }
@@ -61,9 +94,10 @@ class TorchReader {
 
     // These run Python code.
     bool is_negated(PyObject* tensor) const;
-    py::object pin(PyObject* tensor) const;
     const py::object& current_stream() const { return interface_.current_stream; }
     void increment_versions(const py::list& tensors) const;
+    /// The same without a list. Returns false, maybe after some of them, if that is not possible.
+    bool bump_versions(std::span<PyObject* const> tensors) const noexcept;
 
   private:
     static PyObject* get(const PyGetSetDef* getter, PyObject* tensor, const char* name);
@@ -71,6 +105,7 @@ class TorchReader {
 
     TorchInterface interface_;
     const DLPackExchangeAPI* exchange_ = nullptr;
+    std::optional<TensorAccess> access_;
     // The getters themselves, past the lookup of the attribute, which costs as much; null where torch has others.
     const PyGetSetDef *grad_getter_ = nullptr, *requires_grad_getter_ = nullptr;
     PyTypeObject *tensor_type_, *parameter_type_;

@@ -95,9 +95,9 @@ class TorchPlan:
         *,
         exchange_api: Any,
         describe: Any,
+        access: Any,
         increment_version: Any,
         increment_version_where_possible: Any,
-        pin: Any,
         is_negated: Any,
         tensor_type: type,
         parameter_type: type,
@@ -122,7 +122,6 @@ class TorchPlan:
         scaling: Any = None,
     ) -> bool: ...
     def set_pending(self, flags: list[Any]) -> None: ...
-    def unpin(self) -> None: ...
     def is_dense(self, tensor: Any) -> bool: ...
 
 def memory_pass(

@@ -5,8 +5,7 @@ The only place that depends on which version of torch is installed.
 
 from __future__ import annotations
 
-import gc
-import weakref
+import ctypes
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 
 from sgdcore import _core
 from sgdcore._devices import CPU
-from sgdcore.torch._compile import not_compiled
 
 __all__ = [
     "STORAGE_TYPES",
     "collapse_huge_pages",
     "device_index",
+    "dtype_of",
     "empty_like",
     "exchange_api",
     "increment_versions",
@@ -35,6 +34,14 @@ STORAGE_TYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+
+
+_BY_NAME = {name: dtype for dtype, name in STORAGE_TYPES.items()}
+
+
+def dtype_of(value: Any) -> Any:
+    """Return torch's dtype for the name of a storage type; anything else as it is."""
+    return _BY_NAME.get(value, value) if isinstance(value, str) else value
 
 
 def device_index(tensor: torch.Tensor) -> int | None:
@@ -128,42 +135,56 @@ def increment_versions(tensors: list[torch.Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _pin(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return an object whose C++ side refers to the tensor, but not to its memory; see TorchPlan::Entry.
-
-    That is what a view does for its base. The view's own memory is taken away, so that it does not keep the
-    tensor's alive once the user gives it other memory.
-    """
-    if torch.__future__.get_swap_module_params_on_conversion():
-        return None  # swap_tensors refuses tensors with a second reference
-    if torch._C._functorch.maybe_current_level() is not None:
-        return None  # memory cannot be exchanged inside of transforms such as vmap
-    if tensor.is_inference() or device_index(tensor) is None or tensor.layout is not torch.strided:
-        return None  # has no version, or is not for the core to read
-    with torch.no_grad():
-        view = tensor.view_as(tensor)
-        view.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return view
-
-
-# The plans that pin tensors.
-_pinning: weakref.WeakSet[_core.TorchPlan] = weakref.WeakSet()
-
-
-@not_compiled
-def _unpin(phase: str, info: dict[str, int]) -> None:
-    """Let a full garbage collection see through the pins."""
-    if phase == "start" and info["generation"] == 2:
-        for plan in list(_pinning):
-            plan.unpin()
-
-
-gc.callbacks.append(_unpin)
-
-
 def exchange_api() -> Any:
     """Return torch's DLPack C exchange API as a capsule; None for versions of torch that lack it."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+# Names in torch's libraries, as TensorAccess has them.
+_GETTERS = ("data_ptr", "sizes", "strides", "dim", "dtype", "device_type", "device_index")
+_CODES = (
+    *(f"dtype_{name}" for name in STORAGE_TYPES.values()),
+    "device_type_cpu",
+    "device_type_cuda",
+)
+
+
+_BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
+
+
+def _access() -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+    """Return the core's TensorAccess: an offset, addresses and codes; None where torch does not have them."""
+    with torch.inference_mode(False):
+        probe = torch.nn.Parameter(torch.ones(3, device="cpu"))
+    offset = _offset_of_implementation(probe)
+    if exchange_api() is None or offset is None:
+        return None
+    try:
+        library = ctypes.CDLL(torch._C.__file__)  # finds what it is linked with, too
+        functions = [getattr(library, f"aoti_torch_get_{name}") for name in _GETTERS]
+        codes = [getattr(library, f"aoti_torch_{name}")() for name in _CODES]
+    except (AttributeError, OSError):
+        return None
+    handle, address = ctypes.c_void_p(id(probe) + offset), ctypes.c_void_p()
+    if functions[0](handle, ctypes.byref(address)) != 0 or address.value != probe.data_ptr():
+        return None
+    bump_version = getattr(library, _BUMP_VERSION, None)
+    if bump_version is not None:
+        bump_version(handle)
+    functions.append(bump_version if probe._version == 1 else None)
+    addresses = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    return offset, tuple(addresses), tuple(codes)
+
+
+def _offset_of_implementation(tensor: torch.Tensor) -> int | None:
+    """Return where a tensor's Python object has the address of the C++ one; None if that is not clear."""
+    word = ctypes.sizeof(ctypes.c_void_p)
+    found = [
+        offset
+        for offset in range(object.__basicsize__, torch._C.TensorBase.__basicsize__, word)
+        if ctypes.c_void_p.from_address(id(tensor) + offset).value == tensor._cdata
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _takes_lists(increment_version: Any) -> bool:
@@ -177,22 +198,25 @@ def _takes_lists(increment_version: Any) -> bool:
     return bool(probe._version == 1)
 
 
-def new_plan(api: Any, *, pins: bool = True) -> _core.TorchPlan:
+# Found once; a plan is made for each optimizer.
+_tensor_access = _access()
+
+
+def new_plan(api: Any) -> _core.TorchPlan:
     """Return a plan that reads tensors through `api`, or through their Python attributes if it is None.
 
     Args:
         api: what `exchange_api` returned, or None.
-        pins: whether the plan may remember tensors by `_pin`.
     """
     increment_version = getattr(torch._C, "_increment_version", None)
     if increment_version is None or not _takes_lists(increment_version):
         increment_version = increment_versions
-    plan = _core.TorchPlan(
+    return _core.TorchPlan(
         exchange_api=api,
         describe=_describe,
+        access=_tensor_access,
         increment_version=increment_version,
         increment_version_where_possible=increment_versions,
-        pin=_pin if pins and api is not None else None,
         is_negated=torch.Tensor.is_neg,
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
@@ -200,6 +224,3 @@ def new_plan(api: Any, *, pins: bool = True) -> _core.TorchPlan:
         requires_grad_descriptor=torch.Tensor.requires_grad,
         current_stream=current_stream,
     )
-    if pins:
-        _pinning.add(plan)
-    return plan

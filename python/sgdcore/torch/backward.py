@@ -91,8 +91,7 @@ class StepInBackward:
         self._optimizer = optimizer
         self._this = weakref.ref(self)
         self._handles: list[Any] = []
-        # Of one parameter each time, so there is nothing to remember.
-        self._plan = new_plan(exchange_api(), pins=False)
+        self._plan = new_plan(exchange_api())
         # Those that stepped since the last round's end, by id: `step` is to clear their gradients.
         self._stepped: dict[int, weakref.ref[Tensor]] = {}
         self._waiting = False  # all parameters wait for `step`, until the round's end
