@@ -498,6 +498,98 @@ def test_verify_finds_equal_bits() -> None:
         verify(model, batch, steps=0)
 
 
+def rows(count: int) -> torch.utils.data.TensorDataset:
+    torch.manual_seed(1)
+    return torch.utils.data.TensorDataset(
+        torch.randn(count, 8), torch.randint(0, 4, (count,)), torch.rand(count)
+    )
+
+
+def columns(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of batches that are dicts, which it takes apart, as many models do."""
+    targets = batch.pop("targets")
+    loss: torch.Tensor = torch.nn.functional.cross_entropy(model(**batch), targets)
+    return loss
+
+
+def collate_dict(samples: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+    inputs, targets, _ = (torch.stack(column) for column in zip(*samples, strict=True))
+    return {"input": inputs, "targets": targets}
+
+
+def pairs_of(count: int) -> torch.utils.data.TensorDataset:
+    return torch.utils.data.TensorDataset(*rows(count).tensors[:2])
+
+
+DataLoader = torch.utils.data.DataLoader
+
+BATCHES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
+    # How to make them, what verify needs to know of them, and how many steps they are for.
+    "a loader": (lambda: DataLoader(pairs_of(40), batch_size=8, shuffle=True), {}, 12),
+    "a short loader": (lambda: DataLoader(pairs_of(8), batch_size=8), {}, 12),
+    "a list of tuples": (lambda: [batch(i) for i in range(3)], {}, 12),
+    "a list of lists": (lambda: [list(batch(i)) for i in range(3)], {}, 12),
+    "an iterator": (lambda: (batch(i) for i in range(3)), {}, 3),
+    "dicts": (
+        lambda: DataLoader(rows(40), batch_size=8, collate_fn=collate_dict),
+        {"loss_fn": columns},
+        12,
+    ),
+    "triples": (
+        lambda: DataLoader(rows(40), batch_size=8),
+        {
+            "loss_fn": lambda model, b: (
+                torch.nn.functional.cross_entropy(model(b[0]), b[1], reduction="none") * b[2]
+            ).mean()
+        },
+        12,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_verify_takes_any_iterable_of_batches(name: str) -> None:
+    make, further, steps = BATCHES[name]
+    report = verify(network(), make(), steps=12, **further)
+    assert (report.difference, report.steps) == (None, steps)
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (
+            3,
+            TypeError,
+            "batches: expected a function of the step's number, or an iterable .* got 3",
+        ),
+        ([], ValueError, r"batches: expected at least one batch, got \[\]"),
+        ([{"inputs": 1, "targets": 2}], TypeError, "pairs of .* got a dict; pass a loss_fn"),
+        ([(1, 2, 3)], TypeError, "pairs of .* got a tuple; pass a loss_fn"),
+    ],
+)
+def test_verify_refuses_other_batches(batches: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        verify(network(), batches)
+
+
+def test_verify_takes_parameter_groups() -> None:
+    seen = []
+
+    def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+        seen.append(model)
+        body, head = model[0], model[2]
+        return [
+            {"params": body.parameters(), "lr": 0.5, "weight_decay": 0.1},
+            {"params": [head.weight], "momentum": 0.0},
+        ]
+
+    model = network()
+    report = verify(model, batch, steps=10, params_fn=groups)
+    assert report.equal
+    assert len(seen) == 2
+    assert model not in seen
+
+
 def test_verify_reports_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     step = sgdcore.torch.SGD.step
     count = 0

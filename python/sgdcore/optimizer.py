@@ -16,6 +16,7 @@ import numpy as np
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
+from sgdcore._checkpoint import check_layout, refuse_other_optimizers
 from sgdcore._devices import CPU
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
@@ -376,17 +377,19 @@ class Optimizer:
             TypeError: if `state_dict` is not laid out as `state_dict` returns it.
             KeyError: if it lacks "state" or "param_groups".
             ValueError: if the groups do not match this optimizer's, or a momentum buffer does not have its
-                parameter's shape.
+                parameter's shape, or it is the state dict of another kind of optimizer.
 
         The optimizer is then as it was.
         """
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
+            check_layout(state_dict)
         state_dict = dict(state_dict)  # so that hooks may change it
         for hook in self._load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        _check_layout(state_dict)
+        check_layout(state_dict)
+        _check_states(state_dict["state"])
+        refuse_other_optimizers(state_dict)
         saved = state_dict["param_groups"]
         _require_matching(saved, self.param_groups)
         groups = [
@@ -461,22 +464,8 @@ class Optimizer:
         return text + ")"
 
 
-def _check_layout(state_dict: Any) -> None:
-    """Raise if something is not laid out as a state dict; what the parts mean is for others to check."""
-    for key, kind in {"state": Mapping, "param_groups": list | tuple}.items():
-        if key not in state_dict:
-            raise KeyError(f"state_dict: expected a key {key!r}, got {list(state_dict)!r}")
-        if not isinstance(state_dict[key], kind):
-            expected = "a mapping" if kind is Mapping else "a list"
-            raise TypeError(
-                f"state_dict[{key!r}]: expected {expected}, got {type(state_dict[key]).__name__}"
-            )
-    for i, group in enumerate(state_dict["param_groups"]):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
-            raise TypeError(
-                f"state_dict['param_groups'][{i}]: expected a mapping with a list 'params', got {group!r}"
-            )
-    for key, values in state_dict["state"].items():
+def _check_states(states: Mapping[Any, Any]) -> None:
+    for key, values in states.items():
         if not isinstance(values, Mapping):
             raise TypeError(f"state_dict['state'][{key!r}]: expected a mapping, got {values!r}")
 

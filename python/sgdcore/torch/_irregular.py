@@ -325,7 +325,7 @@ def _require_usable_device(tensor: Tensor, what: str) -> None:
 
 
 def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tensor:
-    dtype = group.get("momentum_dtype") or parameter.dtype
+    dtype = _interface.dtype_of(group.get("momentum_dtype")) or parameter.dtype
     if parameter.dtype.is_complex and not dtype.is_complex:
         if dtype not in _COMPLEX_MOMENTUM:
             raise TypeError(

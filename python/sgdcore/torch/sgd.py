@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, overload
 
@@ -15,13 +15,22 @@ from torch.optim import optimizer as _optimizer
 
 from sgdcore import _core
 from sgdcore._arrays import as_tensor
+from sgdcore._checkpoint import check_layout, refuse_other_optimizers
 from sgdcore._devices import CPU
 from sgdcore._grad_scaler import asked_by_grad_scaler
+from sgdcore.device_array import DeviceArray
+from sgdcore.parameter import Parameter, ParameterBuffer
 from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
 
 __all__ = ["SGD"]
+
+# The hyperparameters that torch.optim.SGD lacks, with what they are in a group that does not have them.
+_OWN_DEFAULTS: dict[str, Any] = {"momentum_dtype": None, "sparse_mode": "dense"}
+
+# Those that a step needs and that torch does not add to an old checkpoint.
+_REQUIRED = ("lr", "momentum", "dampening", "weight_decay")
 
 _profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 # The same objects for the life of the process.
@@ -93,8 +102,9 @@ class SGD(torch.optim.SGD):
         maximize: ascend instead of descend.
         foreach, fused: accepted and kept in the groups; there is one path here.
         differentiable: let autograd record the step, with torch's own (slow) code.
-        momentum_dtype: type of new momentum buffers, one of float64, float32, float16, bfloat16; the
-            parameter's if None. float32 for bfloat16 parameters keeps small gradients from being rounded away.
+        momentum_dtype: type of new momentum buffers, one of float64, float32, float16, bfloat16, or its name; the
+            parameter's if None. A state dict has its name. float32 for bfloat16 parameters keeps small gradients from
+            being rounded away.
         sparse_mode: what a sparse gradient means. ``"dense"``: what the same gradient means as a dense tensor, so
             that weight decay and momentum act on all rows. ``"lazy"``: only the rows that it names are touched.
 
@@ -122,7 +132,7 @@ class SGD(torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         sparse_mode: str = "dense",
     ) -> None:
         if _is_negative("lr", lr):
@@ -139,7 +149,7 @@ class SGD(torch.optim.SGD):
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self._start()
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
@@ -149,10 +159,12 @@ class SGD(torch.optim.SGD):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
-            "momentum_dtype": momentum_dtype,
-            "sparse_mode": sparse_mode,
         }
-        torch.optim.Optimizer.__init__(self, params, defaults)
+        # The keys are torch's, unless ours are used: a checkpoint is then torch's, too.
+        own = {"momentum_dtype": momentum_dtype, "sparse_mode": sparse_mode}
+        defaults |= {key: value for key, value in own.items() if value != _OWN_DEFAULTS[key]}
+        _check_group(defaults)
+        torch.optim.Optimizer.__init__(self, _listed(params), defaults)
 
     @property
     @not_compiled
@@ -219,7 +231,9 @@ class SGD(torch.optim.SGD):
             TypeError, ValueError: as torch does, and for an invalid momentum_dtype or sparse_mode.
         """
         if isinstance(param_group, dict):
-            _check_group({**self.defaults, **param_group})
+            _check_group(param_group)
+            if "params" in param_group:
+                param_group["params"] = _listed(param_group["params"])
         super().add_param_group(param_group)
         _interface.collapse_huge_pages(self.param_groups[-1]["params"])
         if self._in_backward is not None:
@@ -391,6 +405,16 @@ class SGD(torch.optim.SGD):
     # Checkpoints
 
     @not_compiled
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups in torch's layout, momentum_dtype by its name; see torch.optim.Optimizer."""
+        # Before the user's hooks, which see what is saved.
+        hook = self.register_state_dict_post_hook(_name_dtypes, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    @not_compiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a copy of a state dict of this class, of torch.optim.SGD or of `sgdcore.SGD`.
 
@@ -398,11 +422,16 @@ class SGD(torch.optim.SGD):
         group's ``momentum_dtype`` is set and the checkpoint has none, as torch's, it is cast to that.
 
         Raises:
-            ValueError: if the groups do not match, or a momentum buffer does not have its parameter's shape; the
-                optimizer is then as it was.
+            TypeError, KeyError: if `state_dict` is not laid out as an optimizer's, such as a model's.
+            ValueError: if the groups do not match, or a momentum buffer does not have its parameter's shape, or it is
+                the state dict of another kind of optimizer.
+
+        The optimizer is then as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            check_layout(state_dict)
         # Hooks run in the order of registration, so this one sees what the user's return.
-        hook = self.register_load_state_dict_pre_hook(_hide_momentum)
+        hook = self.register_load_state_dict_pre_hook(_read_checkpoint)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -418,13 +447,11 @@ class SGD(torch.optim.SGD):
         if len(earlier) != len(groups):
             earlier = [defaults] * len(groups)
         for group, known in zip(groups, earlier, strict=True):
-            group.setdefault("momentum_dtype", known.get("momentum_dtype"))
-            if isinstance(group["momentum_dtype"], str):  # a checkpoint of sgdcore.SGD
-                named = getattr(torch, group["momentum_dtype"], group["momentum_dtype"])
-                group["momentum_dtype"] = named
-            group.setdefault("sparse_mode", known.get("sparse_mode", "dense"))
+            for key in _OWN_DEFAULTS:
+                if key not in group and key in known:
+                    group[key] = known[key]
             _check_group(group)
-        dtypes = {p: group["momentum_dtype"] for group in groups for p in group["params"]}
+        dtypes = {p: group.get("momentum_dtype") for group in groups for p in group["params"]}
         for parameter, values in state.get("state", {}).items():
             if isinstance(values, dict) and isinstance(values.get("momentum_buffer"), _Kept):
                 kept = values["momentum_buffer"].tensor
@@ -462,18 +489,74 @@ def _any_differentiable(groups: Iterable[dict[str, Any]]) -> bool:
     return any(group.get("differentiable", False) for group in groups)
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    if group["momentum_dtype"] is not None and group["momentum_dtype"] not in STORAGE_TYPES:
-        expected = ", ".join(str(dtype) for dtype in STORAGE_TYPES)
+def _listed(params: Any) -> Any:
+    """Return parameters as a list; raise if one is of a kind that is easily mistaken for a parameter."""
+    if isinstance(params, Tensor | set | frozenset):
+        return params  # which torch takes, or refuses
+    hint = _hint_for(params)
+    if hint:
         raise TypeError(
-            f"momentum_dtype: expected one of {expected} or None, got {group['momentum_dtype']!r}"
+            f"params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+            f"{torch.typename(params)}{hint}"
         )
-    if group["sparse_mode"] not in ("dense", "lazy"):
-        raise ValueError(f"sparse_mode: expected 'dense' or 'lazy', got {group['sparse_mode']!r}")
+    if not isinstance(params, Iterable):
+        return params
+    entries = list(params)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, dict):  # a group
+            continue
+        value = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        hint = _hint_for(value)
+        if hint:
+            raise TypeError(
+                f"params[{i}]: optimizer can only optimize Tensors, but one of the params is "
+                f"{torch.typename(value)}{hint}"
+            )
+    return entries
 
 
-def _hide_momentum(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Wrap the momentum buffers, so that torch's casting passes them by."""
+def _hint_for(value: Any) -> str:
+    """Say what to pass instead of what is no parameter of torch's; empty if there is nothing to say."""
+    if isinstance(value, torch.nn.Module):
+        return "; pass its parameters, as model.parameters()"
+    if isinstance(value, np.ndarray | Parameter | ParameterBuffer | DeviceArray):
+        return "; arrays are for sgdcore.SGD, or become tensors by torch.from_numpy"
+    if isinstance(value, Mapping) and any(isinstance(key, str) for key in value):
+        return "; put a group in a list, or pass names with list(params.items())"
+    return ""
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Check the hyperparameters that torch does not have; a dtype given by its name becomes torch's."""
+    if isinstance(group.get("momentum_dtype"), str):
+        group["momentum_dtype"] = _interface.dtype_of(group["momentum_dtype"])
+    dtype, mode = (group.get(key, default) for key, default in _OWN_DEFAULTS.items())
+    if dtype is not None and dtype not in STORAGE_TYPES:
+        expected = ", ".join(str(dtype) for dtype in STORAGE_TYPES)
+        raise TypeError(f"momentum_dtype: expected one of {expected} or None, got {dtype!r}")
+    if mode not in ("dense", "lazy"):
+        raise ValueError(f"sparse_mode: expected 'dense' or 'lazy', got {mode!r}")
+
+
+def _name_dtypes(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Write dtypes as names: torch.distributed.checkpoint and JSON take plain values only."""
+    for group in state_dict["param_groups"]:
+        if isinstance(group.get("momentum_dtype"), torch.dtype):
+            group["momentum_dtype"] = STORAGE_TYPES[group["momentum_dtype"]]
+
+
+def _read_checkpoint(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """Check a state dict, and wrap its momentum buffers, so that torch's casting passes them by."""
+    check_layout(state_dict)
+    refuse_other_optimizers(state_dict)
+    for i, group in enumerate(state_dict["param_groups"]):
+        missing = [key for key in _REQUIRED if key not in group]
+        if missing:
+            raise ValueError(
+                f"state_dict['param_groups'][{i}]: expected SGD's hyperparameters, got none called {', '.join(missing)}"
+            )
     state = {}
     for key, values in state_dict["state"].items():
         momentum = values.get("momentum_buffer") if isinstance(values, dict) else None
@@ -482,7 +565,20 @@ def _hide_momentum(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
         if isinstance(momentum, Tensor):
             values = {**values, "momentum_buffer": _Kept(momentum)}
         state[key] = values
-    return {**state_dict, "state": state}
+    groups = _without_own_defaults(state_dict["param_groups"], optimizer.param_groups)
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _without_own_defaults(
+    saved: Iterable[Mapping[str, Any]], own: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a checkpoint's groups without what says nothing: earlier versions saved all of our keys."""
+    groups = [dict(group) for group in saved]
+    for group, present in zip(groups, own, strict=False):  # torch refuses other numbers of groups
+        for key, default in _OWN_DEFAULTS.items():
+            if key not in present and group.get(key, present) == default:
+                del group[key]
+    return groups
 
 
 def _momentum_for(parameter: Tensor, momentum: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,50 @@ class Verification:
 
 
 def _default_loss(model: torch.nn.Module, batch: Any) -> Tensor:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise TypeError(
+            f"batches: expected pairs of inputs and class indices, got a {type(batch).__name__}; pass a loss_fn(model, "
+            "batch) for other batches"
+        )
     inputs, targets = batch
     return torch.nn.functional.cross_entropy(model(inputs), targets)
 
 
+def _numbered(batches: Callable[[int], Any] | Iterable[Any], steps: int) -> Iterator[Any]:
+    """Yield a batch for each step; fewer from an iterator that ends."""
+    if callable(batches):
+        yield from map(batches, range(steps))
+        return
+    try:
+        batches_now = iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches: expected a function of the step's number, or an iterable of batches, got {batches!r}"
+        ) from None
+    for number in range(steps):
+        try:
+            batch = next(batches_now)
+        except StopIteration:
+            # From the first one again; an iterator has no more.
+            batches_now = iter(batches)
+            try:
+                batch = next(batches_now)
+            except StopIteration:
+                if number == 0:
+                    raise ValueError(
+                        f"batches: expected at least one batch, got {batches!r}"
+                    ) from None
+                return
+        yield batch
+
+
 def verify(
     model: torch.nn.Module,
-    batch_fn: Callable[[int], Any],
+    batches: Callable[[int], Any] | Iterable[Any],
     steps: int = 20,
     *,
     loss_fn: Callable[[torch.nn.Module, Any], Tensor] | None = None,
+    params_fn: Callable[[torch.nn.Module], Iterable[Any]] | None = None,
     lr: float = 0.01,
     momentum: float = 0.9,
     **hyperparameters: Any,
@@ -68,10 +102,13 @@ def verify(
 
     Args:
         model: any module with parameters on the CPU or CUDA devices.
-        batch_fn: called with the number of the step, from 0, for a batch.
-        steps: how many steps to take.
+        batches: an iterable of batches, such as a DataLoader, which is begun anew at its end; or a function that
+            returns the batch of a step, given its number, from 0.
+        steps: how many steps to take; fewer are taken if an iterator ends earlier.
         loss_fn: called with a model and a batch, for a scalar loss; if None, the batch is a pair of
             inputs and class indices, and the loss is the cross-entropy of the model's output.
+        params_fn: called with a model, for the parameters or the parameter groups of its optimizer; if None, they
+            are the model's parameters.
         lr: learning rate of both optimizers.
         momentum: momentum factor of both.
         **hyperparameters: further arguments of both.
@@ -80,29 +117,33 @@ def verify(
         the first difference, if any, and the time of both.
 
     Raises:
-        ValueError: if `steps` is not positive.
+        TypeError: if `batches` is neither iterable nor callable, or a batch needs a `loss_fn`.
+        ValueError: if `steps` is not positive, or there is no batch.
     """
     if steps < 1:
         raise ValueError(f"steps: expected a positive number, got {steps}")
     loss_fn = loss_fn or _default_loss
+    params_fn = params_fn or torch.nn.Module.parameters
     models = [copy.deepcopy(model), copy.deepcopy(model)]
     hyperparameters = {"lr": lr, "momentum": momentum, **hyperparameters}
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(models[0].parameters(), foreach=False, **hyperparameters),
-        SGD(models[1].parameters(), **hyperparameters),
+        torch.optim.SGD(params_fn(models[0]), foreach=False, **hyperparameters),
+        SGD(params_fn(models[1]), **hyperparameters),
     ]
     devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
     seconds: list[list[float]] = [[], []]
     difference = None
     taken = 0
-    for number in range(steps):
-        batch = batch_fn(number)
+    for number, batch in enumerate(_numbered(batches, steps)):
         losses = []
         for i, (copied, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             optimizer.zero_grad()
             # What the first one draws is drawn again for the second one.
             with torch.random.fork_rng(devices, enabled=i == 0):
-                loss = loss_fn(copied, batch)
+                # A loss_fn may take entries out of its batch.
+                loss = loss_fn(
+                    copied, copy.copy(batch) if isinstance(batch, Mapping | list) else batch
+                )
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             start = time.perf_counter()

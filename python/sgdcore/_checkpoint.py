@@ -1,0 +1,80 @@
+"""What a state dict has to be before any of it is taken over; for arrays and for torch's tensors alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["check_layout", "refuse_other_optimizers"]
+
+# What tells the state dicts of torch's other optimizers: hyperparameters, and entries of a parameter's state.
+_OTHER_HYPERPARAMETERS = frozenset(
+    ("alpha", "betas", "eps", "etas", "lambd", "lr_decay", "max_iter", "rho")
+)
+_OTHER_STATE = frozenset(("acc_delta", "exp_avg", "exp_avg_sq", "exp_inf", "row_var", "square_avg"))
+
+
+def check_layout(state_dict: Any) -> None:
+    """Raise if something is not laid out as an optimizer's state dict; what the parts mean is for others to check.
+
+    Raises:
+        TypeError: if it, its parts, or their parts are of the wrong kind.
+        KeyError: if it lacks "state" or "param_groups".
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
+    for key, kind in {"state": Mapping, "param_groups": list | tuple}.items():
+        if key not in state_dict:
+            raise KeyError(
+                f"state_dict: expected a key {key!r}, got {_shortened(state_dict)}{_hint(state_dict)}"
+            )
+        if not isinstance(state_dict[key], kind):
+            expected = "a mapping" if kind is Mapping else "a list"
+            raise TypeError(
+                f"state_dict[{key!r}]: expected {expected}, got {type(state_dict[key]).__name__}"
+            )
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise TypeError(
+                f"state_dict['param_groups'][{i}]: expected a mapping with a list 'params', got {group!r}"
+            )
+
+
+def refuse_other_optimizers(state_dict: Mapping[str, Any]) -> None:
+    """Raise if a state dict, laid out as one, is not SGD's.
+
+    Keys that users add to groups and states are no reason; those of torch's other optimizers are.
+
+    Raises:
+        ValueError: naming what SGD does not have.
+    """
+    for i, group in enumerate(state_dict["param_groups"]):
+        others = sorted(_OTHER_HYPERPARAMETERS.intersection(group))
+        if others and "dampening" not in group:
+            raise ValueError(
+                f"state_dict['param_groups'][{i}]: expected SGD's hyperparameters, got those of another optimizer: "
+                f"{', '.join(others)}"
+            )
+    for key, values in state_dict["state"].items():
+        others = sorted(_OTHER_STATE.intersection(values)) if isinstance(values, Mapping) else []
+        if others:
+            raise ValueError(
+                f"state_dict['state'][{key!r}]: expected SGD's momentum_buffer, got the state of another optimizer: "
+                f"{', '.join(others)}"
+            )
+
+
+def _shortened(keys: Iterable[Any]) -> str:
+    """Return the keys as a list, the first few of many."""
+    names = list(keys)
+    return repr(names) if len(names) <= 8 else f"{names[:8]!r} and {len(names) - 8} more"
+
+
+def _hint(state_dict: Mapping[Any, Any]) -> str:
+    """Say what the mapping seems to be instead."""
+    for key, value in state_dict.items():
+        if isinstance(value, Mapping) and "param_groups" in value:
+            return f"; state_dict[{key!r}] has it"
+    if state_dict and all(hasattr(value, "shape") for value in state_dict.values()):
+        return "; a model's own state dict is for the model to load"
+    return ""
