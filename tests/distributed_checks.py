@@ -1500,6 +1500,286 @@ def groups_are_added_between_rounds(context: Context) -> None:
     assert_equal_on_all(context, params_of(data))
 
 
+# What ranks tell each other before they average
+
+
+@check()
+def wrappers_called_in_another_order(context: Context) -> None:
+    """All ranks hear which wrapper each calls, whatever the sizes and the timing; then all go on."""
+    options = [{}, {"wire_dtype": "float32"}]
+    for wrap in (DataParallel, partial(LocalSGD, sync_every=1)):
+        for each in options:
+            first = wrap(sgdcore.SGD([np.zeros(3)], lr=1.0), **each)
+            second = wrap(sgdcore.SGD([np.zeros(5), np.zeros(2)], lr=1.0), **each)
+            pair = [first, second] if context.rank == 0 else [second, first]
+            name = type(first).__name__
+            match = f"on rank 0: .*{name} number .*; on rank 1: .*{name} number "
+            for optimizer in pair:
+                for p in params_of(optimizer):
+                    p.grad = np.ones(p.shape)
+                with pytest.raises(RoundError, match=match):
+                    optimizer.step()
+            for optimizer in (first, second):
+                optimizer.zero_grad()
+                optimizer.rebind(context.group)
+                train(context, optimizer, 1)
+                assert_equal_on_all(context, params_of(optimizer))
+            # Another kind of call.
+            call = first.finish
+            if context.rank == 0:
+                call = partial(first.add_param_group, {"params": [np.zeros(4)]})
+            with pytest.raises(RoundError, match="ranks call different things: on rank 0: "):
+                call()
+
+
+@check()
+def names_of_parameters_are_compared(context: Context) -> None:
+    """Parameters of one shape in another order would be averaged with each other."""
+    order = ["query", "key"] if context.rank == 0 else ["key", "query"]
+    for cls in (LocalSGD, DataParallel):
+        params = [sgdcore.Parameter(np.full(2, float(context.rank)), name=n) for n in order]
+        match = "on rank 0: number 0 'query' .*; on rank 1: number 0 'key' "
+        with refused(context, ValueError, match, *params):
+            cls(sgdcore.SGD(params, lr=0.1))
+
+
+@check()
+def learning_rates_of_an_outer_step_are_compared(context: Context) -> None:
+    """A scheduler stepped by each rank's own metrics: the outer step would leave ranks different."""
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, sync_every=2, outer=SlowMo(0.5), transactional=True)
+    train(context, local, 4)
+    before = values_of(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.1 / (1 + context.rank)
+    match = r"learning rates .* on rank 0: param_groups\[0\]\['lr'\] = 0.1; on rank 1: .* = 0.05"
+    with pytest.raises(RoundError, match=match):
+        train(context, local, 2, first=4)
+    assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
+    optimizer.param_groups[0]["lr"] = 0.1
+    with local:
+        train(context, local, 3 + context.rank, first=6)
+    assert_equal_on_all(context, params_of(optimizer))
+    data = DataParallel(make("numpy flat"))
+    data.param_groups[0]["lr"] = 0.1 / (1 + context.rank)
+    match = r"hyperparameters: .* on rank 0: param_groups\[0\]\['lr'\] = 0.1; on rank 1: .* = 0.05"
+    with refused(context, RoundError, match, *params_of(data)):
+        train(context, data, 1)
+
+
+LOADED: dict[str, dict[str, Any]] = {
+    "outer": {"options": {"outer": OuterSGD(0.7, 0.9)}},
+    "slowmo": {"options": {"outer": SlowMo(0.5)}},
+    "wire": {"options": {"wire_dtype": "float32"}},
+    "data parallel": {"options": None},
+}
+
+
+@check(cases=LOADED)
+def weights_loaded_on_one_rank_are_noticed(
+    context: Context, options: dict[str, Any] | None
+) -> None:
+    """After wrapping; on all ranks they are welcome."""
+    for ranks in ([1], range(context.size)):
+        optimizer = make("numpy flat", "float64")
+        wrapper: Any = DataParallel(optimizer)
+        if options is not None:
+            wrapper = LocalSGD(optimizer, sync_every=2, **options)
+        if context.rank in ranks:
+            params_of(optimizer)[1].data[...] = 100.0
+        if len(ranks) == 1:
+            with pytest.raises(RoundError, match=r"on some ranks only: .* parameter 'p1': .*; on "):
+                train(context, wrapper, 2)
+        else:
+            with wrapper:
+                train(context, wrapper, 3)
+            assert_equal_on_all(context, params_of(optimizer))
+            assert params_of(optimizer)[1].data.mean() > 20
+
+
+@check(cases={name: each for name, each in LOADED.items() if each["options"]})
+def a_state_loaded_on_one_rank_is_noticed(context: Context, options: dict[str, Any]) -> None:
+    """With another anchor, or none, or another outer momentum."""
+    for spoil in ("plain", "anchor", "outer_momentum"):
+        if spoil == "outer_momentum" and "outer" not in options:
+            continue
+        optimizer = make("numpy flat", "float64")
+        local = LocalSGD(optimizer, sync_every=4, **options)
+        train(context, local, 6)
+        state = copy.deepcopy(local.state_dict())
+        if spoil == "plain":
+            state = optimizer.state_dict()
+        else:
+            state["state"][1][f"local_sgd.{spoil}"][...] += 1
+        if context.rank == 1:
+            local.load_state_dict(state)
+        with pytest.raises(RoundError, match="which was loaded on some ranks only"):
+            local.sync()
+
+
+@check()
+def data_parallel_ends_with_equal_parameters(context: Context) -> None:
+    """Also where one rank's were changed by hand between two steps."""
+    data = DataParallel(make("numpy flat"))
+    train(context, data, 2)
+    if context.rank == 1:
+        params_of(data)[0].data[...] = 5.0
+    train(context, data, 1)
+    data.finish()
+    assert_equal_on_all(context, params_of(data))
+
+
+class OwnPeriod:
+    """A schedule that answers differently on each rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def period(self, progress: Progress) -> int:
+        return 2 if progress.round < 1 else 2 + self.rank
+
+
+@check()
+def periods_that_differ_are_refused(context: Context) -> None:
+    for levels in (None, [(context.group, 3)]):
+        local = LocalSGD(
+            make("numpy flat"),
+            sync_every=OwnPeriod(context.rank),
+            levels=levels,
+            transactional=True,
+        )
+        train(context, local, 2)
+        match = "period: expected the same on all ranks, got on rank 0: 2 steps; on rank 1: 3 steps"
+        with pytest.raises(RoundError, match=match):
+            train(context, local, 5, first=2)
+
+
+@check(cases={name: {"options": each["options"] or {}} for name, each in LOADED.items()})
+def values_that_are_not_finite(context: Context, options: dict[str, Any]) -> None:
+    """An error that names the rank; or that rank is left out, and goes on with the others' mean."""
+    for bad in (np.nan, np.inf):
+        optimizer = make("numpy flat", "float64")
+        local = LocalSGD(optimizer, sync_every=2, transactional=True, **options)
+        train(context, local, 2)
+        before = values_of(optimizer)
+        train(context, local, 1, first=2)
+        if context.rank == 1:
+            params_of(optimizer)[2].data[...] = bad
+        with pytest.raises(RoundError, match="rank 1 has parameters that are not finite"):
+            train(context, local, 1, first=3)
+        assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
+
+        optimizer = make("numpy flat", "float64")
+        local = LocalSGD(optimizer, sync_every=2, exclude_nonfinite=True, **options)
+        train(context, local, 3)
+        if context.rank == 1:
+            params_of(optimizer)[2].data[...] = bad
+            momenta_of(optimizer)[0][...] = bad
+        local.sync()
+        assert_equal_on_all(context, params_of(optimizer))
+        train(context, local, 4, first=4)
+        assert_equal_on_all(context, params_of(optimizer))
+        assert all(np.isfinite(as_array(p)).all() for p in params_of(optimizer))
+    params_of(optimizer)[0].data[...] = np.nan
+    with pytest.raises(RoundError, match="no rank has parameters that are all finite"):
+        train(context, local, 2)
+
+
+@check()
+def more_parameters_than_a_header_holds(context: Context) -> None:
+    """Which of them have gradients, or momentum, travels in an operation of its own."""
+    for wrap in (DataParallel, partial(LocalSGD, sync_every=1, momentum_sync="average")):
+        params = [sgdcore.Parameter(np.zeros(2)) for _ in range(3000)]
+        optimizer = wrap(sgdcore.SGD(params, lr=1.0, momentum=0.5))
+        params[2999].grad = np.ones(2) if context.rank == 1 else None
+        params[5].grad = np.ones(2)
+        optimizer.step()
+        assert_equal_on_all(context, [params[5], params[2999]])
+        assert params[2999].data[0] == -1 / context.size
+        momenta = momenta_of(optimizer)
+        assert_equal_on_all(context, [momenta[5], momenta[2999]])
+        assert [i for i, each in enumerate(momenta) if each is not None] == [5, 2999]
+
+
+@check()
+def the_mean_leaves_out_what_is_not_finite(context: Context) -> None:
+    array = np.full(3, float(context.rank))
+    local = LocalSGD(
+        sgdcore.SGD([array], lr=1.0), sync_every=1, exclude_nonfinite=True
+    )  # all begin with 0
+    local.step(grads=[np.full(3, np.nan if context.rank == 0 else float(context.rank))])
+    others = range(1, context.size)
+    assert np.allclose(array, -sum(others) / len(others))
+
+
+@check(["gloo-4", "mpi-4"], cases={"one": {"every": [2]}, "two": {"every": [2, 4]}})
+def sync_takes_part_in_levels(context: Context, every: list[int]) -> None:
+    """Ranks that call it early average with those that step on, as `finish` does."""
+    pairs = [context.split([0, 1]), context.split([2, 3])]
+    pair = next(each for each in pairs if each is not None)
+    levels = list(zip([pair, context.group], every, strict=False))
+    for end in ("sync", "finish"):
+        for steps in ([1, 6, 3, 9], [0, 5, 5, 0], [20, 0, 1, 2], [3, 3, 3, 3]):
+            optimizer = make("numpy flat")
+            local = LocalSGD(optimizer, sync_every=8, levels=levels)
+            train(context, local, steps[context.rank])
+            getattr(local, end)()
+            assert_equal_on_all(context, params_of(optimizer))
+            assert len(set(on_all(context, local.round))) == 1
+            assert len(set(on_all(context, local._round.total))) == 1
+            train(context, local, 8)
+            assert_equal_on_all(context, params_of(optimizer))
+
+
+@check(cases={"keep": {"mode": "keep"}, "average": {"mode": "average"}})
+def a_late_joiner_gets_momentum_and_learning_rates(context: Context, mode: str) -> None:
+    """Of a rank that has them; the others keep their own."""
+    stay = list(range(1, context.size))
+    optimizer = make("numpy flat")
+    local = LocalSGD(optimizer, sync_every=2, momentum_sync=mode)
+    train(context, local, 2)
+    smaller = context.split(stay)
+    if smaller is None:
+        optimizer = make("numpy flat", seed=77)  # a new process
+        local = LocalSGD(optimizer, sync_every=2, momentum_sync=mode)
+    else:
+        local.rebind(smaller)
+        optimizer.param_groups[0]["lr"] = 0.025  # as a scheduler
+        train(context, local, 2, first=2)
+        own = [each.copy() for each in momenta_of(optimizer)]
+        local.rebind(context.group)
+        if mode == "keep":
+            assert all(same_bits(a, b) for a, b in zip(momenta_of(optimizer), own, strict=True))
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    digests = on_all(context, digest(momenta_of(optimizer)))
+    assert digests[0] == digests[1]
+    assert_equal_on_all(context, params_of(optimizer))
+
+
+@check(
+    cases={
+        "LocalSGD": {"wrap": partial(LocalSGD, sync_every=2)},
+        "DataParallel": {"wrap": DataParallel},
+    }
+)
+def buffers_are_averaged(context: Context, wrap: Any) -> None:
+    """Arrays beside parameters: rank 0's at first, then the mean; integers are those of rank 0."""
+    mean = np.full(3, float(context.rank), np.float32)
+    count = np.array(10 + context.rank)
+    optimizer = wrap(make("numpy flat"), buffers={"mean": mean, "count": count})
+    assert mean.tolist() == [0.0] * 3
+    assert count == 10
+    for _ in range(2):
+        mean += context.rank
+        count += 1 + context.rank
+        train(context, optimizer, 1)
+    assert_equal_on_all(context, [mean, count])
+    assert np.allclose(mean, context.size - 1)
+    assert count in (11, 12)
+    other = {"mean": mean} if context.rank else {"mean": mean, "count": count}
+    with refused(context, ValueError, r"buffers: .* on rank 0: .*; on rank 1: ", mean, count):
+        wrap(make("numpy flat"), buffers=other)
+
+
 @check(MPI)
 def no_torch_was_needed(context: Context) -> None:
     assert "torch" not in sys.modules

@@ -894,3 +894,138 @@ def versions_are_counted(context: Context) -> None:
     outer = LocalSGD(sgdcore.torch.SGD([p], lr=0.1), sync_every=1, outer=OuterSGD(1.0))
     outer.step()
     assert_equal_on_all(context, [p])
+
+
+@check(TORCH)
+def hooks_after_wrapping_see_this_ranks_gradients(context: Context) -> None:
+    """What a hook does to a gradient, clipping for instance, is what is averaged, whole."""
+    module = network()
+    data = DataParallel(sgd(module, lr=1.0, momentum=0.0))
+
+    def clip(p: Any) -> None:
+        p.grad.clamp_(-1e-3, 1e-3)
+
+    for p in module.parameters():
+        p.register_post_accumulate_grad_hook(clip)
+    references = [network() for _ in range(context.size)]
+    for rank, reference in enumerate(references):
+        backward(reference, *batch(rank, 0))
+    start = values_of(data)
+    backward(module, *batch(context.rank, 0))
+    data.step()
+    for i, (p, first) in enumerate(zip(module.parameters(), start, strict=True)):
+        own = [list(r.parameters())[i].grad for r in references]
+        clipped = [gradient.clamp(-1e-3, 1e-3) for gradient in own if gradient is not None]
+        close(p, first - as_array(sum(clipped) / context.size))
+    assert_equal_on_all(context, list(module.parameters()))
+
+
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    "plain": {"wrap": LocalSGD, "options": {"sync_every": 4}},
+    "outer": {"wrap": LocalSGD, "options": {"sync_every": 4, "outer": OuterSGD(0.7, 0.9)}},
+    "transactional": {"wrap": LocalSGD, "options": {"sync_every": 4, "transactional": True}},
+    "data parallel": {"wrap": DataParallel, "options": {}},
+}
+
+
+@check(GLOO, cases=CHECKPOINTED)
+def torchs_checkpoint_api(context: Context, wrap: Any, options: dict[str, Any]) -> None:
+    """Looking changes nothing, takes no step, and what was saved trains on with the same bits."""
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    first, second = network(), network(1)
+    unbroken, resumed = wrap(sgd(first), **options), wrap(sgd(second), **options)
+    before = values_of(unbroken)
+    empty = get_optimizer_state_dict(first, unbroken)
+    assert not empty["state"] or wrap is LocalSGD
+    assert all(same_bits(a, b) for a, b in zip(params_of(unbroken), before, strict=True))
+    assert all(p.grad is None for p in first.parameters())
+    assert not unbroken.optimizer.state
+
+    def run(module: nn.Module, optimizer: Any, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            optimizer.zero_grad()
+            backward(module, *batch(context.rank, step))
+            optimizer.step()
+
+    run(first, unbroken, 0, 6)
+    before = values_of(unbroken)
+    state = copy.deepcopy(get_optimizer_state_dict(first, unbroken))
+    assert all(same_bits(a, b) for a, b in zip(params_of(unbroken), before, strict=True))
+    second.load_state_dict(first.state_dict())
+    set_optimizer_state_dict(second, resumed, state)
+    assert resumed.state_dict()["param_groups"] == unbroken.state_dict()["param_groups"]
+    for module, optimizer in ((first, unbroken), (second, resumed)):
+        run(module, optimizer, 6, 11)
+        optimizer.finish()
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert same_bits(p, q)
+    assert_equal_on_all(context, params_of(resumed))
+
+
+def normalised(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+@check(TORCH, cases={"model": {"whole": True}, "buffers": {"whole": False}})
+def batch_norm_and_frozen_layers(context: Context, whole: bool) -> None:
+    """Statistics are averaged, what is frozen is rank 0's, and ranks evaluate alike."""
+    for wrap in (lambda o, **k: LocalSGD(o, sync_every=2, **k), DataParallel):
+        module = normalised(context.rank)
+        frozen = module[0].requires_grad_(False)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        inner = sgdcore.torch.SGD(trained, lr=0.1)
+        given = {"model": module} if whole else {"buffers": module.buffers()}
+        optimizer = wrap(inner, **given)
+        if whole:
+            assert_equal_on_all(context, list(frozen.parameters()))
+            assert optimizer._parameters.names[0] == "1.weight"
+        generator = torch.Generator().manual_seed(context.rank)
+        for _ in range(4):
+            optimizer.zero_grad()
+            module(torch.randn(8, 4, generator=generator) + context.rank).pow(2).sum().backward()
+            optimizer.step()
+        assert_equal_on_all(context, list(module.buffers()))
+        assert module[1].num_batches_tracked == 4
+        if whole:
+            module.eval()
+            assert_equal_on_all(context, [module(torch.ones(2, 4))])
+
+
+@check(["gloo-2"])
+def batch_norm_that_nobody_averages_is_warned_of_once(context: Context) -> None:
+    from sgdcore.distributed import buffers
+
+    buffers._warned = False
+    module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4)))
+    with pytest.warns(UserWarning, match="the model has batch norm.*pass model=model"):
+        LocalSGD(sgd(module))
+    LocalSGD(sgd(module))
+    buffers._warned = False
+    LocalSGD(sgd(module), model=module)
+    LocalSGD(sgd(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))))
+    assert not buffers._warned
+
+
+@check(GLOO)
+def what_cannot_be_wrapped_is_refused_by_name(context: Context) -> None:
+    import torch.distributed as dist
+
+    p = nn.Parameter(torch.zeros(2))
+    for cls in (LocalSGD, DataParallel):
+        with refused(context, TypeError, "optimizer: LBFGS evaluates its closure", p):
+            cls(torch.optim.LBFGS([p]))
+        with refused(context, TypeError, "model: expected a torch.nn.Module or None, got 3", p):
+            cls(torch.optim.SGD([p], lr=0.1), model=3)
+    alone = dist.new_group([0])
+    if context.rank > 0:
+        for call in (
+            lambda: LocalSGD(torch.optim.SGD([p], lr=0.1), alone),
+            lambda: LocalSGD(torch.optim.SGD([p], lr=0.1), levels=[(alone, 2)]),
+        ):
+            with refused(context, RuntimeError, "group: this process is not one of its ranks", p):
+                call()

@@ -32,7 +32,15 @@ __all__ = [
 ]
 
 # What ranks can do together.
-OPERATIONS = ("to meet", "to add a group", "a step", "a round", "a level's average", "to end")
+OPERATIONS = (
+    "to meet",
+    "to add a group",
+    "a step",
+    "a round",
+    "a level's average",
+    "a period",
+    "to end",
+)
 
 _FLAG_WORDS = 32  # 2,048 parameters; flags of more travel in an operation of their own
 _FIELDS = (

@@ -375,9 +375,15 @@ class LocalSGD(Wrapper):
         return min([max(1, self._round.period - done), *steps])
 
     def _find_period(self) -> None:
-        own = self._options
+        own, counts = self._options, self._round
+        if counts.period:
+            return
         lr = float(self._optimizer.param_groups[0].get("lr", 0.0))
-        self._round.find_period(own.sync_every, own.warmup_steps, lr)
+        counts.find_period(own.sync_every, own.warmup_steps, lr)
+        if self._levels and not isinstance(own.sync_every, int):
+            # Ranks that differed would wait for each other, one for a level's average and another for the round's end.
+            with self._failures_as_round_errors():
+                self._exchange(self._group, "a period", _STEPPING)
 
     def _advance(self, steps: int, ending: int) -> bool:
         """Count steps; average what is due. Returns whether that ended `sync` or `finish`."""
