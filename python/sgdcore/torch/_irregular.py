@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.optim.sgd import sgd as torch_sgd
 
 from sgdcore import _core, _devices
 from sgdcore._devices import CPU
 from sgdcore.torch import _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
-__all__ = ["Scaling", "as_tensor", "factor_of", "label_of", "step"]
+__all__ = ["Scaling", "as_tensor", "factor_of", "has_own_operations", "label_of", "step"]
 
+_HYPERPARAMETERS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 _COMPLEX_MOMENTUM = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
@@ -82,6 +84,7 @@ class _Update:
     # What the core is given; None if there is nothing to compute: tensors on the meta device and
     # fake ones, which stand for a model whose memory is being planned.
     arguments: tuple[Tensor, Tensor, Tensor | None] | None = None
+    by_torch: bool = False  # the parameter has operations of its own, which torch's code calls
     # What brings the core's results back to the user's tensors, where it worked on copies.
     write_back: list[Callable[[], object]] = field(default_factory=list)
 
@@ -122,6 +125,13 @@ def step(
             for position, parameter in enumerate(group["params"])
             if parameter.grad is not None
         ]
+    by_torch = [update for update in updates if update.by_torch]
+    if (
+        by_torch
+    ):  # first: an operation that the subclass lacks is found before anything else is changed
+        _step_by_torch(groups, by_torch, state, grad_factor, scaling)
+        updates = [update for update in updates if not update.by_torch]
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         real = [update for update in updates if update.arguments is not None]
         for update in real:
             _await_device(update, scaling, pending or {})
@@ -143,6 +153,39 @@ def step(
                 state.setdefault(update.parameter, {})["momentum_buffer"] = update.momentum
                 changed.append(update.momentum)
         _interface.increment_versions(changed)
+
+
+def _step_by_torch(
+    groups: list[dict[str, Any]],
+    updates: list[_Update],
+    state: dict[Any, Any],
+    grad_factor: float,
+    scaling: Scaling | None,
+) -> None:
+    """Step with torch's own loop, for subclasses that are no memory but operations."""
+    if scaling is not None:
+        left_out, grad_factor = scaling.on_host()
+        if left_out:
+            return
+    with torch.no_grad():
+        for update in updates:
+            group, parameter = groups[update.group], update.parameter
+            grad = _placed_like(parameter, parameter.grad, update.label)  # type: ignore[arg-type]
+            buffers = [update.momentum]
+            torch_sgd(
+                [parameter],
+                [grad if grad_factor == 1 else grad * grad_factor],
+                buffers,
+                has_sparse_grad=False,
+                foreach=False,
+                fused=False,
+                **{name: group[name] for name in _HYPERPARAMETERS},
+            )
+            momentum, dtype = buffers[0], _interface.dtype_of(group.get("momentum_dtype"))
+            if momentum is not None:
+                if update.first and dtype is not None:
+                    momentum = momentum.to(dtype)
+                state.setdefault(parameter, {})["momentum_buffer"] = momentum
 
 
 def _step_in_sequence(
@@ -218,6 +261,7 @@ def _prepare(
     label = label_of(group, position, (place[0] + index, place[1] + position))
     if parameter.layout is not torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got one of layout {parameter.layout}")
+    by_torch = has_own_operations(parameter)
     momentum: Tensor | None = None
     first = False
     if float(group["momentum"]) != 0:
@@ -229,12 +273,24 @@ def _prepare(
                 f"the momentum buffer of {label}: expected a tensor or None, got {momentum!r}"
             )
         first = momentum is None
-        if momentum is None:
+        if momentum is None and not by_torch:
             momentum = _new_momentum(parameter, group, label)
-    update = _Update(label, parameter, momentum, index, first)
-    if not (parameter.is_meta or isinstance(parameter, FakeTensor)):
+    update = _Update(label, parameter, momentum, index, first, by_torch=by_torch)
+    if not (by_torch or parameter.is_meta or isinstance(parameter, FakeTensor)):
         _arrange(plan, group, update)
     return update
+
+
+def has_own_operations(tensor: Tensor) -> bool:
+    """Tell whether the tensor, or this rank's part of a DTensor, wraps others and says what torch's operations do."""
+    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        return has_own_operations(tensor._local_tensor)
+    if type(tensor).__name__ == "AsyncCollectiveTensor":  # memory, once the collective is done
+        return False
+    return bool(type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__)
 
 
 def label_of(group: dict[str, Any], position: int, place: tuple[int, int]) -> str:

@@ -591,7 +591,9 @@ def _momentum_for(parameter: Tensor, momentum: Tensor, dtype: torch.dtype | None
     if dtype is None or momentum.dtype.is_complex:
         dtype = momentum.dtype
     distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(momentum, distributed.DTensor):
+    if _irregular.has_own_operations(momentum) or (
+        distributed is not None and isinstance(momentum, distributed.DTensor)
+    ):
         loaded: Tensor = momentum.to(device=parameter.device, dtype=dtype, copy=True)
         return loaded
     with torch.no_grad():
