@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "dispatch.hpp"
 #include "threads.hpp"
@@ -21,6 +22,25 @@ constexpr std::int64_t elements_per_thread = 32 * 1024;
 
 // Elements that are handled together where a second pass has to find the block's gradient still in the L1 cache.
 constexpr std::int64_t block_size = 1024;
+
+/// What a thread makes of a block of gradients before the kernel gets it. On the heap: OpenMP's threads may have stacks
+/// of 16 KiB (OMP_STACKSIZE).
+struct Scratch {
+    alignas(cache_line) std::byte gathered[block_size * sizeof(double)];
+    alignas(cache_line) std::byte product[block_size * sizeof(double)];
+};
+
+/// Scratch memory for `count` threads of a step that the calling thread takes. The calling thread keeps it for its next
+/// steps.
+Scratch* scratch_for(int count) {
+    thread_local std::unique_ptr<Scratch[]> kept;
+    thread_local int kept_count = 0;
+    if (kept_count < count) {
+        kept = std::make_unique_for_overwrite<Scratch[]>(static_cast<std::size_t>(count));
+        kept_count = count;
+    }
+    return kept.get();
+}
 
 /// The part of `tensor` before its `position`-th element that ends on a cache line of the parameter.
 std::int64_t cut_at(const TensorRef& tensor, std::int64_t position) {
@@ -105,9 +125,9 @@ void multiply(DType dtype, const std::byte* grad, C factor, std::int64_t count, 
     }
 }
 
-/// Updates the elements [begin, end) of one tensor.
+/// Updates the elements [begin, end) of one tensor. Uses `scratch` if the gradient is strided or scaled.
 void update_range(const KernelTable& kernels, const TensorRef& tensor, const SgdHyper& hyper,
-                  const StepOptions& options, std::int64_t begin, std::int64_t end) {
+                  const StepOptions& options, Scratch* scratch, std::int64_t begin, std::int64_t end) {
     // The kernels know neither strides nor scaled losses: such gradients reach them block by block, through a copy.
     const bool strided = !tensor.grad_axes.empty(), scaled = options.grad_factor != 1;
     const bool in_float64 = scaled && computes_in_float64(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype,
@@ -126,7 +146,6 @@ void update_range(const KernelTable& kernels, const TensorRef& tensor, const Sgd
         return update(begin, end - begin, tensor.grad + begin * grad_item);
     }
 
-    alignas(cache_line) std::byte gathered[block_size * sizeof(double)], product[block_size * sizeof(double)];
     StridedGradient reader(tensor, begin), cleaner(tensor, begin);
     // An element that others still have to read is cleared by `run`.
     const bool clear = options.zero_grad && !grad_may_overlap(tensor);
@@ -135,15 +154,15 @@ void update_range(const KernelTable& kernels, const TensorRef& tensor, const Sgd
         std::byte* const contiguous = tensor.grad + first * grad_item;
         const std::byte* grad = contiguous;
         if (strided) {
-            reader.gather(gathered, count);
-            grad = gathered;
+            reader.gather(scratch->gathered, count);
+            grad = scratch->gathered;
         }
         if (scaled && in_float64) {
-            multiply<double>(tensor.grad_dtype, grad, options.grad_factor, count, product);
+            multiply<double>(tensor.grad_dtype, grad, options.grad_factor, count, scratch->product);
         } else if (scaled) {
-            multiply<float>(tensor.grad_dtype, grad, static_cast<float>(options.grad_factor), count, product);
+            multiply<float>(tensor.grad_dtype, grad, static_cast<float>(options.grad_factor), count, scratch->product);
         }
-        update(first, count, scaled ? product : grad);
+        update(first, count, scaled ? scratch->product : grad);
         if (clear && strided) {
             cleaner.clear(count);
         } else if (clear) {
@@ -158,6 +177,7 @@ struct Work {
     std::span<const SgdHyper> hypers;
     const StepOptions& options;
     std::int64_t total;
+    Scratch* scratch = nullptr;  // one for each thread, if a gradient is strided or scaled
 };
 
 /// The slice of the work that belongs to `thread` of `count`.
@@ -167,11 +187,14 @@ void run_slice(void* context, int thread, int count) {
     const std::int64_t share = work.total / count, rest = work.total % count;
     const std::int64_t begin = share * thread + std::min<std::int64_t>(thread, rest);
     const std::int64_t end = begin + share + (thread < rest ? 1 : 0);
+    Scratch* const scratch = work.scratch == nullptr ? nullptr : work.scratch + thread;
     std::int64_t start = 0;  // of the current tensor, in the row of all elements
     for (const TensorRef& tensor : work.tensors) {
         if (start >= end) break;
         const std::int64_t first = cut_at(tensor, begin - start), last = cut_at(tensor, end - start);
-        if (first < last) update_range(work.kernels, tensor, work.hypers[tensor.hyper], work.options, first, last);
+        if (first < last) {
+            update_range(work.kernels, tensor, work.hypers[tensor.hyper], work.options, scratch, first, last);
+        }
         start += tensor.size;
     }
 }
@@ -180,12 +203,17 @@ void run_slice(void* context, int thread, int count) {
 
 void run(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
     std::int64_t total = 0;
-    for (const TensorRef& tensor : tensors) total += tensor.size;
+    bool needs_scratch = options.grad_factor != 1;
+    for (const TensorRef& tensor : tensors) {
+        total += tensor.size;
+        needs_scratch |= !tensor.grad_axes.empty();
+    }
     const KernelTable& kernels = *instruction_set().table;
     Work work{kernels, tensors, hypers, options, total};
     // num_threads() asks OpenMP, which is not worth it for the smallest steps.
     const std::int64_t worth = total / elements_per_thread;
     const int threads = worth < 2 ? 1 : static_cast<int>(std::min<std::int64_t>(worth, num_threads()));
+    if (needs_scratch) work.scratch = scratch_for(threads);
     run_parallel(threads, run_slice, &work);
     if (!options.zero_grad) return;
     for (const TensorRef& tensor : tensors) {
