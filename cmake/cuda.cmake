@@ -30,6 +30,17 @@ if(NOT TARGET CUDA::cudart_static)
   sgdcore_without_cuda("the static CUDA runtime was not found")
 endif()
 
+# The flags that keep the numbers (CMakeLists.txt) are the last on the command line, where the last one counts. Only what
+# the environment appends comes later, and what goes to the host's compiler is not undone there.
+string(TOUPPER "${CMAKE_BUILD_TYPE}" config)
+set(host_flags "${CMAKE_CUDA_FLAGS} ${CMAKE_CUDA_FLAGS_${config}} $ENV{NVCC_PREPEND_FLAGS} $ENV{NVCC_APPEND_FLAGS}")
+if("$ENV{NVCC_APPEND_FLAGS}" MATCHES "use_fast_math|ftz|prec-div|prec-sqrt|fmad" OR
+   host_flags MATCHES "-Ofast|-f[a-z-]*-math|-fno-signed-zeros|-mdaz-ftz")
+  message(FATAL_ERROR "sgdcore: '${CMAKE_MATCH_0}' among CUDA's flags changes the values that arithmetic gives, and the "
+    "build cannot take it back. Leave it out of CUDAFLAGS (CMAKE_CUDA_FLAGS is '${CMAKE_CUDA_FLAGS}') and of "
+    "NVCC_APPEND_FLAGS ('$ENV{NVCC_APPEND_FLAGS}').")
+endif()
+
 # Machine code for these, where the compiler knows them, and PTX of one, which drivers compile for all later ones.
 if(default_architectures)
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)

@@ -1,9 +1,10 @@
 // Storage types: how an element is read from memory into the type the rule computes in, and written back.
 //
 // Invariants. Reading is exact, except float64 read into float32, which never happens (see computes_in_float64).
-// Writing rounds once, to nearest, ties to even. Memory is only touched through `Unaligned`, so a pointer may have any
-// alignment. All conversions are written without branches and without arithmetic on subnormal numbers: loops over them
-// vectorise, and a process that runs with flush-to-zero set still converts exactly.
+// Writing rounds once, to nearest, ties to even; to 16 bits also where the thread rounds otherwise. Memory is only
+// touched through `Unaligned`, so a pointer may have any alignment. All conversions are written without branches and
+// without arithmetic on subnormal numbers: loops over them vectorise, and a process that runs with flush-to-zero set
+// still converts exactly.
 #pragma once
 
 #include <cstddef>
@@ -105,9 +106,13 @@ struct Float16 {
         const std::uint32_t magnitude = bits & 0x7fffffffu;
         // Normal results: rebias, then round the 13 dropped bits to nearest even as in bfloat16.
         const std::uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-        // Results below 2^-14: 0.5 has a last place of 2^-24, so the addition itself rounds to nearest even, and
-        // the sum's low bits are the answer.
-        const std::uint32_t subnormal = bits_as<std::uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+        // Results below 2^-14 are integers times 2^-24. Twice the integer, truncated: its last bit and whether anything
+        // was cut off round to nearest even, whatever the thread's rounding mode.
+        const float scaled = bits_as<float>(select(magnitude < 0x38800000u, magnitude, 0u)) * 0x1p25f;
+        const auto doubled = static_cast<std::int32_t>(scaled);
+        const std::uint32_t rest = all_ones_if(static_cast<float>(doubled) != scaled);
+        const std::uint32_t whole = static_cast<std::uint32_t>(doubled) >> 1;
+        const std::uint32_t subnormal = whole + (static_cast<std::uint32_t>(doubled) & (rest | whole) & 1u);
         const std::uint32_t quiet_nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
         std::uint32_t result = select(magnitude < 0x38800000u, subnormal, normal);
         result = select(magnitude >= 0x477ff000u, 0x7c00u, result);  // 65520 and above round to infinity

@@ -21,6 +21,26 @@
 #error "sgdcore needs GCC or Clang: the kernels rely on __builtin_fma, __builtin_bit_cast and always_inline"
 #endif
 
+// The build takes back every flag that changes what arithmetic gives (cmake/numerics.cmake); what it overlooked, and
+// compilers tell, stops here.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ != 0) ||                          \
+    (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    defined(__NO_SIGNED_ZEROS__)
+#error "sgdcore: a flag such as -ffast-math lets the compiler change the values that arithmetic gives"
+#endif
+// 16: only float16, with which nothing is computed, has its own precision, too.
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0 && __FLT_EVAL_METHOD__ != 16
+#error "sgdcore: float and double must be computed in their own precision (on 32-bit x86: -msse2 -mfpmath=sse)"
+#endif
+
+#if defined(__SANITIZE_THREAD__)
+#define SGDCORE_THREAD_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define SGDCORE_THREAD_SANITIZER
+#endif
+#endif
+
 /// Lets the compiler use 64-byte vectors in a function of a file that is compiled for 32-byte ones.
 #if defined(__AVX512F__) && !defined(__clang__)
 #define SGDCORE_WIDE_VECTORS __attribute__((target("prefer-vector-width=512")))

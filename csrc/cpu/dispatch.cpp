@@ -9,6 +9,10 @@
 
 #include "isa_list.hpp"
 
+#if defined(__x86_64__)
+#include "x86_levels.hpp"
+#endif
+
 namespace sgdcore::cpu {
 
 #define SGDCORE_ISA_ENTRY(name, suffix, condition) extern const KernelTable kernels_##suffix;

@@ -1,13 +1,17 @@
-// OpenMP, because torch's wheels load the same libgomp: both share one pool instead of fighting for the cores.
+// The threads are those of libgomp, GCC's OpenMP runtime, because torch's wheels load the same: both share one pool
+// instead of fighting for the cores.
+//
+// The region is started by the call that GCC makes of `#pragma omp parallel`. Clang makes another of it, which only its
+// own runtime has, and a process with torch in it would then have two pools. (Clang's runtime has this call, too.)
 #include "threads.hpp"
-
-#include <omp.h>
 
 #include <atomic>
 
+#include "../float_mode.hpp"
+#include "../platform.hpp"
 #include "../process.hpp"
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(SGDCORE_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 // libgomp is not instrumented, so the sanitizer cannot see that a region starts after what came before it and ends
 // before what follows. These two say so; everything between them is checked.
@@ -15,15 +19,41 @@
 #define SGDCORE_HAPPENS_AFTER(tag) __tsan_acquire(tag)
 #define SGDCORE_NO_SANITIZE_THREAD __attribute__((no_sanitize_thread))
 #else
-#define SGDCORE_HAPPENS_BEFORE(tag)
-#define SGDCORE_HAPPENS_AFTER(tag)
+#define SGDCORE_HAPPENS_BEFORE(tag) static_cast<void>(tag)
+#define SGDCORE_HAPPENS_AFTER(tag) static_cast<void>(tag)
 #define SGDCORE_NO_SANITIZE_THREAD
 #endif
+
+// Declared here: clang comes without omp.h, and finds GCC's only where it is told to.
+extern "C" {
+int omp_get_max_threads(void);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+}
 
 namespace sgdcore::cpu {
 namespace {
 
 std::atomic<int> requested = 0;
+
+struct Region {
+    void (*body)(void* context, int thread, int count);
+    void* context;
+    FloatMode mode;  // the caller's
+};
+
+SGDCORE_NO_SANITIZE_THREAD
+void run_thread(void* data) {
+    SGDCORE_HAPPENS_AFTER(data);
+    const Region& region = *static_cast<const Region*>(data);
+    {
+        const FloatModeScope scope(region.mode);
+        // OpenMP may grant fewer threads than asked for.
+        region.body(region.context, omp_get_thread_num(), omp_get_num_threads());
+    }
+    SGDCORE_HAPPENS_BEFORE(data);
+}
 
 }  // namespace
 
@@ -43,15 +73,9 @@ void run_parallel(int count, void (*body)(void* context, int thread, int count),
         body(context, 0, 1);
         return;
     }
-    [[maybe_unused]] char region = 0;
+    Region region{body, context, FloatMode::current()};
     SGDCORE_HAPPENS_BEFORE(&region);
-#pragma omp parallel num_threads(count)
-    {
-        SGDCORE_HAPPENS_AFTER(&region);
-        // OpenMP may grant fewer threads than asked for.
-        body(context, omp_get_thread_num(), omp_get_num_threads());
-        SGDCORE_HAPPENS_BEFORE(&region);
-    }
+    GOMP_parallel(run_thread, &region, static_cast<unsigned>(count), 0);
     SGDCORE_HAPPENS_AFTER(&region);
 }
 

@@ -11,7 +11,8 @@ int num_threads();
 void set_num_threads(int count);
 
 /// Calls body(context, thread, count) once for each thread in [0, count), in parallel where count > 1.
-/// `body` must not throw.
+/// `body` must not throw. Every thread computes in the caller's floating-point mode, and has its own again afterwards.
+/// OpenMP's threads may have small stacks (OMP_STACKSIZE): `body` keeps no arrays there.
 void run_parallel(int count, void (*body)(void* context, int thread, int count), void* context);
 
 }  // namespace sgdcore::cpu

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <random>
 
+#include "../float_mode.hpp"
 #include "kernel.hpp"
 
 namespace sgdcore::cuda {
@@ -51,6 +52,7 @@ class SimulatedBlock {
 };
 
 void run_grid(const Launch& launch, std::int64_t count, bool shuffled) {
+    const FloatModeScope scope(FloatMode::standard());  // a device knows nothing of the host's mode
     std::vector<int> threads(block_threads);
     std::iota(threads.begin(), threads.end(), 0);
     std::vector<std::int64_t> blocks(static_cast<std::size_t>(count));

@@ -31,6 +31,17 @@ TEST(dispatch, names_are_unique_and_one_is_supported) {
     CHECK(cpu::instruction_sets().back().supported(), "the least demanding one is the build's baseline");
 }
 
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
+TEST(dispatch, levels_are_those_that_the_compiler_finds) {
+    for (const cpu::InstructionSet& isa : cpu::instruction_sets()) {
+        const bool expected = isa.name == "x86-64-v4"   ? __builtin_cpu_supports("x86-64-v4")
+                              : isa.name == "x86-64-v3" ? __builtin_cpu_supports("x86-64-v3")
+                                                        : true;
+        CHECK(isa.supported() == expected, std::string(isa.name));
+    }
+}
+#endif
+
 TEST(dispatch, tables_are_complete) {
     for (const cpu::InstructionSet& isa : cpu::instruction_sets()) {
         for (const DTypes& dtypes : all_triples()) {
