@@ -106,6 +106,8 @@ def _flat_tensor(tensor: Any, label: str) -> Any:
         tensor = torch.view_as_real(tensor)
     if dtype_name(tensor.dtype) not in ITEM_BYTES:
         raise TypeError(f"{label}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.is_contiguous():
+        return tensor.view(-1)
     tensor = tensor.permute(_axes(tensor))
     if not tensor.is_contiguous():
         raise ValueError(f"{label}: expected a tensor without gaps, got strides {tensor.stride()}")
@@ -114,6 +116,8 @@ def _flat_tensor(tensor: Any, label: str) -> Any:
 
 def _axes(array: Any) -> list[int]:
     """Return the axes in the order of memory, the outermost first."""
+    if len(array.shape) < 2:
+        return list(range(len(array.shape)))
     strides = array.stride() if is_torch(array) else array.strides
     return sorted(range(len(strides)), key=lambda axis: -strides[axis])
 
@@ -165,6 +169,8 @@ def zeros_like(array: Any, dtype: Any = None) -> Any:
 
 def element_strides(array: Any) -> list[int]:
     """Return the strides in elements, of the axes that have more than one."""
+    if len(array.shape) == 0:
+        return []
     strides = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
     return [stride for stride, n in zip(strides, array.shape, strict=True) if n != 1]
 

@@ -76,7 +76,8 @@ class Parameters:
         self.runs = [part for run in runs(flats) for part in _split(run, self.group_of)]
         self._places = self._where()
         self._averagers: dict[str | None, Averager] = {}
-        self.fingerprint = fingerprint(self.layout())
+        self._layout = self._describe()
+        self.fingerprint = fingerprint(self._layout)
 
     def _where(self) -> list[int]:
         """Return what tells other memory from that in `data`: a tensor's address, an array's identity."""
@@ -103,6 +104,9 @@ class Parameters:
 
     def layout(self) -> str:
         """Return what has to be equal on all ranks, as text."""
+        return self._layout
+
+    def _describe(self) -> str:
         lines = []
         for i, (name, data) in enumerate(zip(self.names, self.data, strict=True)):
             called = f"number {i} '{name}'" if name else f"number {i}"
