@@ -254,9 +254,12 @@ def all_finite(array: Any) -> bool:
 
 def runs(views: Sequence[Any]) -> list[list[int]]:
     """Return the positions of flat views, those together that lie side by side in one allocation."""
-    result: list[list[int]] = []
-    for i, view in enumerate(views):
-        if result and _adjacent(views[result[-1][-1]], view):
+    starts, ends = _extents(views)
+    # Most small arrays lie apart, which the addresses tell at less cost than `_adjacent`.
+    touching = (ends[:-1] == starts[1:]).tolist()
+    result: list[list[int]] = [[0]] if views else []
+    for i, touches in enumerate(touching, 1):
+        if touches and _adjacent(views[i - 1], views[i]):
             result[-1].append(i)
         else:
             result.append([i])
@@ -265,12 +268,21 @@ def runs(views: Sequence[Any]) -> list[list[int]]:
 
 def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
     """Return the positions of two flat views that have memory in common, or None."""
-    starts = sorted((address(view), i) for i, view in enumerate(views) if len(view))
+    starts, ends = _extents(views)
+    order = np.argsort(starts, kind="stable")
+    order = order[ends[order] > starts[order]]  # empty ones have no memory
     # Where any two overlap, so do two that follow each other.
-    for (start, i), (following, j) in pairwise(starts):
-        if start + len(views[i]) * item_bytes(dtype_name(views[i].dtype)) > following:
-            return min(i, j), max(i, j)
-    return None
+    found = np.flatnonzero(ends[order][:-1] > starts[order][1:])
+    if len(found) == 0:
+        return None
+    i, j = (int(order[found[0] + k]) for k in (0, 1))
+    return min(i, j), max(i, j)
+
+
+def _extents(views: Sequence[Any]) -> tuple[Any, Any]:
+    """Return where the memory of flat views begins and ends."""
+    starts = np.array([address(view) for view in views], np.int64)
+    return starts, starts + np.array([view.nbytes for view in views], np.int64)
 
 
 def join(views: Sequence[Any]) -> Any:

@@ -134,6 +134,8 @@ def wire_name(dtype: str, wire: str | None = None) -> str:
 
 def _split(run: list[int], key: Sequence[int]) -> list[list[int]]:
     """Split a run where the key changes."""
+    if len(run) == 1:
+        return [run]
     parts: list[list[int]] = []
     for i in run:
         if parts and key[parts[-1][-1]] == key[i]:
