@@ -25,6 +25,7 @@ from sgdcore.distributed import (
     SlowMo,
     Stagewise,
     as_process_group,
+    groups,
 )
 from sgdcore.distributed._flat import flat, item_bytes, join, overlap, reorder, runs
 from sgdcore.distributed.averager import Chunk, Sizes, plan_chunks
@@ -701,29 +702,43 @@ def test_a_schedule_that_answers_nonsense() -> None:
         local.step(grads=[np.ones(3, np.float32)])
 
 
-def fake(initialised: bool) -> types.SimpleNamespace:
-    return types.SimpleNamespace(
-        is_available=lambda: True,
-        is_initialized=lambda: initialised,
-        Is_initialized=lambda: initialised,
-        Is_finalized=lambda: False,
-        ProcessGroup=type("ProcessGroup", (), {}),
-    )
+NONE = "no process group is initialised. With torch, start with torchrun .*; with MPI, start with mpiexec"
+BOTH = "both torch.distributed and MPI are initialised; say which with group="
 
 
 @pytest.mark.parametrize(
-    ("both", "match"),
+    ("torch_ranks", "mpi_ranks", "chosen"),
     [
-        (
-            False,
-            "no process group is initialised. With torch, start with torchrun .*; with MPI, start with mpiexec",
-        ),
-        (True, "both torch.distributed and MPI are initialised; say which with group="),
+        (None, None, NONE),
+        (2, None, "torch"),
+        (None, 2, "mpi"),
+        (2, 2, BOTH),
+        (1, 1, BOTH),
+        # As where Lightning has imported mpi4py in a script of torchrun's.
+        (2, 1, "torch"),
+        (1, 2, "mpi"),
     ],
-    ids=["none", "both"],
 )
-def test_none_or_two_engines(both: bool, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.distributed", fake(both))
-    monkeypatch.setitem(sys.modules, "mpi4py.MPI", fake(both))
-    with pytest.raises(RuntimeError, match=match):
-        as_process_group()
+def test_the_engine_that_is_meant(
+    torch_ranks: int | None, mpi_ranks: int | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, ranks in (
+        ("torch.distributed", "torch", torch_ranks),
+        ("mpi4py.MPI", "mpi", mpi_ranks),
+    ):
+        fake = types.SimpleNamespace(
+            is_available=lambda: True,
+            is_initialized=lambda ranks=ranks: ranks is not None,
+            Is_initialized=lambda ranks=ranks: ranks is not None,
+            Is_finalized=lambda: False,
+        )
+        monkeypatch.setitem(sys.modules, module, fake)
+        group = types.SimpleNamespace(size=ranks, name=name)
+        monkeypatch.setattr(
+            groups, "TorchGroup" if name == "torch" else "MpiGroup", lambda group=group: group
+        )
+    if chosen in ("torch", "mpi"):
+        assert as_process_group().name == chosen  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(RuntimeError, match=chosen):
+            as_process_group()

@@ -25,7 +25,7 @@ RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 Seen = list[list[int]]
 
 
-def loader(ranks: int = RANKS, rank: int = RANK) -> DataLoader[Any]:
+def loader(ranks: int | None = RANKS, rank: int | None = RANK) -> DataLoader[Any]:
     sampler = ShardSampler(SAMPLES, ranks, rank, seed=3)
     return DataLoader(SAMPLES, batch_size=5, sampler=sampler)
 
@@ -39,7 +39,7 @@ def fabric() -> Seen:
 
     client = Fabric(accelerator="cpu", devices=RANKS, strategy="ddp")
     client.launch()
-    return seen_in(client.setup_dataloaders(loader()))
+    return seen_in(client.setup_dataloaders(loader(None, None)))
 
 
 def trainer() -> Seen:

@@ -12,6 +12,7 @@ that divides it all the same is noticed when it asks for indices, and refused.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sized
 from types import FrameType
@@ -21,11 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sgdcore.distributed._checks import check_count, integer
-from sgdcore.distributed.groups import as_process_group
+from sgdcore.distributed.groups import as_process_group, initialised_engines
 
 __all__ = ["ShardSampler"]
 
 Indices = NDArray[np.int64]
+
+# Where launchers tell a process how many there are: torchrun, Open MPI, MPICH, srun.
+_LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 # Up to here torch draws 32 bits for each index, as `_permutation` does; above, 64.
 _MAX_WITHOUT_TORCH = (2**32 - 1) // 20
@@ -47,7 +51,8 @@ class ShardSampler:
 
     Args:
         dataset: anything with a length, or the length.
-        num_replicas: number of ranks. Default: that of `group`.
+        num_replicas: number of ranks. Default: that of `group`; 1 in a script that was started by itself and has
+            initialised no engine, as for debugging.
         rank: which of them this is, from 0. Default: that in `group`.
         shuffle: shuffle anew each epoch; without it the order is 0, 1, 2, ...
         seed: start of the random numbers; the same on every rank.
@@ -57,7 +62,8 @@ class ShardSampler:
     Raises:
         TypeError: `dataset` has no length; a number is not an integer.
         ValueError: `rank` is not one of the ranks; a number is out of range.
-        RuntimeError: from iteration, where a framework would divide the shard among the ranks once more.
+        RuntimeError: no process group is initialised, and a launcher has started several processes; from iteration,
+            where one was initialised since then, or a framework would divide the shard among the ranks once more.
 
     Example:
         >>> sampler = ShardSampler(10, num_replicas=4, rank=1, shuffle=False)
@@ -83,7 +89,11 @@ class ShardSampler:
         _recognise(self)
         self.dataset = dataset
         self._length = _length(dataset)
-        if num_replicas is None or rank is None:
+        unknown = num_replicas is None and rank is None and group is None
+        self._alone = unknown and _is_alone()
+        if self._alone:
+            num_replicas, rank = 1, 0
+        elif num_replicas is None or rank is None:
             process_group = as_process_group(group)
             num_replicas = process_group.size if num_replicas is None else num_replicas
             rank = process_group.rank if rank is None else rank
@@ -207,6 +217,11 @@ class ShardSampler:
 
     def _check_undivided(self) -> None:
         """Refuse to be iterated by something that gives each rank a part of what it gets."""
+        if self._alone and not _is_alone():
+            raise RuntimeError(
+                "ShardSampler: it was constructed before the process group was initialised, and has the samples of one "
+                "rank of one; construct it afterwards, or pass num_replicas and rank"
+            )
         if self.num_replicas == 1:
             return
         frame: FrameType | None = sys._getframe(1)
@@ -302,6 +317,13 @@ def _permutation(count: int, seed: int) -> Indices:
     for i, j in enumerate(others.tolist()):
         shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
     return np.array(shuffled, np.int64)
+
+
+def _is_alone() -> bool:
+    """Return whether this is the only rank, as far as it can be known: by the engines, and by what launchers tell."""
+    told = [os.environ.get(name, "") for name in _LAUNCHED]
+    sizes = [engine().size for engine in initialised_engines()]
+    return max(sizes, default=1) == 1 and all(number in ("", "0", "1") for number in told)
 
 
 def _length(dataset: Any) -> int:

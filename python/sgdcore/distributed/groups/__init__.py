@@ -57,20 +57,29 @@ def abort(group: ProcessGroup) -> None:
         group.abort()
 
 
-def _initialised_group() -> ProcessGroup:
+def initialised_engines() -> list[type[TorchGroup | MpiGroup]]:
+    """Return the engines that are initialised in this process."""
     dist, mpi = sys.modules.get("torch.distributed"), sys.modules.get("mpi4py.MPI")
-    has_torch = dist is not None and dist.is_available() and dist.is_initialized()
-    has_mpi = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-    if has_torch and has_mpi:
+    engines: list[type[TorchGroup | MpiGroup]] = []
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        engines.append(TorchGroup)
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        engines.append(MpiGroup)
+    return engines
+
+
+def _initialised_group() -> ProcessGroup:
+    groups = [engine() for engine in initialised_engines()]
+    if not groups:
+        raise RuntimeError(
+            "group: no process group is initialised. With torch, start with torchrun and call "
+            "torch.distributed.init_process_group('gloo'); with MPI, start with mpiexec and import mpi4py.MPI"
+        )
+    # Libraries import mpi4py where they find it, Lightning among them: without mpiexec that is MPI with one rank.
+    several = [group for group in groups if group.size > 1]
+    if len(several) > 1 or (not several and len(groups) > 1):
         raise RuntimeError(
             "group: both torch.distributed and MPI are initialised; say which with "
             "group=torch.distributed.group.WORLD or group=MPI.COMM_WORLD"
         )
-    if has_torch:
-        return TorchGroup()
-    if has_mpi:
-        return MpiGroup()
-    raise RuntimeError(
-        "group: no process group is initialised. With torch, start with torchrun and call "
-        "torch.distributed.init_process_group('gloo'); with MPI, start with mpiexec and import mpi4py.MPI"
-    )
+    return several[0] if several else groups[0]
