@@ -5,8 +5,8 @@
 
 The first trains every row of METHODS, for each seed, once on shards that are drawn anew each epoch (iid), once on
 shards sorted by label, where a rank sees three or four of the ten digits; all start from the same weights and see the
-same batches. The second writes the plot and the table of docs/distributed-measurements.md from the file. Needs torch,
-for gloo.
+same batches. The second writes the plot and the table of docs/distributed-measurements.md from the file. Both do the
+same for a network with batch norm with --network batch-norm, but for the plot. Needs torch, for gloo.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -29,14 +30,18 @@ RANKS = 4
 STEPS = 1600
 BATCH = 8
 SIZES = (64, 64, 10)
-SEEDS = 10
+SEEDS = {"mlp": 10, "batch-norm": 5}
 LR = 0.1
 MOMENTUM = 0.9
 SHARDS = ("iid", "sorted by label")
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs/distributed-measurements.md"
 PLOT = ROOT / "docs/images/local-sgd-digits.png"
-START, END = "<!-- table of local_sgd_digits.py -->", "<!-- end of table -->"
+STARTS = {
+    "mlp": "<!-- table of local_sgd_digits.py -->",
+    "batch-norm": "<!-- table of local_sgd_digits.py --network batch-norm -->",
+}
+END = "<!-- end of table -->"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Method:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     outer: tuple[str, dict[str, Any]] | None = None
+    own_statistics: bool = False  # batch norm's stay each rank's own
 
 
 METHODS = (
@@ -68,6 +74,82 @@ METHODS = (
         ("OuterSGD", {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
     ),
 )
+
+BATCH_NORM_METHODS = (
+    Method("synchronous"),
+    Method("synchronous, each rank's own statistics", own_statistics=True),
+    Method("H=16", {"sync_every": 16}),
+    Method("H=16, each rank's own statistics", {"sync_every": 16}, own_statistics=True),
+    Method("H=64", {"sync_every": 64}),
+    Method("H=64, each rank's own statistics", {"sync_every": 64}, own_statistics=True),
+)
+NETWORKS = {"mlp": METHODS, "batch-norm": BATCH_NORM_METHODS}
+
+
+class Mlp:
+    """The demo's network, in NumPy."""
+
+    def __init__(self, seed: int, lr: float) -> None:
+        import sgdcore
+        from sgdcore.demo import MLP
+
+        self._model = MLP(SIZES, "float32", np.random.default_rng(seed))
+        self.optimizer: Any = sgdcore.SGD(self._model.parameters, lr=lr, momentum=MOMENTUM)
+        self.elements = self._model.parameters.data.size
+        self.buffers: list[Any] = []
+
+    def differentiate(self, images: NDArray[Any], labels: NDArray[Any]) -> None:
+        from sgdcore.demo import cross_entropy
+
+        activations = self._model.forward(images)
+        self._model.backward(activations, cross_entropy(activations[-1], labels)[1])
+
+    def evaluate(self, digits: Any) -> tuple[float, float]:
+        """Return the training loss and the validation accuracy."""
+        from sgdcore.demo import cross_entropy, evaluate
+
+        record = evaluate(self._model, digits, cross_entropy, epoch=0)
+        return record.train_loss, record.test_accuracy
+
+
+class BatchNormNetwork:
+    """The same with batch norm behind the first layer, in torch."""
+
+    def __init__(self, seed: int, lr: float) -> None:
+        import torch
+
+        import sgdcore.torch
+
+        torch.manual_seed(seed)
+        inputs, hidden, outputs = SIZES
+        self._torch = torch
+        self._model = torch.nn.Sequential(
+            torch.nn.Linear(inputs, hidden),
+            torch.nn.BatchNorm1d(hidden),
+            torch.nn.ReLU(),
+            torch.nn.Linear(hidden, outputs),
+        )
+        self.optimizer: Any = sgdcore.torch.SGD(self._model.parameters(), lr=lr, momentum=MOMENTUM)
+        self.elements = sum(p.numel() for p in self._model.parameters())
+        self.buffers = list(self._model.buffers())
+
+    def differentiate(self, images: NDArray[Any], labels: NDArray[Any]) -> None:
+        self.optimizer.zero_grad()
+        self._loss(images, labels)[0].backward()
+
+    def evaluate(self, digits: Any) -> tuple[float, float]:
+        """Return the training loss and the validation accuracy, by the running statistics."""
+        self._model.eval()
+        with self._torch.no_grad():
+            loss, _ = self._loss(digits.train_images, digits.train_labels)
+            _, accuracy = self._loss(digits.test_images, digits.test_labels)
+        return float(loss), accuracy
+
+    def _loss(self, images: NDArray[Any], labels: NDArray[Any]) -> tuple[Any, float]:
+        outputs = self._model(self._torch.from_numpy(images))
+        targets = self._torch.from_numpy(labels)
+        accuracy = float((outputs.argmax(dim=1) == targets).double().mean())
+        return self._torch.nn.functional.cross_entropy(outputs, targets), accuracy
 
 
 class CountingGroup:
@@ -109,47 +191,52 @@ def batches(labels: NDArray[Any], shards: str, rank: int, seed: int) -> Iterator
             yield shard[batch]
 
 
-def train(method: Method, shards: str, seed: int, lr: float) -> dict[str, Any]:
+def train(network: str, method: Method, shards: str, seed: int, lr: float) -> dict[str, Any]:
     """Train once, on all ranks together, and return what it came to."""
-    import sgdcore
     from sgdcore import distributed
-    from sgdcore.demo import MLP, cross_entropy, evaluate, load_digits
+    from sgdcore.demo import load_digits
 
     digits = load_digits("float32", seed)
-    model = MLP(SIZES, "float32", np.random.default_rng(seed))
-    optimizer = sgdcore.SGD(model.parameters, lr=lr, momentum=MOMENTUM)
-    group = CountingGroup(distributed.as_process_group(None), model.parameters.data.size)
+    model: Mlp | BatchNormNetwork
+    model = Mlp(seed, lr) if network == "mlp" else BatchNormNetwork(seed, lr)
+    group = CountingGroup(distributed.as_process_group(None), model.elements)
+    buffers = [] if method.own_statistics else model.buffers
     workers: Any
     if method.options:
         outer = None
         if method.outer is not None:
             name, options = method.outer
             outer = getattr(distributed, name)(**options)
-        workers = distributed.LocalSGD(optimizer, group, outer=outer, **method.options)
+        workers = distributed.LocalSGD(
+            model.optimizer, group, outer=outer, buffers=buffers, **method.options
+        )
     else:
-        workers = distributed.DataParallel(optimizer, group)
+        workers = distributed.DataParallel(model.optimizer, group, buffers=buffers)
     reductions = group.reductions  # none yet, unless the wrapper needs some to begin
     source = batches(digits.train_labels, shards, group.rank, seed)
     for batch, _ in zip(source, range(STEPS), strict=False):
-        activations = model.forward(digits.train_images[batch])
-        _, delta = cross_entropy(activations[-1], digits.train_labels[batch])
-        model.backward(activations, delta)
+        model.differentiate(digits.train_images[batch], digits.train_labels[batch])
         workers.step()
-    if method.options:
-        workers.finish()
-    record = evaluate(model, digits, cross_entropy, epoch=0)
+    workers.finish()
+    train_loss, accuracy = model.evaluate(digits)
     return {
         "method": method.name,
         "shards": shards,
         "seed": seed,
-        "train_loss": record.train_loss,
-        "validation_accuracy": record.test_accuracy,
+        "train_loss": train_loss,
+        "validation_accuracy": accuracy,
         "reductions": group.reductions - reductions,
     }
 
 
 def worker(
-    rank: int, rendezvous: str, seeds: int, lr: float, names: list[str], output: str
+    rank: int,
+    rendezvous: str,
+    network: str,
+    seeds: int,
+    lr: float,
+    names: list[str],
+    output: str,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -157,14 +244,17 @@ def worker(
     import sgdcore
 
     sgdcore.set_num_threads(1)
+    warnings.filterwarnings(
+        "ignore", "the model has batch norm"
+    )  # rows that leave its statistics alone
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     runs = []
     for shards in SHARDS:
-        for method in METHODS:
+        for method in NETWORKS[network]:
             if names and method.name not in names:
                 continue
-            runs += [train(method, shards, seed, lr) for seed in range(seeds)]
+            runs += [train(network, method, shards, seed, lr) for seed in range(seeds)]
             if rank == 0:
                 print(row(shards, method.name, runs), flush=True)
     if rank == 0:
@@ -172,14 +262,14 @@ def worker(
     dist.destroy_process_group()
 
 
-def measure(seeds: int, lr: float, names: list[str]) -> list[dict[str, Any]]:
+def measure(network: str, seeds: int, lr: float, names: list[str]) -> list[dict[str, Any]]:
     """Start the ranks and return what each training came to."""
     import torch.multiprocessing
 
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder, "runs.json"))
-        args = (str(Path(folder, "rendezvous")), seeds, lr, names, output)
+        args = (str(Path(folder, "rendezvous")), network, seeds, lr, names, output)
         spawn: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
         spawn(worker, args, nprocs=RANKS)
         runs: list[dict[str, Any]] = json.loads(Path(output).read_text())
@@ -226,9 +316,10 @@ def table(document: dict[str, Any]) -> str:
 def write_table(document: dict[str, Any], guide: Path) -> None:
     """Put the table between its marks in the guide."""
     text = guide.read_text()
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    guide.write_text(f"{before}{START}\n\n{table(document)}\n\n{END}{after}")
+    start = STARTS[document["network"]]
+    before, rest = text.split(start)
+    _, after = rest.split(END, 1)
+    guide.write_text(f"{before}{start}\n\n{table(document)}\n\n{END}{after}")
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -280,25 +371,29 @@ def main() -> None:
     parser.add_argument(
         "--draw", type=Path, metavar="JSON", help="draw this file, and measure nothing"
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="default: %(default)s")
+    parser.add_argument("--network", choices=list(NETWORKS), default="mlp")
+    parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}")
     parser.add_argument("--lr", type=float, default=LR, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="methods to train")
     args = parser.parse_args()
     if args.draw is not None:
         document = json.loads(args.draw.read_text())
         write_table(document, GUIDE)
-        draw(document, PLOT)
+        if document["network"] == "mlp":
+            draw(document, PLOT)
         return
-    runs = measure(args.seeds, args.lr, args.only)
+    seeds = SEEDS[args.network] if args.seeds is None else args.seeds
+    runs = measure(args.network, seeds, args.lr, args.only)
     if args.json is not None:
         document = {
             "ranks": RANKS,
             "steps": STEPS,
             "batch": BATCH,
-            "network": SIZES,
+            "network": args.network,
+            "sizes": SIZES,
             "lr": args.lr,
             "momentum": MOMENTUM,
-            "seeds": args.seeds,
+            "seeds": seeds,
             "runs": runs,
         }
         args.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -32,12 +32,21 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["local_sgd_digits", "throttled_link"])
-def test_tables_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [
+        ("local_sgd_digits", "local-sgd-digits"),
+        ("local_sgd_digits", "local-sgd-digits-batch-norm"),
+        ("throttled_link", "throttled-link"),
+    ],
+)
+def test_tables_are_those_of_the_results(
+    name: str, results: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # dataclasses look their module up.
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    results = ROOT / "benchmarks/results/distributed" / f"{name.replace('_', '-')}.json"
-    assert benchmark(name).table(json.loads(results.read_text())) in MEASUREMENTS.read_text()
+    path = ROOT / "benchmarks/results/distributed" / f"{results}.json"
+    assert benchmark(name).table(json.loads(path.read_text())) in MEASUREMENTS.read_text()
 
 
 def test_table_of_the_traffic_is_that_of_the_results() -> None:
