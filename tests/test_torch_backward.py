@@ -59,7 +59,7 @@ def assert_trains_as_torch(backward: Callable[[Network, torch.Tensor], None]) ->
 
 @pytest.mark.parametrize("momentum", [0, 0.9])
 @pytest.mark.parametrize("before_the_step", [False, True])
-@pytest.mark.parametrize("gone", [1])
+@pytest.mark.parametrize("gone", [0, 1])
 def test_a_removed_parameter_is_freed_at_once(
     gone: int, before_the_step: bool, momentum: float
 ) -> None:
@@ -85,6 +85,50 @@ def test_a_removed_parameter_is_freed_at_once(
     optimizer.step()
     if not momentum:
         torch.testing.assert_close(parameters[0].detach(), torch.full((3,), 0.7))
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_parameter_removed_before_the_step_takes_gradients_again(gone: int) -> None:
+    """It lives on, as do those whose place in the group is another one now."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = SGD(parameters, lr=0.1)
+    step_in_backward(optimizer)
+    sum(p.sum() for p in parameters).backward()
+    del optimizer.param_groups[0]["params"][gone]
+    optimizer.step()
+    assert [p.grad for p in parameters] == [None] * 3
+    for _ in range(2):
+        sum(p.sum() for p in parameters).backward()
+        optimizer.step()
+    for i, p in enumerate(parameters):
+        assert (p.grad is None) == (i != gone)
+        torch.testing.assert_close(p.detach(), torch.full((3,), 0.9 if i == gone else 0.7))
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("before_the_step", [False, True])
+def test_parameters_can_be_swapped(before_the_step: bool, has_grad: bool) -> None:
+    optimizers = []
+    for make in (SGD, torch.optim.SGD):
+        parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        # Without momentum, which here has heard of the gradient before the swap.
+        optimizer = make(parameters, foreach=False, lr=0.1, weight_decay=0.1)
+        if make is SGD:
+            step_in_backward(optimizer)
+        for step in range(4):
+            sum(p.square().sum() for p in parameters).backward()
+            if not before_the_step:
+                optimizer.step()
+            if step == 1:
+                other = torch.nn.Parameter(torch.full((3,), 2.0))
+                if has_grad:
+                    other.grad = torch.ones(3)
+                torch.utils.swap_tensors(parameters[0], other)
+            if before_the_step:
+                optimizer.step()
+            optimizer.zero_grad()
+        optimizers.append(optimizer)
+    assert_same_training(*optimizers)
 
 
 def test_hooks_of_parameters_that_are_gone_are_not_collected() -> None:

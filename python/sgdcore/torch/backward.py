@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from types import TracebackType
@@ -92,8 +93,9 @@ class StepInBackward:
         self._this = weakref.ref(self)
         self._handles: list[Any] = []
         self._plan = new_plan(exchange_api())
-        # Those that stepped since the last round's end, by id: `step` is to clear their gradients.
-        self._stepped: dict[int, weakref.ref[Tensor]] = {}
+        # The hooks of those that stepped since the last round's end: `step` is to clear their gradients. The parameters
+        # themselves are not referred to, not even weakly, which torch.utils.swap_tensors would refuse.
+        self._stepped: set[_Hook] = set()
         self._waiting = False  # all parameters wait for `step`, until the round's end
         # The number of the backward pass that was last looked at, and whether its gradients are not complete yet.
         self._pass = -1
@@ -166,18 +168,24 @@ class StepInBackward:
 
     def _group_of(self, parameter: Tensor, hook: _Hook) -> dict[str, Any] | None:
         """Return the parameter's group as it is now, with this parameter alone; None if it is in none."""
-        groups = self._optimizer.param_groups
         for _ in range(2):
-            index, position = hook.place
-            if index < len(groups):
-                group = groups[index]
-                params = group["params"]
-                if position < len(params) and params[position] is parameter:
-                    only = {**group, "params": [parameter]}
-                    if "param_names" in group:
-                        only["param_names"] = [group["param_names"][position]]
-                    return only
+            if self._parameter_at(hook.place) is parameter:
+                index, position = hook.place
+                group = self._optimizer.param_groups[index]
+                only = {**group, "params": [parameter]}
+                if "param_names" in group:
+                    only["param_names"] = [group["param_names"][position]]
+                return only
             self._find_places()
+        return None
+
+    def _parameter_at(self, place: tuple[int, int]) -> Tensor | None:
+        index, position = place
+        groups = self._optimizer.param_groups
+        if index < len(groups):
+            params = groups[index]["params"]
+            if position < len(params):
+                return params[position]  # type: ignore[no-any-return]
         return None
 
     def _find_places(self) -> None:
@@ -210,7 +218,7 @@ class StepInBackward:
         except BaseException:
             parameter.grad = None  # or `step` would use it a second time
             raise
-        self._stepped[id(parameter)] = weakref.ref(parameter)
+        self._stepped.add(hook)
 
     def _look_at(self, number: int) -> None:
         """Note whether more passes are to add to the gradients of the one that runs."""
@@ -242,11 +250,31 @@ class StepInBackward:
 
     def finish_round(self) -> None:
         """Let the parameters take new gradients; a part of ``optimizer.step()``."""
-        stepped, self._stepped = self._stepped, {}
+        stepped, self._stepped = self._stepped, set()
         self._waiting = False
-        for reference in stepped.values():
-            parameter = reference()
-            if parameter is not None and isinstance(parameter.grad, _UsedGradient):
+        elsewhere = {hook for hook in stepped if not self._clear_used(hook)}
+        if elsewhere:
+            self._find_places()
+            elsewhere = {hook for hook in elsewhere if not self._clear_used(hook)}
+        if elsewhere:
+            self._clear_removed(elsewhere)
+
+    def _clear_used(self, hook: _Hook) -> bool:
+        """Clear what stands in for a gradient; return False if the parameter is not where it was last found."""
+        parameter = self._parameter_at(hook.place)
+        if parameter is None:
+            return False
+        if parameter.grad is hook.used:
+            parameter.grad = None
+            return True
+        return hook in _hooks_of(parameter)
+
+    def _clear_removed(self, hooks: set[_Hook]) -> None:
+        """Do the same for parameters that are in no group any more; Python knows where those that live are."""
+        of_parameters = (handle.hooks_dict_ref() for handle in self._handles)
+        own = [of for of in of_parameters if of and any(hook in of.values() for hook in hooks)]
+        for parameter in gc.get_referrers(*own) if own else ():
+            if isinstance(parameter, Tensor) and isinstance(parameter.grad, _UsedGradient):
                 parameter.grad = None
 
     @not_compiled
