@@ -717,7 +717,9 @@ def test_missing_packages_are_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     assert bench("--workload", "tiny", "--plot", "r.png") == 2
-    assert "pip install 'sgdcore[bench]'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f" needs {module} (" in message
+    assert "): pip install 'sgdcore[bench]', or pip install '.[bench]' in a clone" in message
 
 
 # --- The page of results ----------------------------------------------------------------------------

@@ -301,7 +301,7 @@ def test_arrays_are_read_before_a_gradient_can_change_the_list() -> None:
 
 
 def test_step_inside_a_step_is_refused() -> None:
-    optimizer = sgdcore.SGD([numbers(0, (4,))], lr=1)
+    optimizer = sgdcore.SGD([sgdcore.Parameter(numbers(0, (4,)))], lr=1)
 
     class Stepping:
         def __float__(self) -> float:

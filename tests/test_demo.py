@@ -397,8 +397,8 @@ def test_missing_extra(
     monkeypatch.setitem(sys.modules, module, None)
     assert run_here("--plot", str(tmp_path / "plot.png")) == 1
     message = capsys.readouterr().err
-    assert message.startswith(f"sgdcore demo: error: needs {name} (")
-    assert message.endswith("pip install 'sgdcore[demo]'\n")
+    assert message.startswith(f"sgdcore demo: error: the demo needs {name} (")
+    assert "): pip install 'sgdcore[demo]', or pip install '.[demo]' in a clone" in message
     assert message.count("\n") == 1
 
 

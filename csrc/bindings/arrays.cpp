@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <numeric>
 #include <stdexcept>
 #include <tuple>
@@ -12,11 +13,13 @@
 #include "devices.hpp"
 #include "dlpack.hpp"
 #include "dlpack_abi.hpp"
+#include "gil.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
 
-constexpr int numpy_float32 = 11, numpy_float64 = 12, numpy_float16 = 23, numpy_first_user_type = 256;
+constexpr int numpy_float32 = 11, numpy_float64 = 12, numpy_void = 20, numpy_float16 = 23, numpy_first_user_type = 256;
 
 /// ml_dtypes registers bfloat16 when it is imported; from then on its type number stands for it in this process.
 bool is_bfloat16(const py::dtype& dtype) {
@@ -26,11 +29,12 @@ bool is_bfloat16(const py::dtype& dtype) {
     return dtype.num() == type_number;
 }
 
-std::string type_name(py::handle object) { return py::cast<std::string>(py::type::of(object).attr("__name__")); }
+/// NumPy mostly writes the native order as '=', but keeps the '<' or '>' of who spelled it out, as ctypes does.
+bool is_native(char byteorder) { return byteorder != (std::endian::native == std::endian::little ? '>' : '<'); }
 
 [[noreturn]] void refuse_dtype(const py::dtype& dtype, const Argument& argument) {
     throw py::type_error(argument.text() + ": expected dtype float64, float32, float16 or bfloat16 in native " +
-                         "byte order, got " + py::cast<std::string>(py::repr(dtype)));
+                         "byte order, got " + repr_text(dtype) + dtype_hint(dtype));
 }
 
 /// Positions of axes, kept without allocation: steps with given gradients come here.
@@ -56,8 +60,7 @@ class AxisOrder {
 };
 
 DType dtype_of(const py::dtype& dtype, const Argument& argument) {
-    // NumPy spells the native order '=', so either of these is the other one.
-    if (dtype.byteorder() == '>' || dtype.byteorder() == '<') refuse_dtype(dtype, argument);
+    if (!is_native(dtype.byteorder())) refuse_dtype(dtype, argument);
     switch (dtype.num()) {
         case numpy_float64:
             return DType::float64;
@@ -69,6 +72,59 @@ DType dtype_of(const py::dtype& dtype, const Argument& argument) {
             if (!is_bfloat16(dtype)) refuse_dtype(dtype, argument);
             return DType::bfloat16;
     }
+}
+
+constexpr const char* mask_lost = "whose mask would be ignored; pass its data, or filled(value)";
+constexpr const char* unit_lost = "whose unit would be lost; pass the numbers alone";
+constexpr const char* arithmetic_lost = "whose arithmetic is not NumPy's; pass numpy.asarray(array)";
+
+[[noreturn]] void refuse_meaning(py::handle object, const char* what, const Argument& argument) {
+    throw py::type_error(argument.text() + ": expected a plain array, got " + type_name(object) + ", " + what);
+}
+
+/// Astropy and yt say "unit", pint and unyt "units"; None stands for no unit.
+bool has_unit(py::handle object) {
+    for (const char* name : {"unit", "units"}) {
+        if (!py::getattr(object, name, py::none()).is_none()) return true;
+    }
+    return false;
+}
+
+PyObject* ndarray_type() { return reinterpret_cast<PyObject*>(py::detail::npy_api::get().PyArray_Type_); }
+
+bool is_masked(py::handle array) { return py::isinstance(array, attribute_of("numpy.ma", "MaskedArray")); }
+
+bool has_own_arithmetic(py::handle array) {
+    constexpr const char* hook = "__array_ufunc__";
+    return !py::type::of(array).attr(hook).is(py::handle(ndarray_type()).attr(hook));
+}
+
+/// Makes `ref` an ndarray over the buffer that an object exports; false if it exports none.
+bool read_buffer(py::handle object, ArrayRef& ref) {
+    if (!PyObject_CheckBuffer(object.ptr()) || PyBytes_Check(object.ptr())) return false;
+    const auto view = py::reinterpret_steal<py::object>(PyMemoryView_FromObject(object.ptr()));
+    if (!view) {
+        if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+        PyErr_Clear();  // there may be DLPack
+        return false;
+    }
+    ref.array = call(attribute_of("numpy", "asarray"), py::make_tuple(object));
+    // NumPy's own scalars are copied, and what has a format that NumPy cannot read.
+    ref.copied = ref.array.data() != PyMemoryView_GET_BUFFER(view.ptr())->buf;
+    return true;
+}
+
+/// Makes `ref` an ndarray over the CPU's memory that an object shares.
+void read_shared(py::handle object, const Argument& argument, ArrayRef& ref) {
+    if (!read_buffer(object, ref)) {
+        if (!py::hasattr(object, "__dlpack__")) {
+            const char* hint = py::hasattr(object, "to_numpy") ? "; pass its to_numpy()" : "";
+            throw py::type_error(argument.text() + ": expected a NumPy array, got " + type_name(object) + " " +
+                                 repr_text(object, 80) + hint);
+        }
+        ref.array = from_dlpack(object);
+    }
+    if (has_unit(object)) refuse_meaning(object, unit_lost, argument);
 }
 
 void require_device_runtime(const Argument& argument) {
@@ -87,6 +143,7 @@ std::pair<py::array, int> from_cuda_array_interface(py::handle object, const Arg
     const auto dtype = py::dtype::from_args(interface["typestr"]);
     py::object strides = interface.contains("strides") ? py::object(interface["strides"]) : py::none();
     dtype_of(dtype, argument);
+    if (interface.contains("mask") && !interface["mask"].is_none()) refuse_meaning(object, mask_lost, argument);
     const py::object owner = py::reinterpret_borrow<py::object>(object);
     const auto* data = reinterpret_cast<const std::byte*>(address);
     py::array array = strides.is_none()
@@ -114,14 +171,17 @@ bool is_dense(const py::array& array) {
 
 }  // namespace
 
-py::array as_array(py::handle object, const Argument& argument) {
-    if (py::isinstance<py::array>(object)) return py::reinterpret_borrow<py::array>(object);
-    if (PyObject_CheckBuffer(object.ptr()) && !PyBytes_Check(object.ptr())) {
-        return py::module_::import("numpy").attr("asarray")(object);
-    }
-    if (py::hasattr(object, "__dlpack__")) return from_dlpack(object);
-    throw py::type_error(argument.text() + ": expected a NumPy array, got " + type_name(object) + " " +
-                         py::cast<std::string>(py::repr(object)).substr(0, 80));
+void require_plain(py::handle object, const Argument& argument) {
+    if (Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(ndarray_type())) return;
+    if (has_unit(object)) refuse_meaning(object, unit_lost, argument);
+    if (!py::isinstance<py::array>(object)) return;
+    if (is_masked(object)) refuse_meaning(object, mask_lost, argument);
+    if (has_own_arithmetic(object)) refuse_meaning(object, arithmetic_lost, argument);
+}
+
+std::string dtype_hint(const py::dtype& dtype) {
+    if (dtype.num() != numpy_void || dtype.itemsize() != 2 || dtype.has_fields()) return "";
+    return "; bfloat16 comes back like this from numpy.save and savez: restore it with array.view(ml_dtypes.bfloat16)";
 }
 
 bool is_on_device(py::handle object) {
@@ -133,9 +193,13 @@ bool is_on_device(py::handle object) {
 
 ArrayRef read_array(py::handle object, const Argument& argument) {
     ArrayRef ref;
-    if (py::isinstance<py::array>(object) || !is_on_device(object)) {
-        ref.array = as_array(object, argument);
+    if (py::isinstance<py::array>(object)) {
+        require_plain(object, argument);
+        ref.array = py::reinterpret_borrow<py::array>(object);
+    } else if (!is_on_device(object)) {
+        read_shared(object, argument, ref);
     } else {
+        require_plain(object, argument);
         require_device_runtime(argument);
         std::tie(ref.array, ref.device) = py::hasattr(object, "__dlpack__")
                                               ? from_device_dlpack(object)
@@ -166,7 +230,7 @@ void require_updatable(const ArrayRef& ref, const Argument& argument) {
     }
     if (!is_dense(ref.array)) {
         throw py::value_error(argument.text() + ": the array of shape " + shape_text(ref.array) + " and strides " +
-                              py::cast<std::string>(py::str(ref.array.attr("strides"))) +
+                              utf8(py::str(ref.array.attr("strides"))) +
                               " is not contiguous; update a contiguous array and copy, or pass its parts one by one");
     }
 }
@@ -233,16 +297,11 @@ bool repeats_elements(const ArrayRef& ref) {
     return may_overlap({axes.data(), count}, item_size(ref.dtype));
 }
 
-std::string shape_text(const py::array& array) { return py::cast<std::string>(py::str(array.attr("shape"))); }
+std::string shape_text(const py::array& array) { return utf8(py::str(array.attr("shape"))); }
 
 py::dtype numpy_dtype(DType dtype) {
     if (dtype != DType::bfloat16) return py::dtype(std::string(dtype_name(dtype)));
-    try {
-        return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
-    } catch (py::error_already_set& error) {
-        if (!error.matches(PyExc_ImportError)) throw;
-        throw py::import_error("bfloat16 arrays need the ml_dtypes package: pip install 'sgdcore[bfloat16]'");
-    }
+    return call(attribute_of("sgdcore._arrays", "storage_dtype"), py::make_tuple("bfloat16"));
 }
 
 }  // namespace sgdcore::bindings

@@ -26,6 +26,7 @@ struct ArrayRef {
     std::int64_t size = 0;
     DType dtype = DType::float32;
     bool writable = false;
+    bool copied = false;  // the elements are a copy of the object's: what is written there never reaches the object
     int device = cpu_device;
     py::object on_device = py::reinterpret_steal<py::object>(py::handle());
 
@@ -43,15 +44,21 @@ struct Argument {
     std::string text() const { return index < 0 ? name : name + ("[" + std::to_string(index) + "]"); }
 };
 
-/// `object` as an ndarray over the same memory: an ndarray itself, or whatever exports the buffer protocol or DLPack.
-/// `argument` names it in the TypeError that anything else gets.
-py::array as_array(py::handle object, const Argument& argument);
+/// Raises TypeError for an array whose numbers are not all it says: a masked array, one with a unit, or an instance of
+/// an ndarray subclass with arithmetic of its own.
+void require_plain(py::handle object, const Argument& argument);
+
+/// What to do about an array of this dtype, if there is something; begins with "; ".
+std::string dtype_hint(const py::dtype& dtype);
 
 /// True for what shares memory of a CUDA device, through DLPack or __cuda_array_interface__.
 bool is_on_device(py::handle object);
 
-/// Reads a floating-point array of one of the storage types in native byte order; TypeError for any other dtype. One on
-/// a CUDA device gets a ValueError that says what is missing, if there is no runtime for it.
+/// Reads a floating-point array of one of the storage types in native byte order: an ndarray, or what exports the
+/// buffer protocol or DLPack, or, on a CUDA device, __cuda_array_interface__. The memory is the object's own.
+///
+/// TypeError for anything else, any other dtype, and what `require_plain` refuses. An array on a CUDA device gets a
+/// ValueError that says what is missing, if there is no runtime for it.
 ArrayRef read_array(py::handle object, const Argument& argument);
 
 /// Raises ValueError unless the array can be updated in place: writable, and dense (its elements fill one range of

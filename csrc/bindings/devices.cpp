@@ -12,6 +12,7 @@
 
 #include "../step.hpp"
 #include "gil.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -67,7 +68,7 @@ void load_runtime() {
         call(attribute_of("sgdcore._devices", "load_runtime"));
     } catch (const py::error_already_set& error) {  // which is no std::runtime_error, whatever Python's is
         if (!error.matches(PyExc_RuntimeError)) throw;
-        throw std::runtime_error(py::cast<std::string>(py::str(error.value())));
+        throw std::runtime_error(utf8(py::str(error.value())));
     }
 }
 

@@ -1,15 +1,19 @@
 // NumPy arrays given and taken as DLPack capsules.
 #include "dlpack.hpp"
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "arrays.hpp"
 #include "dlpack_abi.hpp"
 #include "gil.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -31,7 +35,11 @@ struct DLManagedTensorVersioned {
     std::uint64_t flags;
     DLTensor tensor;
 };
-constexpr std::uint64_t flag_read_only = 1;
+constexpr std::uint32_t known_major = 1;
+constexpr std::uint64_t flag_read_only = 1, flag_copied = 2;
+
+/// Libraries whose arrays may always be written, though their older releases share them in unversioned capsules.
+constexpr std::array<std::string_view, 2> writable_libraries{"torch", "cupy"};
 
 /// An exported tensor together with what it points to.
 template <class Managed>
@@ -65,7 +73,7 @@ py::capsule export_array(const ArrayRef& ref, DLDevice device) {
                       owner->strides.data(),
                       0};
     if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) {
-        managed.version = {1, 0};
+        managed.version = {known_major, 0};
         managed.flags = ref.writable ? 0 : flag_read_only;
     }
     // A consumer renames the capsule; only one that nobody took still owns its tensor.
@@ -107,6 +115,23 @@ py::array import_capsule(const py::object& capsule, bool writable) {
     return array;
 }
 
+/// True for an array of one of `writable_libraries`, or of a class derived from theirs.
+bool is_known_writable(py::handle object) {
+    for (const py::handle base : py::type::of(object).attr("__mro__")) {
+        const py::object module = py::getattr(base, "__module__", py::none());
+        if (!py::isinstance<py::str>(module)) continue;
+        const std::string name = utf8(module);
+        const std::string_view library = std::string_view(name).substr(0, name.find('.'));
+        if (std::ranges::find(writable_libraries, library) != writable_libraries.end()) return true;
+    }
+    return false;
+}
+
+/// True if what is written reaches the memory that the producer shares.
+bool may_be_written(const DLManagedTensorVersioned& managed) {
+    return (managed.flags & (flag_read_only | flag_copied)) == 0;
+}
+
 /// What `object.__dlpack__()` shares, wherever it is.
 template <class... Stream>
 py::array import_array(py::handle object, Stream... stream) {
@@ -120,9 +145,13 @@ py::array import_array(py::handle object, Stream... stream) {
     if (PyCapsule_IsValid(capsule.ptr(), DLManagedTensorVersioned::fresh)) {
         const auto* managed = static_cast<DLManagedTensorVersioned*>(
             PyCapsule_GetPointer(capsule.ptr(), DLManagedTensorVersioned::fresh));
-        return import_capsule<DLManagedTensorVersioned>(capsule, (managed->flags & flag_read_only) == 0);
+        if (managed->version.major != known_major) {  // nothing else of it can be read
+            throw py::buffer_error("DLPack tensor: expected version " + std::to_string(known_major) + ", got " +
+                                   std::to_string(managed->version.major));
+        }
+        return import_capsule<DLManagedTensorVersioned>(capsule, may_be_written(*managed));
     }
-    return import_capsule<DLManagedTensor>(capsule, true);
+    return import_capsule<DLManagedTensor>(capsule, is_known_writable(object));
 }
 
 std::pair<int, int> device_of(py::handle object) {

@@ -13,8 +13,11 @@ namespace sgdcore::bindings {
 /// The memory is a CUDA device's if `device` is not negative.
 pybind11::capsule to_dlpack(const pybind11::array& array, bool versioned, int device);
 
-/// An ndarray over the memory that `object.__dlpack__()` shares. Raises ValueError if that is not on the CPU, and
-/// TypeError if its data type is not one of the storage types.
+/// An ndarray over the memory that `object.__dlpack__()` shares, read-only unless the capsule says that the memory may
+/// be written. A capsule older than DLPack 1.0 cannot say so: what it shares is read-only, as numpy.from_dlpack
+/// decides, but for libraries whose arrays are always writable.
+///
+/// Raises ValueError if the memory is not on the CPU, and TypeError if its data type is not one of the storage types.
 pybind11::array from_dlpack(pybind11::handle object);
 
 /// The same for memory of a CUDA device: an ndarray whose elements cannot be touched, and the device. Nothing is

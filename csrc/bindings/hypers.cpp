@@ -1,12 +1,14 @@
 // Reading the dicts of param_groups.
 #include "hypers.hpp"
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
 
 #include "arrays.hpp"
 #include "gil.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -18,17 +20,27 @@ std::string hyper_text(PyObject* key, std::size_t index) {
     return "param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) + "']";
 }
 
-/// An exception that is set becomes the TypeError's cause.
+/// Raises TypeError, or ValueError where an OverflowError is set. An exception that is set becomes the cause.
 [[noreturn]] void refuse(const py::object& value, const char* expected, PyObject* key, std::size_t index) {
     const bool caused = PyErr_Occurred() != nullptr;
     if (caused && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();  // such as KeyboardInterrupt
+    const bool too_large = caused && PyErr_ExceptionMatches(PyExc_OverflowError);
     std::optional<py::error_already_set> cause;
     if (caused) cause.emplace();  // takes the exception, which would be in the way of repr
-    const std::string text =
-        hyper_text(key, index) + ": expected " + expected + ", got " + py::cast<std::string>(py::repr(value));
+    const std::string text = hyper_text(key, index) + ": expected " + expected +
+                             (too_large ? " that a float can hold, got " : ", got ") +
+                             repr_text(value, too_large ? 80 : std::string::npos);
     if (!caused) throw py::type_error(text);
-    py::raise_from(*cause, PyExc_TypeError, text.c_str());
+    py::raise_from(*cause, too_large ? PyExc_ValueError : PyExc_TypeError, text.c_str());
     throw py::error_already_set();
+}
+
+/// Raises OverflowError if a number that is finite became an infinite one, as float() makes of a large Decimal.
+void require_kept(PyObject* value, double number) {
+    if (!std::isinf(number) || PyFloat_Check(value)) return;
+    const py::float_ infinity(number);
+    const int equal = PyObject_RichCompareBool(value, infinity.ptr(), Py_EQ);
+    if (equal == 0) PyErr_SetString(PyExc_OverflowError, "the number is finite and its float is not");
 }
 
 /// True for arrays and tensors. A tensor that requires a gradient warns when it is converted in another way; NumPy's
@@ -59,7 +71,8 @@ double number_of(PyObject* group, PyObject* key, std::size_t index, DeviceNumber
         scalar = py::reinterpret_steal<py::object>(converted);
     }
     const double number = unless_python_ends([&] { return PyFloat_AsDouble(scalar.ptr()); });
-    if (number == -1 && PyErr_Occurred()) refuse(value, expected_number, key, index);
+    if (number != -1) require_kept(scalar.ptr(), number);
+    if (PyErr_Occurred()) refuse(value, expected_number, key, index);
     return number;
 }
 
@@ -76,8 +89,7 @@ PyObject* group_at(const py::list& param_groups, std::size_t index) {
     PyObject* group = PyList_GetItem(param_groups.ptr(), static_cast<Py_ssize_t>(index));
     if (group == nullptr) throw py::error_already_set();
     if (!PyDict_Check(group)) {
-        throw py::type_error("param_groups[" + std::to_string(index) + "]: expected a dict, got " +
-                             py::cast<std::string>(py::repr(group)));
+        throw py::type_error("param_groups[" + std::to_string(index) + "]: expected a dict, got " + repr_text(group));
     }
     return group;
 }

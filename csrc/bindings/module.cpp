@@ -5,6 +5,7 @@ PYBIND11_MODULE(_core, module) {
     using namespace sgdcore::bindings;
     register_info(module);
     register_devices(module);
+    register_arrays(module);
     register_buffer(module);
     register_parameter(module);
     register_plan(module);

@@ -7,6 +7,7 @@ namespace sgdcore::bindings {
 
 void register_info(pybind11::module_& module);
 void register_devices(pybind11::module_& module);
+void register_arrays(pybind11::module_& module);
 void register_buffer(pybind11::module_& module);
 void register_parameter(pybind11::module_& module);
 void register_plan(pybind11::module_& module);

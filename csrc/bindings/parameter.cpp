@@ -5,6 +5,7 @@
 
 #include "devices.hpp"
 #include "gil.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -16,9 +17,20 @@ void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argume
     axes_in_order_of(ref, like, axes);
     if (!axes.empty()) {
         throw py::value_error(argument.text() + ": expected strides in the order of the parameter's, " +
-                              py::cast<std::string>(py::str(like.array.attr("strides"))) + ", got " +
-                              py::cast<std::string>(py::str(ref.array.attr("strides"))));
+                              utf8(py::str(like.array.attr("strides"))) + ", got " +
+                              utf8(py::str(ref.array.attr("strides"))));
     }
+}
+
+/// Reads the array of a parameter. Raises TypeError for an object whose elements can only be copied, as NumPy's
+/// scalars: the object would not be updated.
+ArrayRef read_data(const py::object& data) {
+    ArrayRef ref = read_array(data, "data");
+    if (ref.copied) {
+        throw py::type_error("data: expected a NumPy array, got " + type_name(data) + " " + repr_text(data, 80));
+    }
+    require_updatable(ref, "data");
+    return ref;
 }
 
 /// Gives a buffer's gradient the values of an array of its shape, which for one on a device may also be on the CPU.
@@ -35,8 +47,7 @@ void copy_to_buffer(const ArrayRef& ref, const ArrayRef& buffer_grad) {
 }  // namespace
 
 Parameter::Parameter(const py::object& data, std::string name, py::object buffer, const py::object& buffer_grad)
-    : data_(read_array(data, "data")), name_(std::move(name)), buffer_(std::move(buffer)) {
-    require_updatable(data_, "data");
+    : data_(read_data(data)), name_(std::move(name)), buffer_(std::move(buffer)) {
     if (!buffer_grad.is_none()) {
         buffer_grad_ = read_array(buffer_grad, "grad");
         require_updatable(buffer_grad_, "grad");
@@ -51,8 +62,7 @@ void Parameter::set_data(const py::object& array) {
         throw py::value_error("data: parameter '" + name_ +
                               "' lives in a ParameterBuffer; assign into its array with data[...] = value");
     }
-    ArrayRef ref = read_array(array, "data");
-    require_updatable(ref, "data");
+    ArrayRef ref = read_data(array);
     if (ref.dtype != data_.dtype) {
         throw py::type_error(std::string("data: expected dtype ") + dtype_name(data_.dtype) + ", got " +
                              dtype_name(ref.dtype));

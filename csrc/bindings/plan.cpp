@@ -9,6 +9,7 @@
 
 #include "gil.hpp"
 #include "hypers.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -46,8 +47,7 @@ py::sequence as_list(const py::object& grads) {
     if (py::isinstance<py::list>(grads) || py::isinstance<py::tuple>(grads)) return py::sequence(grads);
     const py::object sequence = attribute_of("collections.abc", "Sequence");
     if (!py::isinstance(grads, sequence) || py::isinstance<py::str>(grads) || PyObject_CheckBuffer(grads.ptr())) {
-        throw py::type_error("grads: expected a list, tuple or other sequence of arrays, got " +
-                             py::cast<std::string>(py::type::of(grads).attr("__name__")));
+        throw py::type_error("grads: expected a list, tuple or other sequence of arrays, got " + type_name(grads));
     }
     return py::tuple(grads);
 }
@@ -137,6 +137,19 @@ void Plan::forget_step() {
     held_.clear();
 }
 
+void Plan::require_reachable_grads() const {
+    if (entries_.empty()) return;
+    for (const Entry& entry : entries_) {
+        const py::handle parameter = entry.parameter_object;
+        if (entry.parameter->grad_version != 0 ||
+            !py::cast<bool>(py::getattr(parameter, "_made_of_array", py::bool_(false))))
+            return;
+    }
+    throw py::type_error(
+        "grads: no parameter has a gradient, and the arrays that the optimizer was given have no place for one; pass "
+        "step(grads=[...]), or give the optimizer sgdcore.Parameter(array) objects and assign to their grad");
+}
+
 bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_grad) {
     if (running_.is_inside()) {
         throw std::runtime_error("step() is already running on this optimizer in another thread");
@@ -154,6 +167,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     if (given) read_given(grads);
     const Listed listed = list_tensors(given);
     if (!missing_.empty()) return false;
+    if (!given && tensors_.empty()) require_reachable_grads();
     check_memory(listed, given, zero_grad);
     update(param_groups, listed, {.zero_grad = zero_grad});
     note_first_steps();
@@ -296,7 +310,7 @@ void Plan::check_disjoint_grads(bool given) {
         }
         if (repeats_elements(*used_grads_[i])) {
             throw py::value_error("zero_grad: the gradient of " + label(i) + " has strides " +
-                                  py::cast<std::string>(py::str(used_grads_[i]->array.attr("strides"))) +
+                                  utf8(py::str(used_grads_[i]->array.attr("strides"))) +
                                   ", which reach the same element twice, and cannot be zeroed");
         }
         const Kind kind = given ? Kind::given_grad : Kind::grad;

@@ -68,6 +68,9 @@ class Plan {
 
     /// Lets go what a step used.
     void forget_step();
+    /// Raises TypeError if no parameter has ever had a gradient and the optimizer made them all of arrays: whoever gave
+    /// it the arrays has no `grad` to assign to.
+    void require_reachable_grads() const;
     void read_given(const py::object& grads);
     /// Makes tensors_, first_ and used_grads_ those of a step, and missing_ the momentum buffers that it lacks.
     Listed list_tensors(bool given);

@@ -8,6 +8,7 @@
 
 #include "gil.hpp"
 #include "hypers.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -37,7 +38,7 @@ py::list list_of(const py::object& param_groups) {
     if (PyList_Check(param_groups.ptr())) return py::reinterpret_borrow<py::list>(param_groups);
     if (!PySequence_Check(param_groups.ptr())) {
         throw py::type_error("param_groups: expected a list or another sequence of dicts, got " +
-                             py::cast<std::string>(py::repr(py::type::of(param_groups))));
+                             repr_text(py::type::of(param_groups)));
     }
     PyObject* list = unless_python_ends([&] { return PySequence_List(param_groups.ptr()); });
     if (list == nullptr) throw py::error_already_set();

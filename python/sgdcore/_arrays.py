@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from sgdcore import _core
+from sgdcore._hints import needs
+
 __all__ = ["Array", "as_tensor", "storage_dtype"]
 
 Array = NDArray[Any]
@@ -27,17 +30,21 @@ def storage_dtype(dtype: DTypeLike | None, argument: str = "dtype") -> np.dtype[
         try:
             import ml_dtypes
         except ImportError as error:
-            message = "bfloat16 arrays need the ml_dtypes package: pip install 'sgdcore[bfloat16]'"
-            raise ImportError(message) from error
+            raise ImportError(
+                needs("an array of bfloat16", "ml_dtypes", "bfloat16", error)
+            ) from error
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
     try:
         resolved = None if dtype is None else np.dtype(dtype)  # NumPy takes None for float64
-    except TypeError:
+    except Exception:  # noqa: BLE001 (NumPy asks for the repr of a bad value)
         resolved = None
     if resolved is None or resolved.name not in _STORAGE_TYPES or not resolved.isnative:
         expected = ", ".join(_STORAGE_TYPES)
-        raise TypeError(f"{argument}: expected one of {expected}, got {dtype!r}")
+        hint = "" if resolved is None else _core.dtype_hint(resolved)
+        raise TypeError(
+            f"{argument}: expected one of {expected}, got {_core.repr_text(dtype)}{hint}"
+        )
     return resolved
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sgdcore import _core
+
 __all__ = ["check_layout", "refuse_other_optimizers"]
 
 # What tells the state dicts of torch's other optimizers: hyperparameters, and entries of a parameter's state.
@@ -36,7 +38,8 @@ def check_layout(state_dict: Any) -> None:
     for i, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
             raise TypeError(
-                f"state_dict['param_groups'][{i}]: expected a mapping with a list 'params', got {group!r}"
+                f"state_dict['param_groups'][{i}]: expected a mapping with a list 'params', "
+                f"got {_core.repr_text(group)}"
             )
 
 
@@ -59,7 +62,8 @@ def refuse_other_optimizers(state_dict: Mapping[str, Any]) -> None:
         others = sorted(_OTHER_STATE.intersection(values)) if isinstance(values, Mapping) else []
         if others:
             raise ValueError(
-                f"state_dict['state'][{key!r}]: expected SGD's momentum_buffer, got the state of another optimizer: "
+                f"state_dict['state'][{_core.repr_text(key)}]: expected SGD's momentum_buffer, "
+                "got the state of another optimizer: "
                 f"{', '.join(others)}"
             )
 

@@ -11,7 +11,7 @@ Written to be read by someone who has a backward pass and wants sgdcore to do th
 
 ``--distributed`` trains on several workers: demo_distributed.py, beside this, has the loop for that.
 The rest is command line, progress and plot. scikit-learn (the data), matplotlib (the plot) and tqdm
-(the progress bar) come with ``pip install 'sgdcore[demo]'``, imported only when the demo runs.
+(the progress bar) come with the extra ``[demo]``, imported only when the demo runs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 import sgdcore
+from sgdcore._hints import needs
 
 if TYPE_CHECKING:
     from sgdcore.distributed import ProcessGroup
@@ -593,7 +594,7 @@ def import_extras(plot: bool) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise DemoError(f"needs {name} ({error}): pip install 'sgdcore[demo]'") from error
+            raise DemoError(needs("the demo", name, "demo", error)) from error
 
 
 class Progress:

@@ -24,6 +24,7 @@ import numpy as np
 
 import sgdcore
 from sgdcore import demo
+from sgdcore._hints import needs
 from sgdcore.distributed import (
     DataParallel,
     LocalSGD,
@@ -129,8 +130,10 @@ def _join(plot: bool) -> Iterator[ProcessGroup]:
     """
     try:
         if _TORCHRUN in os.environ:
-            import torch.distributed as dist
-
+            try:
+                import torch.distributed as dist
+            except ImportError as error:
+                raise ImportError(needs("torchrun's launch", "torch", "torch", error)) from error
             demo.import_extras(plot)
             dist.init_process_group("gloo")
             yield as_process_group(dist.group.WORLD)
@@ -152,8 +155,11 @@ def _join(plot: bool) -> Iterator[ProcessGroup]:
 @contextmanager
 def _join_mpi(plot: bool) -> Iterator[ProcessGroup]:
     """Use MPI. An exception on one rank ends all of them, as with torchrun: the others would wait for it."""
-    from mpi4py import MPI
-    from mpi4py.run import set_abort_status
+    try:
+        from mpi4py import MPI
+        from mpi4py.run import set_abort_status
+    except ImportError as error:
+        raise ImportError(needs("mpiexec's launch", "mpi4py", "mpi", error)) from error
 
     joined = False
     try:

@@ -44,7 +44,7 @@ def device_number(device: Any) -> int:
                 return index
     raise ValueError(
         "device: expected 'cpu', 'cuda', 'cuda:<number>', a number from 0 on or -1 for the CPU, "
-        f"got {device!r}"
+        f"got {_core.repr_text(device)}"
     )
 
 
@@ -116,8 +116,8 @@ class DeviceArray:
             return array
         if not _core.is_on_device(array):
             raise ValueError(f"array: expected one on a CUDA device, got {type(array).__name__}")
-        parameter = _core.Parameter(array)
-        return cls(parameter._description, parameter.device, array)
+        description, device = _core.read_array(array, "array")
+        return cls(description, device, array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,9 +185,10 @@ class DeviceArray:
             values: an array-like on the host, or a dense array of this shape and dtype on the device.
 
         Raises:
-            ValueError: if shapes, dtypes or memory orders do not match, or an array is not contiguous.
+            ValueError: if shapes, dtypes or memory orders do not match, an array is not contiguous, or this one is
+                read-only.
         """
-        self._require_dense("assign")
+        self._require_writable("assign")
         if _core.is_on_device(values):
             source = DeviceArray.of(values)
             for what in ("shape", "dtype", "strides", "device"):
@@ -197,6 +198,7 @@ class DeviceArray:
             description = source._description
         else:
             description = np.empty_like(self._description)
+            _core.require_plain(values, "assign")
             np.copyto(description, np.asarray(values), casting="unsafe")
         if self.size:
             _core.copy_array(self._description, description, self.device, self._stream())
@@ -205,10 +207,15 @@ class DeviceArray:
         """Set all elements to zero.
 
         Raises:
-            ValueError: if there are gaps between the elements.
+            ValueError: if there are gaps between the elements, or the array is read-only.
         """
-        self._require_dense("fill_zero")
+        self._require_writable("fill_zero")
         _core.fill_zero(self._description, self.device, self._stream())
+
+    def _require_writable(self, method: str) -> None:
+        if not self._description.flags.writeable:
+            raise ValueError(f"{method}: the array of shape {self.shape} is read-only")
+        self._require_dense(method)
 
     def _require_dense(self, method: str) -> None:
         # What is copied and filled is one range of memory.

@@ -17,9 +17,18 @@ import numpy as np
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
 from sgdcore._checkpoint import check_layout, refuse_other_optimizers
+from sgdcore._copies import attributes_of, set_attributes
 from sgdcore._devices import CPU
+from sgdcore._hints import naming_allocation
+from sgdcore._mistakes import (
+    is_torch_module,
+    libraries_of,
+    parameter_hint,
+    params_hint,
+    warn_of_near_keys,
+)
 from sgdcore.device_array import DeviceArray
-from sgdcore.parameter import Parameter, ParameterBuffer
+from sgdcore.parameter import ArrayParameter, Parameter, ParameterBuffer
 
 __all__ = ["HookHandle", "Loss", "Optimizer", "OptimizerState", "ParameterState", "ParamsLike"]
 
@@ -103,7 +112,9 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
         state = self._states.get(parameter)
         if state is None:
             if not isinstance(parameter, Parameter):
-                raise TypeError(f"state: expected a Parameter as key, got {parameter!r}")
+                raise TypeError(
+                    f"state: expected a Parameter as key, got {_core.repr_text(parameter)}"
+                )
             state = self._states[parameter] = ParameterState(parameter)
         return state
 
@@ -165,21 +176,15 @@ class Optimizer:
         self.state = OptimizerState()
         self._start()
 
-        if isinstance(params, Parameter | np.ndarray | str | bytes | dict) or not isinstance(
-            params, Iterable
-        ):
-            hint = ""
-            if isinstance(params, Parameter | np.ndarray):
-                hint = "; put it in a list"
-            elif isinstance(params, dict):
-                hint = "; put a group in a list, or pass names with list(params.items())"
+        if not _may_list_parameters(params):
             raise TypeError(
                 "params argument given to the optimizer should be an iterable of Parameters, arrays "
-                f"or dicts, but got {type(params).__name__}{hint}"
+                f"or dicts, but got {type(params).__name__}{params_hint(params)}"
             )
         groups: list[Any] = [params] if isinstance(params, ParameterBuffer) else list(params)
         if not groups:
-            raise ValueError("optimizer got an empty parameter list")
+            hint = "; an iterator gives what it has only once" if iter(params) is params else ""
+            raise ValueError(f"optimizer got an empty parameter list{hint}")
         if not isinstance(groups[0], dict):
             whole = isinstance(params, ParameterBuffer | set | frozenset)
             groups = [{"params": params if whole else groups}]
@@ -209,12 +214,14 @@ class Optimizer:
                 another one in memory.
             RuntimeError: if the optimizer is stepping in another thread.
 
-        The optimizer is then as it was.
+        The optimizer is then as it was. A key that is no hyperparameter is the user's own; a UserWarning names the
+        hyperparameter whose name it nearly has.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         if "params" not in param_group:
-            raise ValueError(f"param_group: expected a key 'params', got {sorted(param_group)}")
+            raise ValueError(f"param_group: expected a key 'params', got {list(param_group)}")
+        self._warn_of_near_keys(param_group)
         group = {**self.defaults, **param_group}
         names, group["params"] = _read_params(param_group["params"])
         if names is not None:
@@ -241,6 +248,10 @@ class Optimizer:
             raise
         self.param_groups.append(group)
 
+    def _warn_of_near_keys(self, keys: Iterable[Any]) -> None:
+        known = {*self.defaults, "params", "param_names"}
+        warn_of_near_keys(keys, known, self.defaults)
+
     def _normalize_group(self, group: dict[str, Any]) -> None:
         """Put a group's hyperparameters into the form that groups keep, or raise if one is invalid."""
 
@@ -249,7 +260,8 @@ class Optimizer:
             params = group["params"]
             if not isinstance(params, list) or not all(isinstance(p, Parameter) for p in params):
                 raise TypeError(
-                    f"param_groups[{i}]['params']: expected a list of Parameters, got {params!r}"
+                    f"param_groups[{i}]['params']: expected a list of Parameters, "
+                    f"got {_core.repr_text(params)}"
                 )
         parameters = chain.from_iterable(group["params"] for group in groups)
         self._plan.build(groups, [self.state[parameter].slot for parameter in parameters])
@@ -284,11 +296,10 @@ class Optimizer:
                 self._build_plan(self.param_groups)
                 continue
             positions = set(self._plan.missing_momentum())
-            groups = (g for g in self.param_groups for _ in g["params"])
-            parameters = chain.from_iterable(g["params"] for g in self.param_groups)
+            parameters = ((p, group) for group in self.param_groups for p in group["params"])
             missing = [
-                (p, storage_dtype(g.get("momentum_dtype") or p.dtype, "momentum_dtype"))
-                for i, (p, g) in enumerate(zip(parameters, groups, strict=True))
+                (p, _momentum_dtype(group, p))
+                for i, (p, group) in enumerate(parameters)
                 if i in positions
             ]
             for (parameter, _), momentum in zip(missing, _new_momentum(missing), strict=True):
@@ -370,8 +381,9 @@ class Optimizer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` (or torch.optim.SGD's, with arrays for tensors) returned.
 
-        Values are copied; a momentum buffer keeps its own dtype. Hyperparameters that the checkpoint lacks
-        keep this optimizer's defaults.
+        Values are copied; a momentum buffer keeps its own dtype, and one that is a list gets its group's
+        ``momentum_dtype`` or else its parameter's dtype. Hyperparameters that the checkpoint lacks keep this
+        optimizer's defaults.
 
         Raises:
             TypeError: if `state_dict` is not laid out as `state_dict` returns it.
@@ -396,7 +408,7 @@ class Optimizer:
             self._merged_group(own, other)
             for own, other in zip(self.param_groups, saved, strict=True)
         ]
-        self._replace_state(self._read_state(state_dict))
+        self._replace_state(self._read_state(state_dict, groups))
         # From here on only the user's hooks can raise.
         self.param_groups[:] = groups
         for hook in self._load_state_dict_post_hooks.values():
@@ -404,6 +416,7 @@ class Optimizer:
 
     def _merged_group(self, own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
         """Return a group of the optimizer's with a checkpoint's hyperparameters, or the defaults where it has none."""
+        self._warn_of_near_keys(key for key in saved if key not in own)
         loaded = copy.deepcopy({k: v for k, v in saved.items() if k != "params"})
         group = {**self.defaults, **loaded}
         if "param_names" in own:
@@ -412,20 +425,24 @@ class Optimizer:
         self._normalize_group(group)
         return group
 
-    def _read_state(self, state_dict: Mapping[str, Any]) -> dict[Parameter, dict[str, Any]]:
+    def _read_state(
+        self, state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
+    ) -> dict[Parameter, dict[str, Any]]:
         """Return a checkpoint's state by parameter: momentum buffers as arrays, copies of all else."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        parameter_of = dict(zip(keys, parameters, strict=True))
+        dtypes = [(p, _momentum_dtype(group, p)) for group in groups for p in group["params"]]
+        parameter_of = dict(zip(keys, dtypes, strict=True))
         state = {}
         for key, values in state_dict["state"].items():
-            parameter = parameter_of.get(key)
-            if parameter is None:
-                raise ValueError(f"state_dict['state']: no parameter has the key {key!r}")
+            if key not in parameter_of:
+                raise ValueError(
+                    f"state_dict['state']: no parameter has the key {_core.repr_text(key)}"
+                )
+            parameter, dtype = parameter_of[key]
             momentum = values.get("momentum_buffer")
             read = copy.deepcopy({k: v for k, v in values.items() if k != "momentum_buffer"})
             if momentum is not None:
-                read["momentum_buffer"] = _momentum_array(key, momentum, parameter)
+                read["momentum_buffer"] = _momentum_array(key, momentum, parameter, dtype)
             state[parameter] = read
         return state
 
@@ -445,7 +462,12 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {parameter: dict(values) for parameter, values in self.state.items()}
-        return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups}
+        return {
+            "defaults": self.defaults,
+            "state": state,
+            "param_groups": self.param_groups,
+            "attributes": attributes_of(self, _Own(type(self))),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.defaults = state["defaults"]
@@ -453,6 +475,7 @@ class Optimizer:
         self.state = OptimizerState()
         self._start()
         self._replace_state(state["state"])
+        set_attributes(self, state.get("attributes"))  # which pickles of earlier versions lack
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__} ("
@@ -464,10 +487,59 @@ class Optimizer:
         return text + ")"
 
 
+class _Own:
+    """The attributes that copies of an optimizer do not get: its own, and functions in the place of its methods.
+
+    Such a function, as a scheduler's counter around `step`, is bound to the original.
+    """
+
+    names = frozenset(
+        {
+            "_load_state_dict_post_hooks",
+            "_load_state_dict_pre_hooks",
+            "_plan",
+            "_run_plan",
+            "_state_dict_post_hooks",
+            "_state_dict_pre_hooks",
+            "_step_post_hooks",
+            "_step_pre_hooks",
+            "defaults",
+            "param_groups",
+            "state",
+        }
+    )
+
+    def __init__(self, cls: type) -> None:
+        self._cls = cls
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names or callable(getattr(self._cls, str(name), None))
+
+
+def _may_list_parameters(params: Any) -> bool:
+    """Tell whether something is iterated for parameters; what gives its rows, names or letters is not."""
+    if isinstance(params, ParameterBuffer):
+        return True
+    if isinstance(params, Parameter | np.ndarray | str | bytes | dict):
+        return False
+    libraries = libraries_of(params)
+    if "torch" in libraries:
+        return isinstance(params, Iterable) and not is_torch_module(params)
+    is_array = hasattr(params, "__array__") or hasattr(params, "__dlpack__")
+    return isinstance(params, Iterable) and not is_array and "sklearn" not in libraries
+
+
+def _momentum_dtype(group: Mapping[str, Any], parameter: Parameter) -> np.dtype[Any]:
+    """Return the dtype of a parameter's new momentum buffer."""
+    return storage_dtype(group.get("momentum_dtype") or parameter.dtype, "momentum_dtype")
+
+
 def _check_states(states: Mapping[Any, Any]) -> None:
     for key, values in states.items():
         if not isinstance(values, Mapping):
-            raise TypeError(f"state_dict['state'][{key!r}]: expected a mapping, got {values!r}")
+            raise TypeError(
+                f"state_dict['state'][{_core.repr_text(key)}]: expected a mapping, got {_core.repr_text(values)}"
+            )
 
 
 def _require_matching(saved: Sequence[Mapping[str, Any]], groups: list[dict[str, Any]]) -> None:
@@ -508,7 +580,9 @@ def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
         )
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"params: expected a string as a parameter's name, got {name!r}")
+            raise TypeError(
+                f"params: expected a string as a parameter's name, got {_core.repr_text(name)}"
+            )
     values = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
     return names or None, [_as_parameter(value, i) for i, value in enumerate(values)]
 
@@ -516,18 +590,19 @@ def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
 def _as_parameter(value: Any, position: int) -> Parameter:
     if isinstance(value, Parameter):
         return value
-    is_torch = type(value).__module__.partition(".")[0] == "torch"
+    is_torch = "torch" in libraries_of(value)
     if isinstance(value, np.ndarray) or (not is_torch and _core.is_on_device(value)):
         try:
-            return Parameter(value)
+            return ArrayParameter(value)
         except (TypeError, ValueError) as error:
             raise type(error)(str(error).replace("data:", f"params[{position}]:", 1)) from None
     kind, hint = type(value).__name__, ""
     if isinstance(value, ParameterBuffer):
         hint = "; a ParameterBuffer is passed by itself, SGD(buffer), or as a group's 'params'"
-    elif is_torch:
+    elif not isinstance(value, np.generic):
+        hint = parameter_hint(value)
+    if type(value).__module__.partition(".")[0] == "torch":
         kind = "torch." + kind  # which has a Parameter, too
-        hint = "; for torch's tensors there is sgdcore.torch.SGD"
     raise TypeError(
         f"params[{position}]: optimizer can only optimize Parameters, NumPy arrays and arrays on CUDA devices, "
         f"but got {kind}{hint}"
@@ -558,7 +633,8 @@ class _Flat(NamedTuple):
 
     def allocate(self, size: int) -> Any:
         if self.device == CPU:
-            return _core.allocate(size, self.dtype)
+            with naming_allocation("the momentum of a ParameterBuffer", (size,), self.dtype):
+                return _core.allocate(size, self.dtype)
         return DeviceArray.empty(size, self.dtype, self.device)
 
 
@@ -595,14 +671,19 @@ def _separate_momentum(parameter: Parameter, dtype: np.dtype[Any]) -> Array | De
     data = parameter.data
     if parameter.device != CPU:
         return DeviceArray.empty_like(DeviceArray.of(data), dtype)
-    if data.size * dtype.itemsize < 2 * _core.huge_page or not data.flags.c_contiguous:
-        return np.empty_like(data, dtype=dtype, subok=False)
-    return _core.allocate(data.size, dtype).reshape(data.shape)
+    what = f"the momentum of parameter {parameter.name!r}" if parameter.name else "momentum"
+    with naming_allocation(what, data.shape, dtype):
+        if data.size * dtype.itemsize < 2 * _core.huge_page or not data.flags.c_contiguous:
+            return np.empty_like(data, dtype=dtype, subok=False)
+        return _core.allocate(data.size, dtype).reshape(data.shape)
 
 
-def _momentum_array(key: Any, value: Any, parameter: Parameter) -> Array | DeviceArray:
-    """Return a checkpoint's momentum buffer as an array of one of the storage types."""
-    argument = f"state_dict['state'][{key!r}]['momentum_buffer']"
+def _momentum_array(
+    key: Any, value: Any, parameter: Parameter, dtype: np.dtype[Any]
+) -> Array | DeviceArray:
+    """Return a checkpoint's momentum buffer as an array of one of the storage types: `dtype` for one of lists."""
+    argument = f"state_dict['state'][{_core.repr_text(key)}]['momentum_buffer']"
+    _core.require_plain(value, argument)
     try:
         array: Array | DeviceArray
         if _core.is_on_device(value):
@@ -613,6 +694,8 @@ def _momentum_array(key: Any, value: Any, parameter: Parameter) -> Array | Devic
             # DLPack knows torch's bfloat16, NumPy's own conversion does not.
             shared = not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__")
             array = _core.from_dlpack(value) if shared else np.asarray(value)
+            if not hasattr(value, "dtype") and array.dtype.kind in "iuf":
+                array = array.astype(dtype)
     except Exception as error:
         raise TypeError(f"{argument}: {error}") from error
     storage_dtype(array.dtype, argument)

@@ -13,10 +13,15 @@ from numpy.typing import DTypeLike
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
+from sgdcore._copies import attributes_of, set_attributes, writable
 from sgdcore._devices import CPU
+from sgdcore._hints import naming_allocation
 from sgdcore.device_array import DeviceArray, device_number
 
-__all__ = ["Parameter", "ParameterBuffer"]
+__all__ = ["ArrayParameter", "Parameter", "ParameterBuffer"]
+
+# What ParameterBuffer keeps in attributes itself.
+_BUFFER_ATTRIBUTES = frozenset({"_data", "_device", "_dtype", "_grad", "_parameters"})
 
 _DLPACK_CPU = (1, 0)  # kDLCPU, and the only one of its kind
 
@@ -28,7 +33,7 @@ class Parameter(_core.Parameter):
         data: the values, float64, float32, float16 or bfloat16 (ml_dtypes) of any shape: an ndarray;
             an object that shares its memory through the buffer protocol or DLPack; or an array on a
             CUDA device, through DLPack or ``__cuda_array_interface__``. Writable and contiguous in any
-            order of axes; never copied.
+            order of axes; never copied. An array must be plain: not masked, without a unit.
         name: shown in error messages.
 
     Attributes:
@@ -36,14 +41,16 @@ class Parameter(_core.Parameter):
             Assign another of the same shape, dtype and layout to swap it.
         grad: the gradient, or None (the default: the optimizer skips the parameter). Assign an
             array of the parameter's shape; its dtype and strides may be its own, and it is read in
-            place. ``grad += g`` works as on any array.
+            place. ``grad += g`` adds to the gradient there is; while it is None, assign the first one.
         name: as given.
         device: the number of the CUDA device that holds ``data``; -1 for the CPU.
         buffer: the `ParameterBuffer` that the parameter is part of, or None.
         shape, dtype, size: those of ``data``.
 
+    Copies and pickles keep the class and all attributes. What is unpickled over read-only memory is copied.
+
     Raises:
-        TypeError: if an array has another dtype or is no array.
+        TypeError: if an array has another dtype or is no plain array, or the name is no string.
         ValueError: if an array is read-only, not contiguous, or of another shape.
 
     Example:
@@ -53,9 +60,11 @@ class Parameter(_core.Parameter):
         Parameter(name='w', shape=(3,), dtype=float32)
     """
 
+    # True where whoever gave the array cannot assign a gradient; see Plan::require_reachable_grads.
+    _made_of_array = False
+
     def __init__(self, data: Any, name: str = "") -> None:
-        if isinstance(data, np.generic):  # it offers its buffer, but only to read a copy from
-            raise TypeError(f"data: expected a NumPy array, got {type(data).__name__} {data!r}")
+        _check_name("name", name)
         super().__init__(data, name=name)
 
     @property
@@ -101,7 +110,14 @@ class Parameter(_core.Parameter):
         # A parameter of a buffer is found again in its buffer, so that both stay one piece of memory.
         if self.buffer is not None:
             return operator.getitem, (self.buffer, self.name)
-        return _restore_parameter, (type(self), self.data, self.grad, self.name)
+        arguments = (type(self), self.data, self.grad, self.name)
+        return _restore_parameter, arguments, self.__getstate__()
+
+
+class ArrayParameter(Parameter):
+    """The parameter that an optimizer makes of an array it was given."""
+
+    _made_of_array = True
 
 
 class _BufferParameter(Parameter):
@@ -118,9 +134,17 @@ class _BufferParameter(Parameter):
 def _restore_parameter(
     cls: type[Parameter], data: Array, grad: Array | None, name: str
 ) -> Parameter:
-    parameter = cls(data, name)
-    parameter.grad = grad
+    parameter = cls.__new__(
+        cls
+    )  # a subclass may be made of other arguments, as its attributes tell
+    _core.Parameter.__init__(parameter, _writable(data), name=name)
+    if grad is not None:
+        parameter.grad = _writable(grad)
     return parameter
+
+
+def _writable(array: Any) -> Any:
+    return writable(array) if isinstance(array, np.ndarray) else array
 
 
 class ParameterBuffer(Mapping[str, Parameter]):
@@ -147,7 +171,8 @@ class ParameterBuffer(Mapping[str, Parameter]):
         grad: all gradients, 1-d, zero at first. The gradients always exist: clear them with
             ``optimizer.zero_grad()`` or ``step(zero_grad=True)``.
 
-    Views keep the memory alive, also after the buffer is gone.
+    Views keep the memory alive, also after the buffer is gone. Copies and pickles have memory of their own, and keep
+    the class and all attributes, those of the parameters included.
 
     Raises:
         TypeError: if a dtype is none of the four storage types, or arrays differ in dtype.
@@ -295,21 +320,38 @@ class ParameterBuffer(Mapping[str, Parameter]):
         shapes = {name: parameter.shape for name, parameter in self.items()}
         without_grad = [name for name, parameter in self.items() if parameter.grad is None]
         data, grad = self.data, self.grad
-        if self._device == CPU:
-            return _restore_buffer, (type(self), shapes, data, grad, without_grad)
-        data, grad = DeviceArray.of(data).numpy(), DeviceArray.of(grad).numpy()
-        return _restore_buffer, (type(self), shapes, data, grad, without_grad, self._device)
+        device: tuple[int, ...] = ()
+        if self._device != CPU:
+            data, grad = DeviceArray.of(data).numpy(), DeviceArray.of(grad).numpy()
+            device = (self._device,)
+        arguments = (type(self), shapes, data, grad, without_grad, *device)
+        return _restore_buffer, arguments, self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        parameters = {name: attributes_of(each) for name, each in self.items()}
+        return {
+            "buffer": attributes_of(self, _BUFFER_ATTRIBUTES),
+            "parameters": {name: state for name, state in parameters.items() if state},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        set_attributes(self, state["buffer"])
+        for name, attributes in state["parameters"].items():
+            set_attributes(self[name], attributes)
 
     @classmethod
     def _restore(
         cls, shapes: dict[str, tuple[int, ...]], data: Array, grad: Array, device: int
     ) -> Self:
+        buffer = cls.__new__(cls)  # as in _restore_parameter
         if device != CPU:
-            buffer = cls(shapes, data.dtype, grad_dtype=grad.dtype, device=device)
+            ParameterBuffer.__init__(
+                buffer, shapes, data.dtype, grad_dtype=grad.dtype, device=device
+            )
             buffer.data.assign(data)
             buffer.grad.assign(grad)
             return buffer
-        buffer = cls(shapes, data.dtype, grad_dtype=grad.dtype)
+        ParameterBuffer.__init__(buffer, shapes, data.dtype, grad_dtype=grad.dtype)
         buffer.data[...] = data
         buffer.grad[...] = grad
         return buffer
@@ -327,6 +369,15 @@ def _restore_buffer(
     for name in without_grad:
         buffer[name].grad = None
     return buffer
+
+
+def _check_name(argument: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a string, got {_core.repr_text(name)}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{argument}: expected text that UTF-8 can encode, got {name!r}") from None
 
 
 def _dlpack_device(array: Any) -> tuple[int, int]:
@@ -360,7 +411,10 @@ def _export(
 def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
     """Return the shape that a value of the mapping stands for."""
     if not isinstance(name, str) or not name:
-        raise TypeError(f"parameters: expected non-empty strings as names, got {name!r}")
+        raise TypeError(
+            f"parameters: expected non-empty strings as names, got {_core.repr_text(name)}"
+        )
+    _check_name("parameters", name)
     if _is_array(value):
         return tuple(value.shape)
     try:
@@ -371,7 +425,7 @@ def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
         )
     except TypeError:
         raise TypeError(
-            f"parameters[{name!r}]: expected a shape or an array, got {value!r}"
+            f"parameters[{name!r}]: expected a shape or an array, got {_core.repr_text(value)}"
         ) from None
     if any(length < 0 for length in shape):
         raise ValueError(f"parameters[{name!r}]: negative length in shape {shape}")
@@ -392,6 +446,7 @@ def _arrays_in(parameters: Mapping[str, Any], device: int) -> dict[str, Any]:
             raise ValueError(
                 f"parameters[{name!r}]: on a CUDA device; say device= to put the buffer there"
             )
+        _core.require_plain(array, f"parameters[{name!r}]")
         storage_dtype(array.dtype, f"parameters[{name!r}]")
     return arrays
 
@@ -422,14 +477,10 @@ def _zeros(argument: str, size: int, dtype: np.dtype[Any], device: int) -> Any:
     """Return a new flat array of zeros."""
     if device != CPU:
         return DeviceArray.zeros(size, dtype, device)
-    if size > sys.maxsize // dtype.itemsize:
-        raise MemoryError(f"parameters: {size} elements of {dtype} exceed the address space")
-    try:
+    with naming_allocation(argument, (size,), dtype):
+        if size > sys.maxsize // dtype.itemsize:
+            raise MemoryError("more than the address space")
         return _core.allocate(size, dtype)
-    except MemoryError:
-        raise MemoryError(
-            f"{argument}: cannot allocate {size} elements of {dtype}, {size * dtype.itemsize} bytes"
-        ) from None
 
 
 def _check_given(
@@ -447,6 +498,7 @@ def _check_given(
         raise ValueError(
             f"{argument}: expected an array on CUDA device {device}, got one on {DeviceArray.of(given).device}"
         )
+    _core.require_plain(given, argument)
     array = _description(given)
     if array.shape != (size,):
         raise ValueError(f"{argument}: expected shape ({size},), the total size, got {array.shape}")

@@ -32,7 +32,7 @@ def set_num_threads(count: int) -> None:
         ValueError: if it is negative or exceeds 4,096.
     """
     if isinstance(count, bool) or not isinstance(count, int | np.integer):
-        raise TypeError(f"count: expected an integer, got {count!r}")
+        raise TypeError(f"count: expected an integer, got {_core.repr_text(count)}")
     if not 0 <= count <= _MOST_THREADS:
         raise ValueError(
             f"count: expected a number of threads up to {_MOST_THREADS}, or 0 for the default, got {count}"
@@ -56,7 +56,7 @@ def set_isa(isa: str | None) -> None:
         ValueError: if this build has no such instruction set, or this machine cannot run it.
     """
     if isa is not None and not isinstance(isa, str):
-        raise TypeError(f"isa: expected a string or None, got {isa!r}")
+        raise TypeError(f"isa: expected a string or None, got {_core.repr_text(isa)}")
     _core.use_instruction_set(isa or "")
 
 

@@ -9,10 +9,11 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import DTypeLike
 
+from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
 from sgdcore.optimizer import Loss, Optimizer, ParamsLike
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "float_of"]
 
 
 class SGD(Optimizer):
@@ -49,6 +50,10 @@ class SGD(Optimizer):
     Raises:
         ValueError: if a hyperparameter is out of range, in torch's words.
         TypeError: if an argument is of the wrong kind.
+
+    Warns:
+        UserWarning: a group has a key that is nearly a hyperparameter's name, such as ``"learning_rate"``. Other keys
+            are the user's own.
 
     Example:
         >>> w = np.array([1.0, 2.0])
@@ -114,7 +119,7 @@ class SGD(Optimizer):
 
         Raises:
             TypeError, ValueError: if a hyperparameter is not a number, a gradient does not fit, or arrays overlap
-                in memory.
+                in memory; if there are no gradients and the optimizer was given arrays only.
             KeyError: if a group lacks a hyperparameter.
             RuntimeError: if the optimizer is stepping in another thread.
 
@@ -128,9 +133,9 @@ class SGD(Optimizer):
         return self._step_with_hooks(closure, {"grads": grads, "zero_grad": zero_grad})
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
-        lr, momentum = _number("lr", group["lr"]), _number("momentum", group["momentum"])
-        dampening = _number("dampening", group["dampening"])
-        weight_decay = _number("weight_decay", group["weight_decay"])
+        lr, momentum = float_of("lr", group["lr"]), float_of("momentum", group["momentum"])
+        dampening = float_of("dampening", group["dampening"])
+        weight_decay = float_of("weight_decay", group["weight_decay"])
         if not lr >= 0:
             raise ValueError(f"Invalid learning rate: {group['lr']}")
         if not momentum >= 0:
@@ -146,8 +151,15 @@ class SGD(Optimizer):
             group["momentum_dtype"] = storage_dtype(group["momentum_dtype"], "momentum_dtype").name
 
 
-def _number(name: str, value: Any) -> float:
+def float_of(name: str, value: Any) -> float:
+    """Return a hyperparameter, a number or an array of one element, as a float.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if the array has another size, or a float cannot hold the number.
+    """
     if isinstance(value, np.ndarray):
+        _core.require_plain(value, name)
         if value.size != 1:
             raise ValueError(
                 f"{name}: expected a number or an array of one element, got shape {value.shape}"
@@ -155,7 +167,14 @@ def _number(name: str, value: Any) -> float:
         value = value.item()
     try:
         if not isinstance(value, str | bytes):  # which float() would parse, but a step does not
-            return float(value)
+            number = float(value)
+            if math.isfinite(number) or math.isnan(number) or value == number:
+                return number
+            raise OverflowError  # as a Decimal, which becomes infinite
+    except OverflowError:
+        raise ValueError(
+            f"{name}: expected a number that a float can hold, got {_core.repr_text(value)}"
+        ) from None
     except (TypeError, ValueError):
         pass
-    raise TypeError(f"{name}: expected a number, got {value!r}")
+    raise TypeError(f"{name}: expected a number, got {_core.repr_text(value)}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sgdcore._hints import needs
 from sgdcore.bench import cases
 from sgdcore.bench.cases import DTYPES, HYPERS, TRAINING, WORKLOADS, Case
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "main"]
 
-NEEDS = (
-    "python -m sgdcore bench needs packages that are not installed: pip install 'sgdcore[bench]'"
-)
 _CONDITIONS = ("workload", "hyper", "dtype", "threads", "grads", "clear")
 _COMPILED = "torch compiled"
 
@@ -94,8 +92,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the command and return its exit code: 0, 1 if a wanted ratio is missed or a result of ours is wrong, or 2."""
     try:
         import rich.console
-    except ImportError:
-        print(NEEDS, file=sys.stderr)
+    except ImportError as error:
+        print(needs("python -m sgdcore bench", "rich", "bench", error), file=sys.stderr)
         return 2
     console = rich.console.Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     try:
@@ -156,8 +154,8 @@ def _check_targets(args: argparse.Namespace) -> None:
         raise _UsageError(f"--plot: expected a name ending in .png or .svg, got {str(args.plot)!r}")
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise _UsageError(NEEDS) from None
+    except ImportError as error:
+        raise _UsageError(needs("--plot", "matplotlib", "bench", error)) from None
 
 
 def _read(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from sgdcore._arrays import Array
+from sgdcore._hints import needs
 from sgdcore.distributed._checks import check_count, integer
 from sgdcore.distributed._flat import item_bytes
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
@@ -297,8 +298,7 @@ class Plan:
             from matplotlib.figure import Figure
             from matplotlib.ticker import FuncFormatter, PercentFormatter
         except ImportError as error:
-            message = "drawing a plan needs matplotlib: pip install 'sgdcore[demo]'"
-            raise ImportError(message) from error
+            raise ImportError(needs("drawing a plan", "matplotlib", "demo", error)) from error
         figure = Figure(figsize=(10, 4), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(str(self).partition("\n")[0], fontsize="medium")

@@ -9,11 +9,14 @@
 
 from __future__ import annotations
 
+from sgdcore._hints import needs as _needs
+
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "sgdcore.torch needs PyTorch, which is not installed; sgdcore.SGD works on NumPy arrays without it"
+        _needs("sgdcore.torch", "torch", "torch", error)
+        + "; sgdcore.SGD works on NumPy arrays without it"
     ) from error
 
 from sgdcore.torch.backward import StepInBackward, step_in_backward

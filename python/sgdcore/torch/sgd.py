@@ -20,6 +20,7 @@ from sgdcore._devices import CPU
 from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
+from sgdcore.sgd import float_of
 from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
@@ -469,9 +470,12 @@ def _is_negative(name: str, value: Any) -> bool:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element")
     try:
-        return bool(value < 0.0)
+        is_negative = bool(value < 0.0)
+        if not isinstance(value, Tensor):  # whose conversion may wait for a device
+            float_of(name, value)
+        return is_negative
     except TypeError:
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+        raise TypeError(f"{name}: expected a number, got {_core.repr_text(value)}") from None
 
 
 def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sgdcore._arrays import Array
+from sgdcore._hints import needs
 from sgdcore.distributed._flat import dtype_name, is_torch
 from sgdcore.distributed.groups.protocol import (
     NOT_A_MEMBER,
@@ -34,7 +35,10 @@ class MpiGroup(Engine):
     dtypes = frozenset({"float64", "float32", "int64", "int32"})
 
     def __init__(self, comm: Any = None) -> None:
-        from mpi4py import MPI
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise ImportError(needs("MpiGroup", "mpi4py", "mpi", error)) from error
 
         if not MPI.Is_initialized() or MPI.Is_finalized():
             raise RuntimeError("MPI is not initialised")

@@ -9,6 +9,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from sgdcore._arrays import as_tensor
+from sgdcore._hints import needs
 from sgdcore.distributed.groups.protocol import NOT_A_MEMBER, Engine, Work, contiguous
 
 __all__ = ["TorchGroup"]
@@ -33,8 +34,11 @@ class TorchGroup(Engine):
     dtypes = frozenset({"float64", "float32", "float16", "bfloat16", "int64", "int32"})
 
     def __init__(self, group: Any = None) -> None:
-        import torch
-        import torch.distributed as dist
+        try:
+            import torch
+            import torch.distributed as dist
+        except ImportError as error:
+            raise ImportError(needs("TorchGroup", "torch", "torch", error)) from error
 
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(

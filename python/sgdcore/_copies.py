@@ -1,0 +1,47 @@
+"""What copies and pickles of sgdcore's objects keep beside their arrays."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Container
+from typing import Any
+
+import numpy as np
+
+from sgdcore._arrays import Array
+
+__all__ = ["attributes_of", "set_attributes", "writable"]
+
+_copies: dict[int, tuple[weakref.ref[Array], weakref.ref[Array]]] = {}
+
+
+def writable(array: Array) -> Array:
+    """Return the array, or a copy of one whose memory is read-only: a file mapped by joblib, a pickle's buffers.
+
+    All that are given one read-only array share its copy, as they shared the array.
+    """
+    if array.flags.writeable:
+        return array
+    key = id(array)
+    copy = _copies[key][1]() if key in _copies else None
+    if copy is None:
+        copy = np.array(array, order="K", copy=True)
+        # An id is free for another object as soon as its array ends; the entry ends with the array.
+        _copies[key] = weakref.ref(array, lambda _: _copies.pop(key, None)), weakref.ref(copy)
+    return copy
+
+
+def attributes_of(value: object, own: Container[str] = ()) -> Any:
+    """Return an object's state as pickle knows it, attributes and slots, without the `own` attributes of its class."""
+    state = object.__getstate__(value)
+    attributes, slots = state if isinstance(state, tuple) else (state, None)
+    kept = {name: each for name, each in (attributes or {}).items() if name not in own}
+    return kept if slots is None else (kept, slots)
+
+
+def set_attributes(value: object, state: Any) -> None:
+    """Give an object the attributes and slots that `attributes_of` returned; None stands for none."""
+    attributes, slots = state if isinstance(state, tuple) else (state, None)
+    vars(value).update(attributes or {})
+    for name, each in (slots or {}).items():
+        setattr(value, name, each)
