@@ -118,7 +118,7 @@ sys.exit(main(["demo", "--distributed", "--no-plot"]))
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        ("ImportError", 1, "sgdcore demo: error: needs scikit-learn"),
+        ("ImportError", 1, "sgdcore demo: error: the demo needs scikit-learn"),
         ("RuntimeError", 1, "RuntimeError: on one rank"),
         ("KeyboardInterrupt", 130, "sgdcore demo: interrupted"),
     ],
