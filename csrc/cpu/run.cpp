@@ -177,7 +177,7 @@ struct Work {
     std::span<const SgdHyper> hypers;
     const StepOptions& options;
     std::int64_t total;
-    Scratch* scratch = nullptr;  // one for each thread, if a gradient is strided or scaled
+    Scratch* scratch;  // one for each thread, if a gradient is strided or scaled
 };
 
 /// The slice of the work that belongs to `thread` of `count`.
@@ -209,12 +209,20 @@ void run(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, c
         needs_scratch |= !tensor.grad_axes.empty();
     }
     const KernelTable& kernels = *instruction_set().table;
-    Work work{kernels, tensors, hypers, options, total};
     // num_threads() asks OpenMP, which is not worth it for the smallest steps.
     const std::int64_t worth = total / elements_per_thread;
     const int threads = worth < 2 ? 1 : static_cast<int>(std::min<std::int64_t>(worth, num_threads()));
-    if (needs_scratch) work.scratch = scratch_for(threads);
-    run_parallel(threads, run_slice, &work);
+    Scratch* const scratch = needs_scratch ? scratch_for(threads) : nullptr;
+    if (threads == 1) {
+        // Without the cuts, whose divisions the smallest steps notice.
+        for (const TensorRef& tensor : tensors) {
+            if (tensor.size == 0) continue;
+            update_range(kernels, tensor, hypers[tensor.hyper], options, scratch, 0, tensor.size);
+        }
+    } else {
+        Work work{kernels, tensors, hypers, options, total, scratch};
+        run_parallel(threads, run_slice, &work);
+    }
     if (!options.zero_grad) return;
     for (const TensorRef& tensor : tensors) {
         if (tensor.size > 0 && !tensor.grad_axes.empty() && grad_may_overlap(tensor)) {
