@@ -32,7 +32,7 @@ def bfloat16_hook(group, bucket):  # torch refuses annotations that are strings,
     return bf16_compress_hook(group, bucket)
 
 
-def compress(model: DistributedDataParallel, how: str) -> None:
+def compress(model: DistributedDataParallel, how: str, group: dist.ProcessGroup) -> None:
     """Have the gradients travel in fewer bytes. The optimizer gets their mean in float32 as before."""
     if how == "bfloat16":
         model.register_comm_hook(None, bfloat16_hook)
@@ -43,7 +43,7 @@ def compress(model: DistributedDataParallel, how: str) -> None:
     elif how == "powersgd":
         # Two thin matrices travel in place of each large one, once the first steps have been averaged exactly. Under
         # gloo this hook hangs where there are several buckets (torch 2.13): raise bucket_cap_mb until there is one.
-        state = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=100)
+        state = PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=100)
         model.register_comm_hook(state, powerSGD_hook)
 
 
@@ -71,10 +71,10 @@ def main() -> None:
     # After the optimizer, which imports torch's compiler: a group from before that outlives its end, and gloo may
     # abort.
     dist.init_process_group("gloo")  # torchrun has told rank, size and address in the environment
-    model = DistributedDataParallel(
-        network, gradient_as_bucket_view=True
-    )  # saves a copy of the gradients
-    compress(model, args.compress)
+    group = dist.group.WORLD
+    # gradient_as_bucket_view saves a copy of the gradients.
+    model = DistributedDataParallel(network, process_group=group, gradient_as_bucket_view=True)
+    compress(model, args.compress, group)
     sampler = DistributedSampler(train_set, seed=0)
     loader = DataLoader(train_set, batch_size=16, sampler=sampler)
 
@@ -89,8 +89,10 @@ def main() -> None:
         accuracy = (network(test_images).argmax(dim=1) == test_labels).double().mean().item()
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks, {args.epochs} epochs: test accuracy {accuracy:.1%}")
-    # Or the group would end with the model, later, and while it waits for gloo's threads they may wait for Python
-    # (torch 2.13).
+    # The group has to end here, on this thread: on a thread of gloo, or while gloo's threads wait for Python, its end
+    # aborts the process or hangs (torch 2.13). The model refers to the group, and so do the communication hooks' last
+    # calls, which gloo's threads release: the barrier lets them, and `group` outlives them.
+    dist.barrier(group)
     del model
     dist.destroy_process_group()
 
