@@ -244,9 +244,6 @@ class Counting:
     def broadcast(self, array: Any, source: int = 0) -> Any:
         return self._group.broadcast(array, source)
 
-    def reduce_scatter(self, output: Any, array: Any) -> Any:
-        return self._group.reduce_scatter(output, array)
-
     def all_gather(self, output: Any, array: Any) -> Any:
         return self._group.all_gather(output, array)
 
@@ -294,9 +291,6 @@ def group_operations(context: Context, dtype: str) -> None:
     array = np.full(3, rank, dtype)
     group.broadcast(array, n - 1).wait()
     assert array.tolist() == [n - 1] * 3
-    part = np.zeros(2, dtype)
-    group.reduce_scatter(part, np.arange(2 * n, dtype=dtype)).wait()
-    assert part.tolist() == [n * 2 * rank, n * (2 * rank + 1)]
     whole = np.zeros(2 * n, dtype)
     group.all_gather(whole, np.array([rank, 10 + rank], dtype)).wait()
     assert whole.tolist() == [x for r in ranks.tolist() for x in (r, 10 + r)]
@@ -319,9 +313,6 @@ def group_refusals(context: Context) -> None:
             np.zeros(16 * group.size), np.zeros(16, np.float32)
         ),
         "output: expected .* times the elements of array": lambda: group.all_gather(array, array),
-        "array: expected .* times the elements of output": lambda: group.reduce_scatter(
-            array, array
-        ),
     }.items():
         with refused(context, (TypeError, ValueError), argument, array):
             call()

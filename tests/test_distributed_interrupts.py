@@ -60,9 +60,6 @@ class ThreadGroup:
         array[...] = self._everyones(array)[source]
         return Done()
 
-    def reduce_scatter(self, output: Any, array: Any) -> Done:
-        raise NotImplementedError
-
     def all_gather(self, output: Any, array: Any) -> Done:
         output[...] = np.concatenate(self._everyones(array))
         return Done()

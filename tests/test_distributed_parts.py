@@ -52,10 +52,6 @@ class Alone:
     def broadcast(self, array: Any, source: int = 0) -> Done:
         return Done()
 
-    def reduce_scatter(self, output: Any, array: Any) -> Done:
-        output[...] = array
-        return Done()
-
     def all_gather(self, output: Any, array: Any) -> Done:
         output[...] = array
         return Done()

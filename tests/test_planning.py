@@ -173,9 +173,6 @@ class ClockedGroup:
     def broadcast(self, array: Any, source: int = 0) -> Done:
         return Done()
 
-    def reduce_scatter(self, output: Any, array: Any) -> Done:
-        raise NotImplementedError
-
     def all_gather(self, output: Any, array: Any) -> Done:
         raise NotImplementedError
 

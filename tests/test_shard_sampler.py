@@ -142,7 +142,10 @@ def test_is_one_of_torchs_samplers(before_torch: ShardSampler) -> None:
         assert (sampler.num_samples, sampler.total_size) == (10, 20)
     assert type(ShardSampler(20, 2, 1)) is type(ShardSampler(30, 3, 1))
     assert type(sampler).__qualname__ == "Weighed"
-    assert not isinstance(before_torch, DistributedSampler)
+    assert isinstance(before_torch, DistributedSampler), "also one from before torch was imported"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "torch.utils.data")
+        assert not isinstance(before_torch, DistributedSampler)
 
 
 def copied(sampler: ShardSampler) -> list[ShardSampler]:
@@ -166,7 +169,7 @@ def test_copies_are_as_far_and_of_the_same_class() -> None:
     assert vars(sampler)["_start"] == 6, "a copy's epoch is its own"
 
 
-def test_a_sampler_from_before_torch_becomes_one_of_its_samplers_with_a_copy(
+def test_copies_need_no_torch_and_are_torchs_samplers_where_it_is(
     before_torch: ShardSampler,
 ) -> None:
     expected = list(DistributedSampler(range(20), 2, 1, seed=3))
@@ -209,7 +212,9 @@ class Dividing(DistributedSampler):
         return iter([indices[i] for i in super().__iter__()])
 
 
-def test_a_sampler_that_is_not_recognised_refuses_to_be_divided(before_torch: ShardSampler) -> None:
+def test_a_sampler_refuses_to_be_divided_by_what_does_not_recognise_it(
+    before_torch: ShardSampler,
+) -> None:
     message = (
         r"^ShardSampler: test_shard_sampler.Dividing divides the samples of a sampler among the ranks, "
         r"and this one has those of rank 1 of 2 only"

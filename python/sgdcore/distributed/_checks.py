@@ -16,12 +16,7 @@ _WIRE_TYPES = ("float32", "float16", "bfloat16")
 
 
 def check_count(argument: str, value: Any, least: int, below: int | None = None) -> int:
-    """Return an integer from `least` on and below `below`.
-
-    Raises:
-        TypeError: naming the argument, if it is no integer.
-        ValueError: naming the argument, if it is out of range.
-    """
+    """Return an integer from `least` on and below `below`; a TypeError or ValueError names the argument."""
     count = integer(value)
     if count is None:
         raise TypeError(f"{argument}: expected an integer, got {value!r}")

@@ -15,15 +15,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import combinations
+from itertools import combinations, groupby
 from numbers import Real
+from operator import attrgetter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from sgdcore._arrays import Array
 from sgdcore._hints import needs
 from sgdcore.distributed._checks import check_count, integer
 from sgdcore.distributed._flat import item_bytes
@@ -32,14 +32,15 @@ from sgdcore.distributed.groups import ProcessGroup, as_process_group
 __all__ = ["Link", "Plan", "Prediction", "measure", "plan"]
 
 _WIRE_DTYPES = ("float64", "float32", "bfloat16", "float16")
-# What is averaged in a round, in words per parameter.
-_WORDS = {"keep": 1, "reset": 1, "average": 2}
+_WORDS = {"keep": 1, "reset": 1, "average": 2}  # averaged in a round, for each parameter
 # 4 KiB to 16 MiB; closest together where the time goes.
 _SIZES = tuple(1 << power for power in (12, 14, 16, 18, 20, 21, 22, 23, 24))
-
-# Each time is that of a train of all-reduces, this many bytes or calls: what travels is slice after slice, and a link
-# that is throttled lets more through after a pause.
+# A size is timed in a train of all-reduces, this many bytes or calls: a round sends chunk after chunk, and a throttled
+# link lets more through after a pause.
 _TRAIN_BYTES, _TRAIN_CALLS = 8 << 20, 32
+_ROW = attrgetter("ranks", "wire_dtype")  # of a table
+_LARGE = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
+_SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Link:
     samples: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_number("latency", self.latency, at_least=0)
-        _check_number("bandwidth", self.bandwidth, above=0)
+        _check_number("latency", self.latency, "of at least 0")
+        _check_number("bandwidth", self.bandwidth, "above 0")
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
         """Return the seconds of an all-reduce of so many bytes over so many ranks."""
@@ -79,12 +80,11 @@ class Link:
         """The median of the relative deviations of the samples from the model; 0 without samples."""
         if self.ranks is None or not self.samples:
             return 0.0
-        return float(
-            np.median([abs(self.all_reduce(s, self.ranks) / t - 1) for s, t in self.samples])
-        )
+        deviations = [abs(self.all_reduce(s, self.ranks) / t - 1) for s, t in self.samples]
+        return float(np.median(deviations))
 
     def __str__(self) -> str:
-        text = f"{1e6 * self.latency:.3g} us a message, {_engineering(self.bandwidth)}B/s"
+        text = f"{1e6 * self.latency:.3g} us a message, {_scaled(self.bandwidth, _LARGE)}B/s"
         if self.ranks is not None:
             text += f", measured with {self.ranks} ranks, median deviation {self.error:.0%}"
         return text
@@ -98,9 +98,6 @@ def measure(
     Each size is timed `rounds` times, in turn with the others, and its median counts. The line through the medians is
     the one with the least sum of relative deviations, weighted by the square root of the size: a size that does not
     fit, because of caches or another algorithm, does not bend it.
-
-    The result does not describe rounds of `LocalSGD` between up to eight ranks of one machine, which from 8 MiB on,
-    without a `wire_dtype`, use no all-reduce: time a round there.
 
     Args:
         group: what `as_process_group` takes; all ranks call this together.
@@ -116,23 +113,25 @@ def measure(
     ranks = process_group.size
     if ranks < 2:
         raise ValueError("group: has one rank, so that there is nothing to measure")
-    wrong = [size for size in sizes if size < 4 or size % 4]
-    if wrong or len(set(sizes)) < 2:
+    if len(set(sizes)) < 2 or any(size < 4 or size % 4 for size in sizes):
         raise ValueError(f"sizes: expected two multiples of 4 or more, got {list(sizes)}")
     check_count("rounds", rounds, 1)
+    sizes = sorted(set(sizes))
     if buffer is None:
-        buffer = np.zeros(max(sizes) // 4, np.float32)
+        buffer = np.zeros(sizes[-1] // 4, np.float32)
     if str(buffer.dtype).rpartition(".")[2] != "float32":
         raise TypeError(f"buffer: expected dtype float32, got {buffer.dtype}")
-    if 4 * len(buffer) < max(sizes):
-        raise ValueError(f"buffer: expected {max(sizes)} bytes or more, got {4 * len(buffer)}")
-    sizes = sorted(set(sizes))
+    if 4 * len(buffer) < sizes[-1]:
+        raise ValueError(f"buffer: expected {sizes[-1]} bytes or more, got {4 * len(buffer)}")
     buffer[:] = 0  # and stays so: the sums neither overflow nor slow the addition down
     seconds = np.empty((rounds, len(sizes)))
-    for taken in (seconds[0], *seconds):  # the first time opens connections; it is overwritten
-        for i, size in enumerate(sizes):
-            taken[i] = _time_all_reduce(process_group, buffer[: size // 4])
-    samples = tuple(zip(sizes, _mean_over_ranks(process_group, buffer, seconds), strict=True))
+    for row in (seconds[0], *seconds):  # the first time opens connections; it is overwritten
+        row[:] = [_time_all_reduce(process_group, buffer[: size // 4]) for size in sizes]
+    means = buffer[: len(sizes)]  # over the ranks
+    for i, median in enumerate(np.median(seconds, axis=0).tolist()):
+        means[i] = median / ranks
+    process_group.all_reduce(means).wait()
+    samples = tuple(zip(sizes, map(float, means), strict=True))
     intercept, slope = _fit_line(samples)
     messages = 2 * (ranks - 1)
     return Link(intercept / messages, messages / ranks / slope, ranks, samples)
@@ -148,39 +147,29 @@ def _time_all_reduce(group: ProcessGroup, buffer: Any) -> float:
     return (perf_counter() - began) / calls
 
 
-def _mean_over_ranks(group: ProcessGroup, buffer: Any, seconds: Array) -> list[float]:
-    """Return the medians of the rows, averaged over the ranks."""
-    medians = np.median(seconds, axis=0).tolist()
-    means = buffer[: len(medians)]
-    for i, median in enumerate(medians):
-        means[i] = median / group.size
-    group.all_reduce(means).wait()
-    return [float(mean) for mean in means]
-
-
 def _fit_line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the a >= 0 and b > 0 that minimise the sum of ``sqrt(x) |(a + b x) / y - 1|`` over the samples (x, y).
 
-    The large ones count for more, because most of a round's time is theirs. Such a line goes through two samples, or
-    through one and the origin, so that the best is found by trying all.
+    Large x count for more, because most of a round's time is theirs. The best line goes through two samples, or
+    through one and the origin: all are tried.
     """
     x, y = np.array(samples, float).T
+
+    def cost(line: tuple[float, float]) -> float:
+        return float((np.sqrt(x) * np.abs((line[0] + line[1] * x) / y - 1)).sum())
+
     lines = [(0.0, y1 / x1) for x1, y1 in samples]
     for (x1, y1), (x2, y2) in combinations(samples, 2):
         slope = (y2 - y1) / (x2 - x1)
         lines.append((y1 - slope * x1, slope))
-    lines = [(a, b) for a, b in lines if a >= 0 and b > 0]
-    return min(
-        lines, key=lambda line: float((np.sqrt(x) * np.abs((line[0] + line[1] * x) / y - 1)).sum())
-    )
+    return min((line for line in lines if line[0] >= 0 and line[1] > 0), key=cost)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says for one number of ranks, wire dtype and period.
+    """What the model says for one number of ranks N, dtype that is sent, and period H (`sync_every`).
 
     Attributes:
-        ranks, wire_dtype, sync_every: N, the dtype that is sent, H.
         round_seconds: seconds of one all-reduce of everything.
         step_seconds: seconds of a step, the rounds spread over all steps.
         efficiency: seconds of a step without traffic over `step_seconds`.
@@ -198,12 +187,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions for every combination of ranks, wire dtype and period: print it, or `draw` it.
-
-    Attributes:
-        parameters, step_seconds, link, momentum_sync, overlap: what `plan` was given.
-        predictions: one for each combination.
-    """
+    """Predictions for every combination of what `plan` was given: print it, or `draw` it."""
 
     parameters: float
     step_seconds: float
@@ -220,71 +204,47 @@ class Plan:
         """
         check_count("ranks", ranks, 1)
         check_count("sync_every", sync_every, 1)
-        round_seconds = self._round_seconds(ranks, wire_dtype)
-        spread = round_seconds / sync_every
-        if self.overlap:
-            step_seconds = max(self.step_seconds, spread)
-        else:
-            step_seconds = self.step_seconds + spread
-        sent = 2 * (ranks - 1) / ranks * self._round_bytes(wire_dtype)
-        return Prediction(
-            ranks,
-            wire_dtype,
-            sync_every,
-            round_seconds,
-            step_seconds,
-            self.step_seconds / step_seconds,
-            sent / sync_every,
-        )
+        round_bytes = self._round_bytes(wire_dtype)
+        round_seconds = self.link.all_reduce(round_bytes, ranks)
+        own, spread = self.step_seconds, round_seconds / sync_every
+        total = max(own, spread) if self.overlap else own + spread
+        sent = 2 * (ranks - 1) / ranks * round_bytes / sync_every
+        return Prediction(ranks, wire_dtype, sync_every, round_seconds, total, own / total, sent)
 
     def sync_every(self, efficiency: float, ranks: int, wire_dtype: str = "float32") -> int:
         """Return the smallest period with at least this efficiency.
 
         That is H >= e / (1 - e) * t_s / t_c; or H >= e * t_s / t_c where the traffic is hidden behind the computation.
 
-        Args:
-            efficiency: e, above 0 and below 1.
-            ranks: N.
-            wire_dtype: the dtype that is sent.
-
         Raises:
             TypeError: if `ranks` is no integer.
-            ValueError: if an argument is out of range.
+            ValueError: if an argument is out of range: e above 0 and below 1, N from 1 on, a dtype of `plan`.
         """
         if not 0 < efficiency < 1:
             raise ValueError(f"efficiency: expected above 0 and below 1, got {efficiency}")
         check_count("ranks", ranks, 1)
-        ratio = self._round_seconds(ranks, wire_dtype) / self.step_seconds
-        return max(1, math.ceil(efficiency * ratio / (1 if self.overlap else 1 - efficiency)))
+        round_seconds = self.link.all_reduce(self._round_bytes(wire_dtype), ranks)
+        least = efficiency * round_seconds / self.step_seconds
+        return max(1, math.ceil(least if self.overlap else least / (1 - efficiency)))
 
     def _round_bytes(self, wire_dtype: str) -> float:
         if wire_dtype not in _WIRE_DTYPES:
-            raise ValueError(
-                f"wire_dtype: expected one of {', '.join(_WIRE_DTYPES)}, got {wire_dtype!r}"
-            )
+            expected = ", ".join(_WIRE_DTYPES)
+            raise ValueError(f"wire_dtype: expected one of {expected}, got {wire_dtype!r}")
         return self.parameters * _WORDS[self.momentum_sync] * item_bytes(wire_dtype)
 
-    def _round_seconds(self, ranks: int, wire_dtype: str) -> float:
-        return self.link.all_reduce(self._round_bytes(wire_dtype), ranks)
-
     def __str__(self) -> str:
-        periods = list(dict.fromkeys(p.sync_every for p in self.predictions))
-        parameters, step = _engineering(self.parameters), _seconds(self.step_seconds)
+        periods = dict.fromkeys(p.sync_every for p in self.predictions)
+        parameters, step = _scaled(self.parameters, _LARGE), _scaled(self.step_seconds, _SECONDS)
         lines = [
             f"{parameters} parameters, {step} a step without traffic; {self.link}",
             f"step time and efficiency when averaging every H steps{', overlapped' * self.overlap}:",
             f"{'N':>5}  {'wire':<8}" + "".join(f"{f'H={period}':>15}" for period in periods),
         ]
-        for (ranks, wire_dtype), row in self._rows().items():
-            cells = (f"{_seconds(p.step_seconds)} {p.efficiency:4.0%}" for p in row)
+        for (ranks, wire_dtype), row in groupby(self.predictions, _ROW):
+            cells = (f"{_scaled(p.step_seconds, _SECONDS)} {p.efficiency:4.0%}" for p in row)
             lines.append(f"{ranks:>5}  {wire_dtype:<8}" + "".join(f"{cell:>15}" for cell in cells))
         return "\n".join(lines)
-
-    def _rows(self) -> dict[tuple[int, str], list[Prediction]]:
-        rows: dict[tuple[int, str], list[Prediction]] = {}
-        for prediction in self.predictions:
-            rows.setdefault((prediction.ranks, prediction.wire_dtype), []).append(prediction)
-        return rows
 
     def draw(self, path: str | Path) -> None:
         """Write a PNG with the step time (left) and the efficiency (right) over the period.
@@ -296,37 +256,20 @@ class Plan:
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
-            from matplotlib.ticker import FuncFormatter, PercentFormatter
         except ImportError as error:
             raise ImportError(needs("drawing a plan", "matplotlib", "demo", error)) from error
         figure = Figure(figsize=(10, 4), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(str(self).partition("\n")[0], fontsize="medium")
-        left, right = figure.subplots(1, 2)
-        all_ranks = sorted({p.ranks for p in self.predictions})
-        styles = dict(zip(_WIRE_DTYPES, ("-.", "-", "--", ":"), strict=True))
-        for (ranks, wire_dtype), row in self._rows().items():
-            look: dict[str, Any] = {
-                "color": f"C{all_ranks.index(ranks)}",
-                "linestyle": styles[wire_dtype],
-                "marker": ".",
-                "label": f"{ranks} ranks, {wire_dtype}",
-            }
-            periods = [p.sync_every for p in row]
-            left.plot(periods, [p.step_seconds for p in row], **look)
-            right.plot(periods, [p.efficiency for p in row], **look)
-        left.axhline(self.step_seconds, color="gray", linewidth=1)
-        left.annotate("no traffic", (1, self.step_seconds), color="gray", va="bottom")
-        left.set(title="Step time", yscale="log")
-        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
-        right.set(title="Efficiency", ylim=(0, 1.02))
-        right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        right.legend(loc="lower right")
-        for axes in (left, right):
+        shown = {"step_seconds": "Seconds a step", "efficiency": "Efficiency"}
+        for axes, (name, title) in zip(figure.subplots(1, 2), shown.items(), strict=True):
+            for (ranks, wire_dtype), group in groupby(self.predictions, _ROW):
+                points = [(p.sync_every, getattr(p, name)) for p in group]
+                axes.plot(*zip(*points, strict=True), ".-", label=f"{ranks} ranks, {wire_dtype}")
+            axes.set(title=title, xlabel="steps between two averagings, H")
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.set_xlabel("steps between two averagings, H")
             axes.grid(alpha=0.3)
+        axes.legend()
         image = BytesIO()  # so that an error while drawing leaves no half a file
         figure.savefig(image, format="png", dpi=120)
         Path(path).write_bytes(image.getvalue())
@@ -344,9 +287,6 @@ def plan(
     overlap: bool = False,
 ) -> Plan:
     """Predict step time and efficiency of averaging every H steps over N ranks, t_c + t_s / H.
-
-    t_s is the time of an engine's all-reduce. Between up to eight ranks of one machine, rounds of `LocalSGD` use none
-    from 8 MiB on, without a `wire_dtype`: time a round there.
 
     Args:
         parameters: how many elements are trained.
@@ -377,12 +317,11 @@ def plan(
     """
     if not isinstance(link, Link):
         raise TypeError(f"link: expected a Link, got {link!r}")
-    _check_number("parameters", parameters, above=0)
-    _check_number("step_seconds", step_seconds, above=0)
+    _check_number("parameters", parameters, "above 0")
+    _check_number("step_seconds", step_seconds, "above 0")
     if momentum_sync not in _WORDS:
-        raise ValueError(
-            f"momentum_sync: expected one of {', '.join(_WORDS)}, got {momentum_sync!r}"
-        )
+        expected = ", ".join(_WORDS)
+        raise ValueError(f"momentum_sync: expected one of {expected}, got {momentum_sync!r}")
     if ranks is None:
         if link.ranks is None:
             raise ValueError("ranks: needed, because the link was not measured")
@@ -407,26 +346,15 @@ def _several(argument: str, counts: Any) -> list[Any]:
         raise TypeError(f"{argument}: expected an integer or several, got {counts!r}") from None
 
 
-def _check_number(
-    argument: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf
-) -> None:
+def _check_number(argument: str, value: Any, bound: str) -> None:
     if not isinstance(value, Real):
         raise TypeError(f"{argument}: expected a number, got {value!r}")
-    if not (math.isfinite(value) and value >= at_least and value > above):
-        bound = f"of at least {at_least:g}" if math.isfinite(at_least) else f"above {above:g}"
+    lowest = 0.0 if "least" in bound else math.ulp(0.0)
+    if not (math.isfinite(value) and float(value) >= lowest):
         raise ValueError(f"{argument}: expected a finite number {bound}, got {value}")
 
 
-def _engineering(value: float) -> str:
-    """Return the number to three digits with k, M or G."""
-    for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def _seconds(value: float) -> str:
-    for scale, unit in ((1, "s"), (1e-3, "ms")):
-        if value >= 0.9995 * scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value * 1e6:.3g} us"
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Return a number to three digits in the largest unit that is not larger."""
+    scale, unit = next((u for u in units if value >= 0.9995 * u[0]), units[-1])
+    return f"{value / scale:.3g} {unit}"

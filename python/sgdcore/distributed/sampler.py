@@ -1,17 +1,12 @@
 """Which samples each worker sees: torch's DistributedSampler without torch, resumable within an epoch.
 
-The order of an epoch depends on (number of samples, seed, epoch) alone and is the same on every rank; the
-ranks take turns in it. What has been seen is therefore the beginning of that order, whatever the number
-of ranks, and one number says how far an epoch has come.
-
-Frameworks divide the data among the ranks by themselves, unless the sampler does so already. Most of them ask whether
-it is a torch.utils.data.DistributedSampler. A `ShardSampler` becomes one where torch has been imported. A framework
-that divides it all the same is noticed when it asks for indices, and refused.
+The order of an epoch depends on (number of samples, seed, epoch) alone and is the same on every rank; the ranks take
+turns in it. What has been seen is therefore the beginning of that order, whatever the number of ranks, and one number
+says how far an epoch has come.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sized
@@ -30,7 +25,6 @@ Indices = NDArray[np.int64]
 
 # Where launchers tell a process how many there are: torchrun, Open MPI, MPICH, srun.
 _LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-
 # Up to here torch draws 32 bits for each index, as `_permutation` does; above, 64.
 _MAX_WITHOUT_TORCH = (2**32 - 1) // 20
 
@@ -38,11 +32,10 @@ _MAX_WITHOUT_TORCH = (2**32 - 1) // 20
 class ShardSampler:
     """The indices of this rank's samples, epoch after epoch: those of torch's DistributedSampler.
 
-    With N ranks and n samples, rank r takes the entries r, r + N, r + 2 N, ... of an order of all samples
-    that is shuffled by ``seed + epoch``. So that every rank gets as many, the order is continued from its
-    beginning, or with ``drop_last`` cut. Same arguments, same indices as torch.utils.data.DistributedSampler,
-    also where torch is not installed: the generator and the shuffle are written out in NumPy (for fewer
-    than 214,748,364 samples, and some 0.6 us each; if torch has been imported, it does the shuffling).
+    With N ranks and n samples, rank r takes the entries r, r + N, r + 2 N, ... of an order of all samples that is
+    shuffled by ``seed + epoch``. So that every rank gets as many, the order is continued from its beginning, or with
+    ``drop_last`` cut. Same arguments, same indices as torch.utils.data.DistributedSampler, also where torch is not
+    installed (for fewer than 214,748,364 samples, and some 0.6 us each).
 
     A torch DataLoader takes it as ``sampler=``. Without torch, iterate over it, or over `batches`. Where torch has been
     imported, the sampler is an instance of torch.utils.data.DistributedSampler, too: Lightning and others that divide
@@ -86,7 +79,6 @@ class ShardSampler:
         *,
         group: Any = None,
     ) -> None:
-        _recognise(self)
         self.dataset = dataset
         self._length = _length(dataset)
         unknown = num_replicas is None and rank is None and group is None
@@ -103,11 +95,22 @@ class ShardSampler:
         self.drop_last = bool(drop_last)
         self.seed = check_count("seed", seed, 0, below=2**63)
         self.epoch = 0
-        # Of the epoch's order, all ranks together have been given so many; the next iteration starts
-        # from 0, unless a state was loaded.
-        self._seen = 0
-        self._start = 0
-        self._base = 0  # where this rank's shard begins in the order
+        self._rewind(0)
+
+    def _rewind(self, seen: int) -> None:
+        """Let the next iteration begin after the first `seen` of the epoch's order."""
+        self._start = seen  # of the next iteration
+        self._base = seen  # where this rank's shard begins in the order
+        self._seen = seen  # what all ranks together have been given
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What isinstance goes by beside the type: torch's class, as frameworks ask for it."""
+        data = sys.modules.get("torch.utils.data")
+        return type(self) if data is None else data.DistributedSampler
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (type(self),), self.__getstate__()
 
     @property
     def num_samples(self) -> int:
@@ -128,18 +131,15 @@ class ShardSampler:
     def batches(self, batch_size: int) -> Iterator[Indices]:
         """Yield the indices in arrays of `batch_size`, the last one perhaps shorter, to index arrays with.
 
-        Args:
-            batch_size: samples of a batch on this rank.
-
         Raises:
             TypeError, ValueError: `batch_size` is not an integer of at least 1.
-            RuntimeError: a framework would divide the shard among the ranks once more.
+            RuntimeError: as iteration over the sampler.
         """
         batch_size = check_count("batch_size", batch_size, 1)
         self._check_undivided()
-        start, self._start = self._start, 0
+        start = self._start
         shard = self._shard(start)
-        self._seen = self._base = start
+        self._seen, self._base, self._start = start, start, 0
 
         def generate() -> Iterator[Indices]:
             for first in range(0, len(shard), batch_size):
@@ -152,15 +152,14 @@ class ShardSampler:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, and with it the order, of the next iteration.
 
-        After `load_state_dict` the epoch that was loaded goes on where it was; another one starts from its
-        beginning.
+        After `load_state_dict` the epoch that was loaded goes on where it was; another one starts from its beginning.
 
         Raises:
             TypeError, ValueError: `epoch` is not an integer of at least 0.
         """
         epoch = check_count("epoch", epoch, 0, below=2**63)
         if epoch != self.epoch:
-            self._seen = self._start = self._base = 0
+            self._rewind(0)
         self.epoch = epoch
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
@@ -176,16 +175,10 @@ class ShardSampler:
         """
         seen = self._seen
         if position is not None:
-            below = self._samples_after(self._base) + 1
-            position = check_count("position", position, 0, below)
+            position = check_count("position", position, 0, self._samples_after(self._base) + 1)
             seen = self._base + position * self.num_replicas
-        return {
-            "length": self._length,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "epoch": self.epoch,
-            "seen": seen,
-        }
+        own = {"length": self._length, "seed": self.seed, "shuffle": self.shuffle}
+        return {**own, "epoch": self.epoch, "seen": seen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the state was taken; the next iteration yields the rest of that epoch.
@@ -205,15 +198,12 @@ class ShardSampler:
         for key in ("length", "seed", "shuffle"):
             if state_dict[key] != mine[key]:
                 raise ValueError(
-                    f"state_dict[{key!r}]: the state is of a sampler with {state_dict[key]!r}, this one "
-                    f"has {mine[key]!r}"
+                    f"state_dict[{key!r}]: the state is of a sampler with {state_dict[key]!r}, "
+                    f"this one has {mine[key]!r}"
                 )
         epoch = check_count("state_dict['epoch']", state_dict["epoch"], 0, below=2**63)
-        seen = check_count("state_dict['seen']", state_dict["seen"], 0)
-        self.epoch, self._seen, self._start, self._base = epoch, seen, seen, seen
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new, (_plain(type(self)),), self.__getstate__()
+        self._rewind(check_count("state_dict['seen']", state_dict["seen"], 0))
+        self.epoch = epoch
 
     def _check_undivided(self) -> None:
         """Refuse to be iterated by something that gives each rank a part of what it gets."""
@@ -222,9 +212,7 @@ class ShardSampler:
                 "ShardSampler: it was constructed before the process group was initialised, and has the samples of one "
                 "rank of one; construct it afterwards, or pass num_replicas and rank"
             )
-        if self.num_replicas == 1:
-            return
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = sys._getframe() if self.num_replicas > 1 else None
         while frame is not None:
             caller = frame.f_locals.get("self")
             if caller is not self and _divides(caller):
@@ -232,7 +220,7 @@ class ShardSampler:
                 raise RuntimeError(
                     f"ShardSampler: {kind} divides the samples of a sampler among the ranks, and this one has those of "
                     f"rank {self.rank} of {self.num_replicas} only, so that some would never be seen. Construct the "
-                    "sampler after `import torch`, by which frameworks may recognise it, or with num_replicas=1, rank=0"
+                    "sampler with num_replicas=1, rank=0"
                 )
             frame = frame.f_back
 
@@ -246,41 +234,15 @@ class ShardSampler:
         count = self._samples_after(seen)
         if not count:
             return np.empty(0, np.int64)
-        if self.shuffle:
-            order = _permutation(self._length, self.seed + self.epoch)
-        else:
-            order = np.arange(self._length)
-        places = seen + self.rank + self.num_replicas * np.arange(count)
-        return order[places % self._length]
-
-
-@functools.cache
-def _recognised(plain: type[ShardSampler], torch_sampler: type) -> type[ShardSampler]:
-    """Return a class like `plain` that is a subclass of torch's DistributedSampler as well."""
-    names = ("__doc__", "__module__", "__qualname__")
-    own = {name: getattr(plain, name) for name in names}
-    return type(plain.__name__, (plain, torch_sampler), {**own, "_made_from": plain})
-
-
-def _plain(kind: type[ShardSampler]) -> type[ShardSampler]:
-    """Return the class that can be imported: the one that `_recognised` made this one from."""
-    plain: type[ShardSampler] = kind.__dict__.get("_made_from", kind)
-    return plain
-
-
-def _recognise(sampler: ShardSampler) -> None:
-    """Make a sampler one of torch's, if torch has been imported."""
-    data = sys.modules.get("torch.utils.data")
-    if data is not None and not isinstance(sampler, data.DistributedSampler):
-        kind: Any = type(sampler)
-        sampler.__class__ = _recognised(kind, data.DistributedSampler)
+        places = (seen + self.rank + self.num_replicas * np.arange(count)) % self._length
+        return (
+            _permutation(self._length, self.seed + self.epoch)[places] if self.shuffle else places
+        )
 
 
 def _new(kind: type[ShardSampler]) -> ShardSampler:
-    """Make what a pickled or copied sampler's state is put into; one of torch's where torch has been imported."""
-    sampler = kind.__new__(kind)
-    _recognise(sampler)
-    return sampler
+    """Make what a copied or unpickled sampler's state is put into."""
+    return kind.__new__(kind)
 
 
 def _divides(caller: Any) -> bool:
@@ -300,9 +262,8 @@ def _permutation(count: int, seed: int) -> Indices:
     """Return what ``torch.randperm(count, generator=torch.Generator().manual_seed(seed))`` does."""
     torch = sys.modules.get("torch")
     if torch is not None:
-        order: Indices = torch.randperm(
-            count, generator=torch.Generator().manual_seed(seed)
-        ).numpy()
+        generator = torch.Generator().manual_seed(seed)
+        order: Indices = torch.randperm(count, generator=generator).numpy()
         return order
     if count >= _MAX_WITHOUT_TORCH:
         raise ValueError(

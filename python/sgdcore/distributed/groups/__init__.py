@@ -76,10 +76,10 @@ def _initialised_group() -> ProcessGroup:
             "torch.distributed.init_process_group('gloo'); with MPI, start with mpiexec and import mpi4py.MPI"
         )
     # Libraries import mpi4py where they find it, Lightning among them: without mpiexec that is MPI with one rank.
-    several = [group for group in groups if group.size > 1]
-    if len(several) > 1 or (not several and len(groups) > 1):
+    several = [group for group in groups if group.size > 1] or groups
+    if len(several) > 1:
         raise RuntimeError(
             "group: both torch.distributed and MPI are initialised; say which with "
             "group=torch.distributed.group.WORLD or group=MPI.COMM_WORLD"
         )
-    return several[0] if several else groups[0]
+    return several[0]

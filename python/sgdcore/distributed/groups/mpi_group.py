@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sgdcore._arrays import Array
 from sgdcore._hints import needs
 from sgdcore.distributed._flat import dtype_name, is_torch
-from sgdcore.distributed.groups.protocol import (
-    NOT_A_MEMBER,
-    Engine,
-    Work,
-    contiguous,
-    unknown_kind,
-)
+from sgdcore.distributed.groups.protocol import NOT_A_MEMBER, Engine, Work, array_view
 
 __all__ = ["MpiGroup"]
 
@@ -29,7 +21,7 @@ class MpiGroup(Engine):
         comm: an mpi4py intracommunicator; None for ``MPI.COMM_WORLD``.
 
     Raises:
-        RuntimeError: if MPI is not initialised.
+        RuntimeError: if MPI is not initialised, or this process is not in the communicator.
     """
 
     dtypes = frozenset({"float64", "float32", "int64", "int32"})
@@ -45,38 +37,34 @@ class MpiGroup(Engine):
         self._comm = MPI.COMM_WORLD if comm is None else comm
         if self._comm == MPI.COMM_NULL:
             raise RuntimeError(NOT_A_MEMBER.format("comm"))
+        operations = {"sum": MPI.SUM, "max": MPI.MAX}
+        super().__init__(self._comm.Get_rank(), self._comm.Get_size(), operations)
         self._in_place = MPI.IN_PLACE
-        self._operations = {"sum": MPI.SUM, "max": MPI.MAX}
-        self._rank: int = self._comm.Get_rank()
-        self._size: int = self._comm.Get_size()
 
     def _view(self, argument: str, array: Any) -> Array:
-        if is_torch(array):
-            if array.device.type != "cpu":
-                raise ValueError(
-                    f"{argument}: expected a CPU tensor for MPI, got one on {array.device}"
-                )
-        elif not isinstance(array, np.ndarray):
-            raise unknown_kind(argument, array)
-        if dtype_name(array.dtype) not in self.dtypes:
-            expected = ", ".join(sorted(self.dtypes))
-            raise TypeError(
-                f"{argument}: expected one of {expected} for MPI, got {dtype_name(array.dtype)}"
-            )
-        return contiguous(argument, array.detach().numpy() if is_torch(array) else array)
+        view: Any = array.detach() if is_torch(array) else array_view(argument, array)
+        if is_torch(view) and view.device.type != "cpu":
+            raise ValueError(f"{argument}: expected a CPU tensor for MPI, got one on {view.device}")
+        if dtype_name(view.dtype) not in self.dtypes:
+            expected, got = ", ".join(sorted(self.dtypes)), dtype_name(view.dtype)
+            raise TypeError(f"{argument}: expected one of {expected} for MPI, got {got}")
+        return array_view(argument, view.numpy()) if is_torch(view) else view
 
-    def _all_reduce(self, view: Any, op: str) -> Work:
-        return _MpiWork(self._comm.Iallreduce(self._in_place, view, self._operations[op]), view)
+    def all_reduce(self, array: Any, op: str = "sum") -> Work:
+        """See `ProcessGroup.all_reduce`."""
+        view, operation = self._view("array", array), self._operation(op)
+        return _MpiWork(self._comm.Iallreduce(self._in_place, view, operation), view)
 
-    def _broadcast(self, view: Any, source: int) -> Work:
+    def broadcast(self, array: Any, source: int = 0) -> Work:
+        """See `ProcessGroup.broadcast`."""
+        view = self._view("array", array)
+        self._check_source(source)
         return _MpiWork(self._comm.Ibcast(view, source), view)
 
-    def _reduce_scatter(self, target: Any, view: Any) -> Work:
-        operation = self._operations["sum"]
-        request = self._comm.Ireduce_scatter_block(view, target, operation)
-        return _MpiWork(request, target, view)
-
-    def _all_gather(self, target: Any, view: Any) -> Work:
+    def all_gather(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.all_gather`."""
+        target, view = self._view("output", output), self._view("array", array)
+        self._check_gathered(target, view)
         return _MpiWork(self._comm.Iallgather(view, target), target, view)
 
     def barrier(self) -> None:

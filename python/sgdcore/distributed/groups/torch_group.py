@@ -10,7 +10,8 @@ from typing import Any
 
 from sgdcore._arrays import as_tensor
 from sgdcore._hints import needs
-from sgdcore.distributed.groups.protocol import NOT_A_MEMBER, Engine, Work, contiguous
+from sgdcore.distributed._flat import is_torch
+from sgdcore.distributed.groups.protocol import NOT_A_MEMBER, Engine, Work, array_view
 
 __all__ = ["TorchGroup"]
 
@@ -44,23 +45,18 @@ class TorchGroup(Engine):
             raise RuntimeError(
                 "torch.distributed is not initialised: call torch.distributed.init_process_group first"
             )
+        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), operations)
+        if self.rank < 0:
+            raise RuntimeError(NOT_A_MEMBER.format("group"))
         # torch's annotations leave out some of what torch.distributed has.
         distributed: Any = dist
         self._torch, self._dist = torch, distributed
         # The group's threads and connections end with it: this must not keep a group alive that is destroyed.
         self._alive = weakref.ref(dist.group.WORLD if group is None else group)
-        self._rank = dist.get_rank(group)
-        if self._rank < 0:
-            raise RuntimeError(NOT_A_MEMBER.format("group"))
-        self._size = dist.get_world_size(group)
-        self._backend = str(dist.get_backend(group))
+        self.backend = str(dist.get_backend(group))
         # The backend's name is "undefined" where the user gave none; the configuration names one for each device.
         self._has_gloo = "gloo" in str(distributed.get_backend_config(group))
-
-    @property
-    def backend(self) -> str:
-        """The engine's name, such as ``"gloo"``."""
-        return self._backend
 
     def _live(self) -> Any:
         """Return torch's group. None in its place would be whichever is the default one by now."""
@@ -71,37 +67,39 @@ class TorchGroup(Engine):
         raise RuntimeError("the process group was destroyed; rebind to one that is initialised")
 
     def _view(self, argument: str, array: Any) -> Any:
-        torch = self._torch
-        if isinstance(array, torch.Tensor):
-            if not array.is_contiguous():
-                raise ValueError(
-                    f"{argument}: expected a contiguous tensor, got strides {array.stride()}"
-                )
-            return array.detach()
-        return as_tensor(contiguous(argument, array))
+        if not is_torch(array):
+            return as_tensor(array_view(argument, array))
+        if not array.is_contiguous():
+            raise ValueError(
+                f"{argument}: expected a contiguous tensor, got strides {array.stride()}"
+            )
+        return array.detach()
 
-    def _all_reduce(self, view: Any, op: str) -> Work:
-        reduction = self._dist.ReduceOp.SUM if op == "sum" else self._dist.ReduceOp.MAX
-        work = self._dist.all_reduce(view, reduction, self._live(), async_op=True)
+    def all_reduce(self, array: Any, op: str = "sum") -> Work:
+        """See `ProcessGroup.all_reduce`."""
+        view, operation = self._view("array", array), self._operation(op)
+        work = self._dist.all_reduce(view, operation, self._live(), async_op=True)
         return _TorchWork(self, work, view)
 
-    def _broadcast(self, view: Any, source: int) -> Work:
-        group = self._live()
+    def broadcast(self, array: Any, source: int = 0) -> Work:
+        """See `ProcessGroup.broadcast`."""
+        view, group = self._view("array", array), self._live()
+        self._check_source(source)
         source = self._dist.get_global_rank(group, source)
-        return _TorchWork(self, self._dist.broadcast(view, source, group, async_op=True), view)
+        work = self._dist.broadcast(view, source, group, async_op=True)
+        return _TorchWork(self, work, view)
 
-    def _reduce_scatter(self, target: Any, view: Any) -> Work:
-        scatter = self._newest("reduce_scatter_single", "reduce_scatter_tensor")
-        work = scatter(target, view, self._dist.ReduceOp.SUM, self._live(), async_op=True)
-        return _TorchWork(self, work, target, view)
-
-    def _all_gather(self, target: Any, view: Any) -> Work:
-        gather = self._newest("all_gather_single", "all_gather_into_tensor")
+    def all_gather(self, output: Any, array: Any) -> Work:
+        """See `ProcessGroup.all_gather`."""
+        target, view = self._view("output", output), self._view("array", array)
+        self._check_gathered(target, view)
+        # torch 2.13 renamed it.
+        gather = getattr(self._dist, "all_gather_single", None) or self._dist.all_gather_into_tensor
         return _TorchWork(self, gather(target, view, self._live(), async_op=True), target, view)
 
-    def _newest(self, name: str, before: str) -> Any:
-        """Return a function that torch 2.13 renamed."""
-        return getattr(self._dist, name, None) or getattr(self._dist, before)
+    def barrier(self) -> None:
+        """See `ProcessGroup.barrier`."""
+        self._dist.barrier(self._live())
 
     def abort(self) -> None:
         """End gloo's connections after a failure, so that no other rank waits for this one.
@@ -110,20 +108,11 @@ class TorchGroup(Engine):
         neighbours of a dead process lose a connection. ``ProcessGroup.abort`` leaves gloo's connections open (torch
         2.13); a receive whose time is up ends them.
         """
-        if not self._has_gloo:
-            return
-        for peer in range(self._size):
-            if peer != self._rank:
-                with suppress(
-                    RuntimeError, ValueError
-                ):  # also from a peer, or a group, that is gone
-                    group, byte = self._live(), self._torch.zeros(1, dtype=self._torch.uint8)
-                    source = self._dist.get_global_rank(group, peer)
-                    self._dist.irecv(byte, source, group, _NEVER_SENT).wait(_AT_ONCE)
-
-    def barrier(self) -> None:
-        """See `ProcessGroup.barrier`."""
-        self._dist.barrier(self._live())
+        for peer in {*range(self.size)} - {self.rank} if self._has_gloo else ():
+            with suppress(RuntimeError, ValueError):  # also from a peer, or a group, that is gone
+                group, byte = self._live(), self._torch.zeros(1, dtype=self._torch.uint8)
+                source = self._dist.get_global_rank(group, peer)
+                self._dist.irecv(byte, source, group, _NEVER_SENT).wait(_AT_ONCE)
 
     def __repr__(self) -> str:
         return f"TorchGroup({self.backend}, rank {self.rank} of {self.size})"
@@ -148,10 +137,8 @@ class _TorchWork:
         # interpreter to release them, and abort the process if that is on its way out
         # (github.com/pytorch/pytorch/pull/179291).
         deadline = monotonic() + _RELEASE_SECONDS
-        for tensor in self._tensors:
-            while (
-                tensor.device.type == "cpu" and tensor._use_count() > 1 and monotonic() < deadline
-            ):
+        for tensor in (tensor for tensor in self._tensors if tensor.device.type == "cpu"):
+            while tensor._use_count() > 1 and monotonic() < deadline:
                 sleep(0)
 
     def test(self) -> bool:
