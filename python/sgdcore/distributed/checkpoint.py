@@ -21,14 +21,7 @@ def add_to_state(
     numbers: Mapping[str, float],
     arrays: Mapping[str, Sequence[Any]],
 ) -> dict[str, Any]:
-    """Return a state dict with more in it.
-
-    Args:
-        state_dict: the inner optimizer's; it is left as it is.
-        prefix: of the added keys.
-        numbers: what goes into the first param group.
-        arrays: by name, for each parameter an array of its shape, or None.
-    """
+    """Return a copy of a state dict with numbers, and with arrays or None for each parameter, in it."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     groups[0] |= {f"{prefix}.{name}": value for name, value in numbers.items()}
     state = dict(state_dict["state"])
@@ -42,35 +35,26 @@ def add_to_state(
 def split_state(
     state_dict: Mapping[str, Any], prefix: str, parameters: Parameters
 ) -> tuple[dict[str, Any], dict[str, float], dict[str, list[Any]]]:
-    """Return the inner optimizer's state dict, and the numbers and arrays that `add_to_state` added.
-
-    Raises:
-        ValueError: if an array has not its parameter's shape.
-    """
+    """Return the state dict as it was before `add_to_state`, the numbers, and the arrays, whose shapes are checked."""
     start = f"{prefix}."
     groups = [dict(group) for group in state_dict["param_groups"]]
-    numbers = {
-        key.removeprefix(start): group.pop(key)
-        for group in groups[:1]
-        for key in list(group)
-        if key.startswith(start)
-    }
+    added = [key for group in groups[:1] for key in group if key.startswith(start)]
+    numbers = {key.removeprefix(start): groups[0].pop(key) for key in added}
     keys = [key for group in groups for key in group["params"]]
-    position = {key: i for i, key in enumerate(keys)}
-    state = {}
+    positions = {key: i for i, key in enumerate(keys)}
+    state: dict[Any, Any] = {}
     arrays: dict[str, list[Any]] = {}
     for key, values in state_dict["state"].items():
-        state[key] = {k: v for k, v in values.items() if not str(k).startswith(start)}
-        if not state[key]:
-            del state[key]
-        for name in [k for k in values if str(k).startswith(start)]:
-            i, value = position[key], values[name]
+        for name, value in values.items():
+            if not str(name).startswith(start):
+                state.setdefault(key, {})[name] = value
+                continue
+            i = positions[key]
             expected = tuple(shaped(parameters.flats[i], parameters.data[i]).shape)
             if tuple(value.shape) not in (expected, tuple(parameters.data[i].shape)):
                 raise ValueError(
                     f"state_dict['state'][{key!r}][{name!r}]: expected shape {expected}, the parameter's, "
                     f"got {tuple(value.shape)}"
                 )
-            found = arrays.setdefault(name.removeprefix(start), [None] * len(keys))
-            found[i] = value
+            arrays.setdefault(name.removeprefix(start), [None] * len(keys))[i] = value
     return {**state_dict, "state": state, "param_groups": groups}, numbers, arrays

@@ -81,14 +81,13 @@ class ShardSampler:
     ) -> None:
         self.dataset = dataset
         self._length = _length(dataset)
-        unknown = num_replicas is None and rank is None and group is None
-        self._alone = unknown and _is_alone()
+        self._alone = num_replicas is rank is group is None and _is_alone()
         if self._alone:
             num_replicas, rank = 1, 0
         elif num_replicas is None or rank is None:
-            process_group = as_process_group(group)
-            num_replicas = process_group.size if num_replicas is None else num_replicas
-            rank = process_group.rank if rank is None else rank
+            ranks = as_process_group(group)
+            num_replicas = ranks.size if num_replicas is None else num_replicas
+            rank = ranks.rank if rank is None else rank
         self.num_replicas = check_count("num_replicas", num_replicas, 1)
         self.rank = check_count("rank", rank, 0, below=self.num_replicas)
         self.shuffle = bool(shuffle)
@@ -247,32 +246,28 @@ def _new(kind: type[ShardSampler]) -> ShardSampler:
 
 def _divides(caller: Any) -> bool:
     """Return whether an object gives each rank a part of what it takes from a sampler."""
-    data = sys.modules.get("torch.utils.data")
+    data, loaders = map(sys.modules.get, ("torch.utils.data", "accelerate.data_loader"))
+    ranks = 1
     if data is not None and isinstance(caller, data.DistributedSampler):
-        return bool(caller.num_replicas > 1)  # such as Lightning's DistributedSamplerWrapper
-    loaders = sys.modules.get("accelerate.data_loader")
-    if loaders is None:
-        return False
-    if isinstance(caller, loaders.BatchSamplerShard):
-        return bool(caller.num_processes > 1)
-    return isinstance(caller, loaders.DataLoaderDispatcher) and caller.state.num_processes > 1
+        ranks = caller.num_replicas  # such as Lightning's DistributedSamplerWrapper
+    elif loaders is not None and isinstance(caller, loaders.BatchSamplerShard):
+        ranks = caller.num_processes
+    elif loaders is not None and isinstance(caller, loaders.DataLoaderDispatcher):
+        ranks = caller.state.num_processes
+    return ranks > 1
 
 
 def _permutation(count: int, seed: int) -> Indices:
     """Return what ``torch.randperm(count, generator=torch.Generator().manual_seed(seed))`` does."""
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     if torch is not None:
-        generator = torch.Generator().manual_seed(seed)
-        order: Indices = torch.randperm(count, generator=generator).numpy()
-        return order
+        return np.asarray(torch.randperm(count, generator=torch.Generator().manual_seed(seed)))
     if count >= _MAX_WITHOUT_TORCH:
-        raise ValueError(
-            f"dataset: {count} samples are shuffled by torch only; import torch, or pass shuffle=False"
-        )
+        advice = "import torch, or pass shuffle=False"
+        raise ValueError(f"dataset: {count} samples are shuffled by torch only; {advice}")
     # torch seeds the same Mersenne Twister as NumPy's RandomState, with the lower 32 bits, and swaps
     # place i with one of those from i on, chosen by the remainder of one 32-bit draw.
-    random = np.random.RandomState(seed % 2**32)
-    draws = random.randint(2**32, size=count - 1, dtype=np.uint32)
+    draws = np.random.RandomState(seed % 2**32).randint(2**32, size=count - 1, dtype=np.uint32)
     others = np.arange(count - 1) + draws % np.arange(count, 1, -1)
     shuffled = list(range(count))
     for i, j in enumerate(others.tolist()):
@@ -294,6 +289,6 @@ def _length(dataset: Any) -> int:
     try:
         return len(dataset)
     except TypeError:
-        kind = type(dataset).__name__
-        message = f"dataset: expected something with a length, or an integer, got {kind}"
-        raise TypeError(message) from None
+        raise TypeError(
+            f"dataset: expected something with a length, or an integer, got {type(dataset).__name__}"
+        ) from None

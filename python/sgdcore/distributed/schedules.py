@@ -21,8 +21,7 @@ class Progress:
     """Where training is, at the start of a round; equal on all ranks, provided their learning rates are.
 
     Attributes:
-        step: steps taken so far.
-        round: rounds completed so far.
+        step, round: steps taken and rounds completed so far.
         period: the steps of the last round; 0 before the first.
         lr: the learning rate of this rank's first param group.
         loss: the mean over ranks and steps of the losses of the last round; None if none were passed.
@@ -103,9 +102,7 @@ class AdaComm:
         period = ceil(sqrt(F / F_first) * initial)      if that is less than the period before
         period = ceil(period / 2)                       otherwise
 
-    A loss that is not finite changes nothing.
-
-    Needs the loss: ``step(loss=loss)``, or a closure that returns it.
+    Needs the loss: ``step(loss=loss)``, or a closure that returns it. One that is not finite changes nothing.
 
     Args:
         initial: the period at first.
@@ -124,17 +121,17 @@ class AdaComm:
 
     def period(self, progress: Progress) -> int:
         """Return the period for this loss."""
-        if progress.period == 0:
+        last, loss, first = progress.period, progress.loss, progress.first_loss
+        if last == 0:
             return self.initial
-        before = progress.step - progress.period
-        if progress.step // self.interval == before // self.interval:
-            return progress.period
-        if progress.loss is None or progress.first_loss is None:
+        if progress.step // self.interval == (progress.step - last) // self.interval:
+            return last
+        if loss is None or first is None:
             raise ValueError(
                 "loss: AdaComm needs it; pass step(loss=...), or a closure that returns it"
             )
-        if not (math.isfinite(progress.loss) and math.isfinite(progress.first_loss)):
-            return progress.period  # says nothing about how far training is
-        ratio = max(0.0, progress.loss / progress.first_loss) if progress.first_loss > 0 else 0.0
+        if not (math.isfinite(loss) and math.isfinite(first)):
+            return last
+        ratio = max(0.0, loss / first) if first > 0 else 0.0
         period = max(1, math.ceil(math.sqrt(ratio) * self.initial))
-        return period if period < progress.period else math.ceil(progress.period / 2)
+        return period if period < last else math.ceil(last / 2)

@@ -13,6 +13,7 @@ from sgdcore.distributed.parameters import Parameters
 __all__ = ["hyperparameters", "numbers_of", "share_settings", "take_settings"]
 
 _NUMBERS = (int, float, bool)
+_IDS = ("params", "param_names")  # of a param group, each process's own
 
 
 def numbers_of(optimizer: Any) -> list[tuple[int, str, float]]:
@@ -31,12 +32,8 @@ def hyperparameters(optimizer: Any) -> str:
 
 
 def share_settings(group: ProcessGroup, optimizer: Any, parameters: Parameters, source: int) -> Any:
-    """Return one rank's hyperparameters, and what its optimizer keeps beside momentum, such as Adam's moments.
-
-    Raises:
-        TypeError: on all ranks, naming what pickle does not take.
-    """
-    content = _pickled_settings(optimizer, parameters) if group.rank == source else b""
+    """Return what `take_settings` takes, of one rank; a TypeError on all ranks names what pickle refuses."""
+    content = _pack(optimizer, parameters) if group.rank == source else b""
     # From a rank of this program.
     settings = pickle.loads(broadcast_bytes(group, parameters.flats[0], content, source))
     if isinstance(settings, TypeError):
@@ -44,58 +41,54 @@ def share_settings(group: ProcessGroup, optimizer: Any, parameters: Parameters, 
     return settings
 
 
-def _pickled_settings(optimizer: Any, parameters: Parameters) -> bytes:
-    """Return what `share_settings` sends: the settings, or the error that all ranks raise."""
-    hyper = [
-        {k: v for k, v in each.items() if k not in ("params", "param_names")}
-        for each in optimizer.param_groups
-    ]
-    kept = [_kept_of(optimizer, p) for p in parameters.all]
+def _pack(optimizer: Any, parameters: Parameters) -> bytes:
     try:
-        return pickle.dumps((hyper, kept))
-    except Exception as error:  # noqa: BLE001 (pickle raises whatever the objects do)
-        named = [(f"param_groups[{i}]", each) for i, each in enumerate(hyper)]
-        named += [(f"the state of {parameters.labels[i]}: ", each) for i, each in enumerate(kept)]
-        bad = (f"{name}[{k!r}]" for name, each in named for k, v in each.items() if not _pickles(v))
-        place = next(bad, "optimizer")
-        return pickle.dumps(TypeError(f"{place}: it cannot be sent to the other ranks: {error}"))
+        hyper = [
+            {k: _pickled(f"param_groups[{i}][{k!r}]", v) for k, v in each.items() if k not in _IDS}
+            for i, each in enumerate(optimizer.param_groups)
+        ]
+        kept = [
+            {k: _pickled(f"the state of {label}: [{k!r}]", v) for k, v in each.items()}
+            for label, p in zip(parameters.labels, parameters.all, strict=True)
+            for each in [_kept_of(optimizer, p)]
+        ]
+    except TypeError as error:
+        return pickle.dumps(error)
+    return pickle.dumps((hyper, kept))
 
 
-def _pickles(value: Any) -> bool:
+def _pickled(place: str, value: Any) -> bytes:
     try:
-        pickle.dumps(value)
-    except Exception:  # noqa: BLE001 (as above)
-        return False
-    return True
+        return pickle.dumps(value)
+    except Exception as error:
+        message = f"{place}: it cannot be sent to the other ranks: {error}"
+        raise TypeError(message) from error
 
 
 def take_settings(optimizer: Any, parameters: Parameters, settings: Any) -> None:
     """Set what another rank shared."""
     hyper, kept = settings
     for own, theirs in zip(optimizer.param_groups, hyper, strict=True):
-        for key, value in theirs.items():
+        for key, content in theirs.items():
+            value = pickle.loads(content)
             if is_torch(own.get(key)):
                 own[key].copy_(value)
             else:
                 own[key] = value
-    for parameter, values in zip(parameters.all, kept, strict=True):
-        for key in _kept_of(optimizer, parameter).keys() - values.keys():
+    for parameter, theirs in zip(parameters.all, kept, strict=True):
+        for key in _kept_of(optimizer, parameter).keys() - theirs.keys():
             del optimizer.state[parameter][key]
-        for key, (value, beside) in values.items():
-            if is_torch(value) and beside:  # the parameter's device may be another one here
-                value = value.to(parameter.device)
-            optimizer.state[parameter][key] = value
+        for key, content in theirs.items():
+            value, beside = pickle.loads(content)
+            # The parameter's device may be another one here.
+            optimizer.state[parameter][key] = value.to(parameter.device) if beside else value
 
 
 def _kept_of(optimizer: Any, parameter: Any) -> dict[str, tuple[Any, bool]]:
-    """Return a parameter's state without momentum; for each value whether it is where the parameter is."""
-    if parameter not in optimizer.state:
-        return {}
-    return {
-        key: (
-            value.detach().cpu().clone() if is_torch(value) else value,
-            is_torch(value) and value.device == parameter.device,
-        )
-        for key, value in optimizer.state[parameter].items()
-        if key != "momentum_buffer"
-    }
+    """Return a parameter's state without momentum; for each value whether it is a tensor beside the parameter."""
+    kept = {}
+    for key, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
+        if key != "momentum_buffer":
+            beside = is_torch(value) and value.device == parameter.device
+            kept[key] = value.detach().cpu().clone() if is_torch(value) else value, beside
+    return kept
