@@ -163,16 +163,9 @@ class CountingGroup:
         return getattr(self._group, name)
 
     def all_reduce(self, array: Any, op: str = "sum") -> Any:
-        self._count(array)
-        return self._group.all_reduce(array, op)
-
-    def combine(self, array: Any, op: str = "sum") -> None:
-        self._count(array)
-        self._group.combine(array, op)
-
-    def _count(self, array: Any) -> None:
         size = array.size if isinstance(array, np.ndarray) else array.numel()
         self.reductions += size >= self._elements
+        return self._group.all_reduce(array, op)
 
 
 def batches(labels: NDArray[Any], shards: str, rank: int, seed: int) -> Iterator[NDArray[Any]]:
