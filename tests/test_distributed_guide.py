@@ -79,4 +79,5 @@ def test_links(page: Path) -> None:
 
 
 def test_the_guide_is_read_in_ten_minutes() -> None:
-    assert len(GUIDE.read_text().split()) < 2_900
+    prose = re.sub(r"```.*?```", "", GUIDE.read_text(), flags=re.DOTALL)
+    assert len(prose.split()) <= 2_000
