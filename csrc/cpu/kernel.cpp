@@ -1,59 +1,30 @@
-// The CPU kernels: the loop around the rule, instantiated for every storage type and variant. The build compiles
-// this file once per instruction set with SGDCORE_KERNEL_TABLE naming the table it defines.
+// The CPU kernels: the loop around the rules, and the conversions of storage types. The build compiles this file once
+// per instruction set with SGDCORE_KERNEL_TABLE naming the table it defines.
 //
 // The compiler vectorises the plain loop, tail included. Only the table leaves this file: everything else is
 // in an anonymous namespace or always_inline.
 #include "kernel.hpp"
 
 #include <bit>
+#include <iterator>
 #include <type_traits>
 #include <utility>
 
 namespace sgdcore::cpu {
 namespace {
 
-/// Updates the elements two by two, as the halves of 32-bit words: a half is a float32 after one shift or mask, where
-/// single 16-bit elements have to be widened and packed again across the lanes of a vector. On one thread of a Zen 3
-/// machine a step over 16M elements took 7.3 ms instead of 10.7. Returns the number of elements updated, all but an
-/// odd last one.
-template <SgdVariant variant>
-SGDCORE_INLINE std::int64_t update_bfloat16_pairs(const SgdRule<float, variant>& rule,
-                                                  std::byte* SGDCORE_RESTRICT param,
-                                                  const std::byte* SGDCORE_RESTRICT grad,
-                                                  std::byte* SGDCORE_RESTRICT momentum, std::int64_t size) {
-    static_assert(std::endian::native == std::endian::little);
-    // Only a NaN among the coefficients could bring one whose bits rounded_bits does not keep.
-    const float coefficients = rule.negative_lr + rule.momentum + rule.one_minus_dampening + rule.weight_decay;
-    if (coefficients != coefficients) return 0;
-    using storage::BFloat16;
-    using Words = Unaligned<std::uint32_t>;
-    const auto low = [](std::uint32_t word) { return bits_as<float>(word << 16); };
-    const auto high = [](std::uint32_t word) { return bits_as<float>(word & 0xffff0000u); };
-    const auto join = [](float first, float second) {
-        return (BFloat16::rounded_bits(first) >> 16) | (BFloat16::rounded_bits(second) & 0xffff0000u);
-    };
-    auto* const params = reinterpret_cast<Words*>(param);
-    const auto* const grads = reinterpret_cast<const Words*>(grad);
-    auto* const momenta = reinterpret_cast<Words*>(momentum);
-    const auto loop = [&](const SgdRule<float, variant> known) SGDCORE_INLINE_LAMBDA {
-        for (std::int64_t i = 0; i < size / 2; ++i) {
-            const std::uint32_t p = params[i].value, g = grads[i].value;
-            const std::uint32_t b = variant.momentum == Momentum::running ? momenta[i].value : 0;
-            float p_low = low(p), p_high = high(p), b_low = low(b), b_high = high(b);
-            known(p_low, low(g), b_low);
-            known(p_high, high(g), b_high);
-            if constexpr (variant.momentum != Momentum::none) momenta[i].value = join(b_low, b_high);
-            params[i].value = join(p_low, p_high);
-        }
-    };
-    if (rule.flip == 0) {
-        SgdRule<float, variant> descent = rule;
-        descent.flip = 0;  // known to the compiler: every instruction counts here
-        loop(descent);
-    } else {
-        loop(rule);
-    }
-    return size / 2 * 2;
+template <DType dtype>
+using StorageOf = std::conditional_t<
+    dtype == DType::float64, storage::Float64,
+    std::conditional_t<dtype == DType::float32, storage::Float32,
+                       std::conditional_t<dtype == DType::float16, storage::Float16, storage::BFloat16>>>;
+
+/// Calls `function(i)` for each state, with the number as a constant.
+template <int count, class Function>
+SGDCORE_INLINE void for_each_state(Function function) {
+    [&]<int... i>(std::integer_sequence<int, i...>) SGDCORE_INLINE_LAMBDA {
+        (function(std::integral_constant<int, i>{}), ...);
+    }(std::make_integer_sequence<int, count>{});
 }
 
 constexpr std::int64_t lanes = 8;  // of the conversions in platform.hpp
@@ -77,68 +48,198 @@ SGDCORE_INLINE void store_lanes(std::byte* base, std::int64_t index, const float
     }
 }
 
-/// Updates eight elements at a time, with the machine's own conversions of float16, which the compiler does not find in
-/// the plain loop. Returns the number of elements updated, all but the last few.
-template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
-SGDCORE_INLINE std::int64_t update_lanes(const SgdRule<float, variant>& rule, std::byte* SGDCORE_RESTRICT param,
-                                         const std::byte* SGDCORE_RESTRICT grad, std::byte* SGDCORE_RESTRICT momentum,
-                                         std::int64_t size) {
-    std::int64_t i = 0;
-    for (; i + lanes <= size; i += lanes) {
-        float p[lanes], g[lanes], b[lanes] = {};
-        load_lanes<ParamStorage>(param, i, p);
-        load_lanes<GradStorage>(grad, i, g);
-        if constexpr (variant.momentum == Momentum::running) load_lanes<MomentumStorage>(momentum, i, b);
-        for (std::int64_t lane = 0; lane < lanes; ++lane) rule(p[lane], g[lane], b[lane]);
-        if constexpr (variant.momentum != Momentum::none) store_lanes<MomentumStorage>(momentum, i, b);
-        store_lanes<ParamStorage>(param, i, p);
-    }
-    return i;
-}
+/// The loops of one kernel: a rule's variant over arrays of these storage types.
+template <class R, typename R::Variant variant, class ParamStorage, class GradStorage, class StateStorage>
+struct Loops {
+    using C = storage::ComputeType<ParamStorage, GradStorage, StateStorage>;
+    using Coefficients = typename R::template Coefficients<C>;
+    // A rule without states has one that nobody uses: an array needs an element.
+    static constexpr int states = R::states > 0 ? R::states : 1;
+    static constexpr bool reads(int state) { return R::use(variant, state) == Use::update; }
+    static constexpr bool writes(int state) { return R::use(variant, state) != Use::none; }
 
-template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
-SGDCORE_INLINE void update_elements(std::byte* SGDCORE_RESTRICT param, const std::byte* SGDCORE_RESTRICT grad,
-                                    std::byte* SGDCORE_RESTRICT momentum, std::int64_t size, const SgdHyper& hyper) {
-    using C = storage::ComputeType<ParamStorage, GradStorage, MomentumStorage>;
-    const SgdRule<C, variant> rule(hyper);
-    std::int64_t i = 0;
-    if constexpr (ParamStorage::dtype == DType::bfloat16 && GradStorage::dtype == DType::bfloat16 &&
-                  MomentumStorage::dtype == DType::bfloat16) {
-        i = update_bfloat16_pairs(rule, param, grad, momentum, size);
-    } else if constexpr (converts_float16 && sizeof(C) == sizeof(float) &&
-                         (ParamStorage::dtype == DType::float16 || GradStorage::dtype == DType::float16 ||
-                          MomentumStorage::dtype == DType::float16)) {
-        i = update_lanes<ParamStorage, GradStorage, MomentumStorage>(rule, param, grad, momentum, size);
-    }
-    for (; i < size; ++i) {
-        C p = storage::load<ParamStorage, C>(param, i);
-        C b{};
-        if constexpr (variant.momentum == Momentum::running) b = storage::load<MomentumStorage, C>(momentum, i);
-        rule(p, storage::load<GradStorage, C>(grad, i), b);
-        if constexpr (variant.momentum != Momentum::none) storage::store<MomentumStorage>(momentum, i, b);
-        storage::store<ParamStorage>(param, i, p);
-    }
-}
+    // Only parameters of a function can be `restrict`: hence one for each state there may be.
+    static_assert(max_states == 3);
+#define SGDCORE_ARRAYS                                                                                              \
+    std::byte *SGDCORE_RESTRICT param, const std::byte *SGDCORE_RESTRICT grad, std::byte *SGDCORE_RESTRICT state_0, \
+        std::byte *SGDCORE_RESTRICT state_1, std::byte *SGDCORE_RESTRICT state_2
 
-template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
-void update(std::byte* param, const std::byte* grad, std::byte* momentum, std::int64_t size, const SgdHyper& hyper) {
-    update_elements<ParamStorage, GradStorage, MomentumStorage, variant>(param, grad, momentum, size, hyper);
-}
+    /// Updates the elements two by two, as the halves of 32-bit words: a half is a float32 after one shift or mask,
+    /// where single 16-bit elements have to be widened and packed again across the lanes of a vector. On one thread of
+    /// a Zen 3 machine a step over 16M elements took 7.3 ms instead of 10.7. Returns the number of elements updated,
+    /// all but an odd last one.
+    static SGDCORE_INLINE std::int64_t update_bfloat16_pairs(const Coefficients& coefficients, SGDCORE_ARRAYS,
+                                                             std::int64_t size) {
+        static_assert(std::endian::native == std::endian::little);
+        // Only a NaN among the coefficients could bring one whose bits rounded_bits does not keep.
+        if (coefficients.has_nan()) return 0;
+        using storage::BFloat16;
+        using Words = Unaligned<std::uint32_t>;
+        const auto low = [](std::uint32_t word) { return bits_as<float>(word << 16); };
+        const auto high = [](std::uint32_t word) { return bits_as<float>(word & 0xffff0000u); };
+        const auto join = [](float first, float second) {
+            return (BFloat16::rounded_bits(first) >> 16) | (BFloat16::rounded_bits(second) & 0xffff0000u);
+        };
+        auto* const params = reinterpret_cast<Words*>(param);
+        const auto* const grads = reinterpret_cast<const Words*>(grad);
+        Words* const state_words[] = {reinterpret_cast<Words*>(state_0), reinterpret_cast<Words*>(state_1),
+                                      reinterpret_cast<Words*>(state_2)};
+        const auto loop = [&](const Coefficients known) SGDCORE_INLINE_LAMBDA {
+            for (std::int64_t i = 0; i < size / 2; ++i) {
+                const std::uint32_t p = params[i].value, g = grads[i].value;
+                float p_low = low(p), p_high = high(p), low_states[states] = {}, high_states[states] = {};
+                for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                    if constexpr (reads(state)) {
+                        const std::uint32_t word = state_words[state][i].value;
+                        low_states[state] = low(word);
+                        high_states[state] = high(word);
+                    }
+                });
+                R::template update<float, variant>(known, p_low, low(g), low_states);
+                R::template update<float, variant>(known, p_high, high(g), high_states);
+                for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                    if constexpr (writes(state)) {
+                        state_words[state][i].value = join(low_states[state], high_states[state]);
+                    }
+                });
+                params[i].value = join(p_low, p_high);
+            }
+        };
+        if (coefficients.flip == 0) {
+            Coefficients descent = coefficients;
+            descent.flip = 0;  // known to the compiler: every instruction counts here
+            loop(descent);
+        } else {
+            loop(coefficients);
+        }
+        return size / 2 * 2;
+    }
 
-template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
-SGDCORE_WIDE_VECTORS void update_wide(std::byte* param, const std::byte* grad, std::byte* momentum, std::int64_t size,
-                                      const SgdHyper& hyper) {
-    update_elements<ParamStorage, GradStorage, MomentumStorage, variant>(param, grad, momentum, size, hyper);
-}
+    /// Updates eight elements at a time, with the machine's own conversions of float16, which the compiler does not
+    /// find in the plain loop. Returns the number of elements updated, all but the last few.
+    static SGDCORE_INLINE std::int64_t update_lanes(const Coefficients& coefficients, SGDCORE_ARRAYS,
+                                                    std::int64_t size) {
+        std::byte* const state_bytes[] = {state_0, state_1, state_2};
+        std::int64_t i = 0;
+        for (; i + lanes <= size; i += lanes) {
+            float p[lanes], g[lanes], s[states][lanes] = {};
+            load_lanes<ParamStorage>(param, i, p);
+            load_lanes<GradStorage>(grad, i, g);
+            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                if constexpr (reads(state)) load_lanes<StateStorage>(state_bytes[state], i, s[state]);
+            });
+            for (std::int64_t lane = 0; lane < lanes; ++lane) {
+                float element[states];
+                for (int state = 0; state < states; ++state) element[state] = s[state][lane];
+                R::template update<float, variant>(coefficients, p[lane], g[lane], element);
+                for (int state = 0; state < states; ++state) s[state][lane] = element[state];
+            }
+            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                if constexpr (writes(state)) store_lanes<StateStorage>(state_bytes[state], i, s[state]);
+            });
+            store_lanes<ParamStorage>(param, i, p);
+        }
+        return i;
+    }
+
+    static SGDCORE_INLINE void update(const Coefficients& coefficients, SGDCORE_ARRAYS, std::int64_t size) {
+        std::byte* const state_bytes[] = {state_0, state_1, state_2};
+        constexpr auto all = [](DType dtype) {
+            return ParamStorage::dtype == dtype && GradStorage::dtype == dtype && StateStorage::dtype == dtype;
+        };
+        std::int64_t i = 0;
+        if constexpr (all(DType::bfloat16)) {
+            i = update_bfloat16_pairs(coefficients, param, grad, state_0, state_1, state_2, size);
+        } else if constexpr (converts_float16 && all(DType::float16)) {
+            i = update_lanes(coefficients, param, grad, state_0, state_1, state_2, size);
+        }
+        for (; i < size; ++i) {
+            C p = storage::load<ParamStorage, C>(param, i), element[states] = {};
+            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                if constexpr (reads(state)) element[state] = storage::load<StateStorage, C>(state_bytes[state], i);
+            });
+            R::template update<C, variant>(coefficients, p, storage::load<GradStorage, C>(grad, i), element);
+            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                if constexpr (writes(state)) storage::store<StateStorage>(state_bytes[state], i, element[state]);
+            });
+            storage::store<ParamStorage>(param, i, p);
+        }
+    }
+#undef SGDCORE_ARRAYS
+
+    static SGDCORE_INLINE void run(std::byte* param, const std::byte* grad, std::byte* const* state_pointers,
+                                   std::int64_t size, const void* hyper) {
+        const auto pointer = [&](int state) {
+            return state < R::states && writes(state) ? state_pointers[state] : nullptr;
+        };
+        update(Coefficients(*static_cast<const typename R::Hyper*>(hyper)), param, grad, pointer(0), pointer(1),
+               pointer(2), size);
+    }
+    static void narrow(std::byte* param, const std::byte* grad, std::byte* const* state_pointers, std::int64_t size,
+                       const void* hyper) {
+        run(param, grad, state_pointers, size, hyper);
+    }
+    SGDCORE_WIDE_VECTORS static void wide(std::byte* param, const std::byte* grad, std::byte* const* state_pointers,
+                                          std::int64_t size, const void* hyper) {
+        run(param, grad, state_pointers, size, hyper);
+    }
+};
 
 /// Where memory alone is the limit, wide vectors only cost (see CMakeLists.txt). Conversions of 16-bit storage are
 /// worth them: a bfloat16 step over 64M elements on one thread of a Zen 4 machine took 13.3 ms with them, 14.7 without.
-template <class ParamStorage, class GradStorage, class MomentumStorage, SgdVariant variant>
-constexpr Kernel choose() {
-    constexpr bool converts = item_size(ParamStorage::dtype) == 2 || item_size(GradStorage::dtype) == 2 ||
-                              item_size(MomentumStorage::dtype) == 2;
-    return converts ? update_wide<ParamStorage, GradStorage, MomentumStorage, variant>
-                    : update<ParamStorage, GradStorage, MomentumStorage, variant>;
+template <class R, int index>
+constexpr Kernel kernel_at() {
+    constexpr Storage types = direct_storage[index / std::size(R::variants)];
+    using Kernels = Loops<R, R::variants[index % std::size(R::variants)], StorageOf<types.param>, StorageOf<types.grad>,
+                          StorageOf<types.state>>;
+    constexpr bool converts = item_size(types.param) == 2 || item_size(types.grad) == 2 || item_size(types.state) == 2;
+    return converts ? Kernels::wide : Kernels::narrow;
+}
+
+template <class R>
+struct KernelsOf {
+    static constexpr int size = direct_count * static_cast<int>(std::size(R::variants));
+    Kernel entries[size];
+};
+
+template <class R>
+constexpr KernelsOf<R> all_kernels() {
+    return []<int... index>(std::integer_sequence<int, index...>) {
+        return KernelsOf<R>{{kernel_at<R, index>()...}};
+    }(std::make_integer_sequence<int, KernelsOf<R>::size>{});
+}
+
+template <class R>
+constinit const KernelsOf<R> kernels_of = all_kernels<R>();
+
+// Blocks
+
+template <class Storage, class C>
+SGDCORE_WIDE_VECTORS void decode(const std::byte* SGDCORE_RESTRICT from, std::int64_t size,
+                                 std::byte* SGDCORE_RESTRICT to) {
+    C* const elements = reinterpret_cast<C*>(to);
+    std::int64_t i = 0;
+    if constexpr (converts_float16 && Storage::dtype == DType::float16 && sizeof(C) == sizeof(float)) {
+        for (; i + lanes <= size; i += lanes) load_lanes<Storage>(from, i, elements + i);
+    }
+    for (; i < size; ++i) elements[i] = storage::load<Storage, C>(from, i);
+}
+
+template <class Storage, class C>
+SGDCORE_WIDE_VECTORS void encode(const std::byte* SGDCORE_RESTRICT from, std::int64_t size,
+                                 std::byte* SGDCORE_RESTRICT to) {
+    const C* const elements = reinterpret_cast<const C*>(from);
+    std::int64_t i = 0;
+    if constexpr (converts_float16 && Storage::dtype == DType::float16 && sizeof(C) == sizeof(float)) {
+        for (; i + lanes <= size; i += lanes) store_lanes<Storage>(to, i, elements + i);
+    }
+    for (; i < size; ++i) storage::store<Storage>(to, i, elements[i]);
+}
+
+template <class C>
+void scale(std::byte* elements, std::int64_t size, double factor) {
+    const C rounded = static_cast<C>(factor);
+    for (std::int64_t i = 0; i < size; ++i) reinterpret_cast<C*>(elements)[i] *= rounded;
 }
 
 template <bool has_momentum, bool clear>
@@ -170,35 +271,27 @@ std::uint64_t memory_pass(std::byte* param, std::byte* grad, std::byte* momentum
     return clear ? pass<false, true>(param, grad, nullptr, size) : pass<false, false>(param, grad, nullptr, size);
 }
 
-template <DType dtype>
-using StorageOf = std::conditional_t<
-    dtype == DType::float64, storage::Float64,
-    std::conditional_t<dtype == DType::float32, storage::Float32,
-                       std::conditional_t<dtype == DType::float16, storage::Float16, storage::BFloat16>>>;
-
-/// The kernel at `index` of the table; the inverse of KernelTable::find.
-template <int index>
-constexpr Kernel kernel_at() {
-    constexpr SgdVariant variant = SgdVariant::at(index % SgdVariant::count);
-    constexpr int dtypes = index / SgdVariant::count;
-    using Param = StorageOf<static_cast<DType>(dtypes / dtype_count / dtype_count)>;
-    using Grad = StorageOf<static_cast<DType>(dtypes / dtype_count % dtype_count)>;
-    if constexpr (variant.momentum == Momentum::none) {
-        // One instance for all four momentum types and both values of nesterov, which play no part.
-        return choose<Param, Grad, Param, SgdVariant{Momentum::none, false, variant.weight_decay}>();
-    } else {
-        return choose<Param, Grad, StorageOf<static_cast<DType>(dtypes % dtype_count)>, variant>();
-    }
-}
-
-template <int... index>
-constexpr KernelTable make_table(std::integer_sequence<int, index...>) {
-    return {{kernel_at<index>()...}, memory_pass};
+template <class... R>
+constexpr KernelTable make_table(RuleList<R...>) {
+    using namespace storage;
+    return {
+        {RuleKernels{kernels_of<R>.entries, static_cast<int>(std::size(R::variants))}...},
+        {{nullptr, decode<Float64, double>},
+         {decode<Float32, float>, decode<Float32, double>},
+         {decode<Float16, float>, decode<Float16, double>},
+         {decode<BFloat16, float>, decode<BFloat16, double>}},
+        {{nullptr, encode<Float64, double>},
+         {encode<Float32, float>, encode<Float32, double>},
+         {encode<Float16, float>, encode<Float16, double>},
+         {encode<BFloat16, float>, encode<BFloat16, double>}},
+        {scale<float>, scale<double>},
+        memory_pass,
+    };
 }
 
 }  // namespace
 
 extern const KernelTable SGDCORE_KERNEL_TABLE;
-constinit const KernelTable SGDCORE_KERNEL_TABLE = make_table(std::make_integer_sequence<int, KernelTable::size>{});
+constinit const KernelTable SGDCORE_KERNEL_TABLE = make_table(Rules{});
 
 }  // namespace sgdcore::cpu

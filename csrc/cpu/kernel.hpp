@@ -1,5 +1,9 @@
 // The interface between the kernels, compiled once per instruction set, and the code that picks and drives them.
 //
+// A rule has a kernel for each of its variants and each combination of storage types in `direct_storage`. Any other
+// combination is converted block by block to the compute type, whose kernel is among these, and back. So the number of
+// kernels is rules x variants x direct combinations, and that of conversions is storage types x compute types.
+//
 // No standard containers here: this header is included by the kernel source, where an inline function must not
 // survive as a symbol (see platform.hpp).
 #pragma once
@@ -8,14 +12,20 @@
 #include <cstdint>
 
 #include "../dtypes.hpp"
-#include "../rules/sgd.hpp"
+#include "../rules/all.hpp"
 
 namespace sgdcore::cpu {
 
-/// Updates `size` elements. Any alignment; the three ranges must not overlap; `momentum` is not touched by the
-/// variants without momentum and not read by those of a first step; `grad` is not written.
-using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* momentum, std::int64_t size,
-                        const SgdHyper& hyper);
+/// Updates `size` elements. Any alignment; the arrays must not overlap. A state that the variant leaves alone is not
+/// touched, one that it only writes is not read; `grad` is not written. `hyper` is the rule's.
+using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* const* states, std::int64_t size,
+                        const void* hyper);
+
+/// Converts `size` elements of a storage type to the compute type, or back.
+using Conversion = void (*)(const std::byte* from, std::int64_t size, std::byte* to);
+
+/// Multiplies `size` elements of the compute type by `factor`, rounded to that type.
+using Scaling = void (*)(std::byte* elements, std::int64_t size, double factor);
 
 /// A step's memory traffic without its arithmetic, the yardstick of the benchmarks: reads `size` bytes of each array
 /// and writes `param` and `momentum`, exchanging their contents. Without momentum (null) it writes the exclusive or of
@@ -24,18 +34,55 @@ using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* mome
 using MemoryPass = std::uint64_t (*)(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size,
                                      bool clear);
 
-/// One instruction set's kernels, for every combination of storage types and variants.
-struct KernelTable {
-    static constexpr int size = dtype_count * dtype_count * dtype_count * SgdVariant::count;
-    Kernel entries[size];
-    MemoryPass memory_pass;
+/// The storage types of a tensor's arrays; all its states have one.
+struct Storage {
+    DType param, grad, state;
+};
 
-    Kernel find(DType param, DType grad, DType momentum, SgdVariant variant) const {
-        return entries[((static_cast<int>(param) * dtype_count + static_cast<int>(grad)) * dtype_count +
-                        static_cast<int>(momentum)) *
-                           SgdVariant::count +
-                       variant.index()];
+/// What kernels read and write without a conversion: each storage type by itself, the compute types first, and the
+/// usual mixtures of 16 and 32 bits.
+inline constexpr Storage direct_storage[] = {
+    {DType::float32, DType::float32, DType::float32},  {DType::float64, DType::float64, DType::float64},
+    {DType::float16, DType::float16, DType::float16},  {DType::bfloat16, DType::bfloat16, DType::bfloat16},
+    {DType::float32, DType::bfloat16, DType::float32}, {DType::bfloat16, DType::bfloat16, DType::float32},
+};
+inline constexpr int direct_count = sizeof direct_storage / sizeof *direct_storage;
+
+/// Finds a combination's place in `direct_storage`.
+class DirectIndex {
+  public:
+    constexpr DirectIndex() {
+        for (std::int8_t& place : places_) place = -1;
+        for (std::int8_t i = 0; i < direct_count; ++i) places_[number(direct_storage[i])] = i;
     }
+    /// -1 where no kernel has the combination.
+    constexpr int find(const Storage& storage) const { return places_[number(storage)]; }
+
+  private:
+    static constexpr int number(const Storage& storage) {
+        return (static_cast<int>(storage.param) * dtype_count + static_cast<int>(storage.grad)) * dtype_count +
+               static_cast<int>(storage.state);
+    }
+    std::int8_t places_[dtype_count * dtype_count * dtype_count];
+};
+inline constexpr DirectIndex direct_index;
+
+/// The kernels of one rule, by combination and variant.
+struct RuleKernels {
+    const Kernel* kernels;
+    int variants;
+
+    Kernel find(int direct, int variant) const { return kernels[direct * variants + variant]; }
+};
+
+/// One instruction set's code. Where two entries stand, the second is float64's as the compute type, the first
+/// float32's.
+struct KernelTable {
+    RuleKernels rules[Rules::size];
+    Conversion decode[dtype_count][2];  // null for what is never converted: float64 to float32
+    Conversion encode[dtype_count][2];
+    Scaling scale[2];
+    MemoryPass memory_pass;
 };
 
 }  // namespace sgdcore::cpu

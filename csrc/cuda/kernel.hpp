@@ -21,11 +21,12 @@ struct Work {
     std::int64_t start;  // the chunk's first element in its tensor
     std::int32_t count, head, axis_count, variant;
     Path path;
+    Use momentum_use;
     bool grad_in_vectors, zero_grad, scaled, in_float64;
     DType param_dtype, grad_dtype, momentum_dtype;
     double factor;
-    SgdCoefficients<float> in_float;
-    SgdCoefficients<double> in_double;
+    Sgd::Coefficients<float> in_float;
+    Sgd::Coefficients<double> in_double;
 };
 
 #if defined(__CUDA_ARCH__)
@@ -145,18 +146,19 @@ struct Vector {
 
 // The rule
 
-/// Calls `function` with the rule of a variant. All threads of a block take the same way.
-template <class C, class Function>
-SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_rule(int variant, const SgdCoefficients<C>& coefficients,
-                                                  Function function) {
-#define SGDCORE_VARIANT(index)                                     \
-    case index:                                                    \
-        function(SgdRule<C, SgdVariant::at(index)>(coefficients)); \
+/// Calls `function` with the index of a variant as a constant. All threads of a block take the same way.
+template <class R, class Function>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_variant(int variant, Function function) {
+#define SGDCORE_VARIANT(index)                                                                  \
+    case index:                                                                                 \
+        if constexpr (index < variant_count<R>) function(std::integral_constant<int, index>{}); \
         break;
-    static_assert(SgdVariant::count == 12);  // a variant missing below would update nothing
+    static_assert(max_variants == 16);  // a variant missing below would update nothing
     switch (variant) {
         SGDCORE_VARIANT(0)
         SGDCORE_VARIANT(1)
+        SGDCORE_VARIANT(2)
+        SGDCORE_VARIANT(3)
         SGDCORE_VARIANT(4)
         SGDCORE_VARIANT(5)
         SGDCORE_VARIANT(6)
@@ -165,16 +167,18 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_rule(int variant, const SgdCoeffici
         SGDCORE_VARIANT(9)
         SGDCORE_VARIANT(10)
         SGDCORE_VARIANT(11)
-        default:  // nesterov without momentum does not exist
+        SGDCORE_VARIANT(12)
+        SGDCORE_VARIANT(13)
+        SGDCORE_VARIANT(14)
+        SGDCORE_VARIANT(15)
+        default:
             break;
     }
 #undef SGDCORE_VARIANT
 }
 
-SGDCORE_HOST_DEVICE SGDCORE_INLINE Momentum momentum_of(int variant) { return SgdVariant::at(variant).momentum; }
-
 template <class C>
-SGDCORE_HOST_DEVICE SGDCORE_INLINE const SgdCoefficients<C>& coefficients_of(const Work& work) {
+SGDCORE_HOST_DEVICE SGDCORE_INLINE const Sgd::Coefficients<C>& coefficients_of(const Work& work) {
     if constexpr (sizeof(C) == sizeof(double)) {
         return work.in_double;
     } else {
@@ -197,17 +201,19 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const Work& work, int inde
 
 template <class C>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work& work, int index) {
-    const Momentum kind = momentum_of(work.variant);
+    const Use use = work.momentum_use;
     std::byte* const param = in_device_memory(work.param);
     std::byte* const momentum = in_device_memory(work.momentum);
     std::byte* const grad = grad_of(work, index);
     C p = load_as<C>(work.param_dtype, param, index);
     C g = load_as<C>(work.grad_dtype, grad, 0);
-    C b{};
-    if (kind == Momentum::running) b = load_as<C>(work.momentum_dtype, momentum, index);
+    C b[] = {C{}};
+    if (use == Use::update) b[0] = load_as<C>(work.momentum_dtype, momentum, index);
     if (work.scaled) g = static_cast<C>(work.factor) * g;
-    with_rule(work.variant, coefficients_of<C>(work), [&](const auto& rule) SGDCORE_INLINE_LAMBDA { rule(p, g, b); });
-    if (kind != Momentum::none) store_as(work.momentum_dtype, momentum, index, b);
+    with_variant<Sgd>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
+        Sgd::update<C, Sgd::variants[decltype(variant)::value]>(coefficients_of<C>(work), p, g, b);
+    });
+    if (use != Use::none) store_as(work.momentum_dtype, momentum, index, b[0]);
     store_as(work.param_dtype, param, index, p);
     if (work.zero_grad) store_as(work.grad_dtype, grad, 0, C{0});
 }
@@ -230,11 +236,11 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
     constexpr int lanes = vector_bytes / smallest;
     constexpr int turn = lanes == 8 ? 1 : 2;  // vectors; eight elements of float32 arithmetic, four of float64
     const int vectors = (work.count - work.head) / lanes;
-    const Momentum kind = momentum_of(work.variant);
+    const Use use = work.momentum_use;
     std::byte* const param = in_device_memory(work.param + work.head * item_of<Param>);
     std::byte* const grad = in_device_memory(work.grad + work.head * item_of<Grad>);
     // Without momentum it is null, to which nothing may be added.
-    const int momentum_head = kind == Momentum::none ? 0 : work.head * item_of<MomentumStorage>;
+    const int momentum_head = use == Use::none ? 0 : work.head * item_of<MomentumStorage>;
     std::byte* const momentum = in_device_memory(work.momentum + momentum_head);
 
     for (int first = thread; first < vectors; first += turn * block_threads) {
@@ -253,7 +259,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
                 g_stored[i].load_elements(grad + at[i] * item_of<Grad>);
             }
         }
-        if (kind == Momentum::running) {
+        if (use == Use::update) {
             SGDCORE_UNROLL
             for (int i = 0; i < turn; ++i) b_stored[i].load(momentum + at[i] * item_of<MomentumStorage>);
         } else {
@@ -261,20 +267,23 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
             for (int i = 0; i < turn; ++i) b_stored[i] = {};
         }
 
-        C p[turn * lanes], g[turn * lanes], b[turn * lanes];
+        C p[turn * lanes], g[turn * lanes], b[turn * lanes][1];
         SGDCORE_UNROLL
         for (int i = 0; i < turn * lanes; ++i) {
             p[i] = static_cast<C>(Param::decode(p_stored[i / lanes].word(i % lanes)));
             g[i] = static_cast<C>(Grad::decode(g_stored[i / lanes].word(i % lanes)));
-            b[i] = static_cast<C>(MomentumStorage::decode(b_stored[i / lanes].word(i % lanes)));
+            b[i][0] = static_cast<C>(MomentumStorage::decode(b_stored[i / lanes].word(i % lanes)));
         }
         if (work.scaled) {
             SGDCORE_UNROLL
             for (int i = 0; i < turn * lanes; ++i) g[i] = static_cast<C>(work.factor) * g[i];
         }
-        with_rule(work.variant, coefficients_of<C>(work), [&](const auto& rule) SGDCORE_INLINE_LAMBDA {
+        with_variant<Sgd>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
+            const Sgd::Coefficients<C> coefficients = coefficients_of<C>(work);
             SGDCORE_UNROLL
-            for (int i = 0; i < turn * lanes; ++i) rule(p[i], g[i], b[i]);
+            for (int i = 0; i < turn * lanes; ++i) {
+                Sgd::update<C, Sgd::variants[decltype(variant)::value]>(coefficients, p[i], g[i], b[i]);
+            }
         });
 
         SGDCORE_UNROLL
@@ -285,10 +294,10 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
                 p_stored[i].set_word(lane, Param::encode(p[i * lanes + lane]));
             }
             p_stored[i].store(param + at[i] * item_of<Param>);
-            if (kind != Momentum::none) {
+            if (use != Use::none) {
                 SGDCORE_UNROLL
                 for (int lane = 0; lane < lanes; ++lane) {
-                    b_stored[i].set_word(lane, MomentumStorage::encode(b[i * lanes + lane]));
+                    b_stored[i].set_word(lane, MomentumStorage::encode(b[i * lanes + lane][0]));
                 }
                 b_stored[i].store(momentum + at[i] * item_of<MomentumStorage>);
             }
@@ -338,7 +347,9 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     if (tensor.momentum != nullptr) {
         work.momentum += start * static_cast<std::int64_t>(item_size(tensor.momentum_dtype));
     }
-    work.variant = sgd_variant(hyper, first).index();
+    work.variant = Sgd::variant(hyper, first);
+    with_variant<Sgd>(work.variant,
+                      [&](auto index) { work.momentum_use = Sgd::use(Sgd::variants[decltype(index)::value], 0); });
     work.path = tensor.path;
     work.grad_in_vectors = tensor.grad_in_vectors;
     work.zero_grad = launch.zero_grad;
@@ -352,8 +363,8 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
                       ? launch.grad_factor
                       : static_cast<double>(static_cast<float>(1 / static_cast<double>(*launch.grad_scale)));
     work.scaled = work.factor != 1;
-    work.in_float = SgdCoefficients<float>(hyper);
-    work.in_double = SgdCoefficients<double>(hyper);
+    work.in_float = Sgd::Coefficients<float>(hyper);
+    work.in_double = Sgd::Coefficients<double>(hyper);
 }
 
 SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_in_vectors(const Work& work, int thread) {

@@ -16,10 +16,7 @@
 // product in `RT` must not be fused.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-
-#include "../platform.hpp"
+#include "rule.hpp"
 
 namespace sgdcore {
 
@@ -33,78 +30,59 @@ struct SgdHyper {
     bool maximize = false;
 };
 
-/// How the momentum buffer takes part. `first`: it is written, its old content never read.
-enum class Momentum : std::uint8_t { none, first, running };
+struct Sgd {
+    using Hyper = SgdHyper;
+    static constexpr int states = 1;  // the momentum buffer
 
-/// What is decided before the loop, at compile time.
-struct SgdVariant {
-    Momentum momentum = Momentum::none;
-    bool nesterov = false;
-    bool weight_decay = false;
-
-    /// The bound of `index`, for tables. Not every number below it is a variant's: nesterov needs momentum.
-    static constexpr int count = 12;
-    SGDCORE_HOST_DEVICE constexpr int index() const {
-        return static_cast<int>(momentum) * 4 + (nesterov ? 2 : 0) + (weight_decay ? 1 : 0);
+    struct Variant {
+        Use momentum;
+        bool nesterov, weight_decay;
+    };
+    static constexpr Variant variants[] = {
+        {Use::none, false, false},   {Use::none, false, true},  //
+        {Use::write, false, false},  {Use::write, false, true},  {Use::write, true, false},  {Use::write, true, true},
+        {Use::update, false, false}, {Use::update, false, true}, {Use::update, true, false}, {Use::update, true, true},
+    };
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const SgdHyper& hyper, bool first) {
+        const int decayed = hyper.weight_decay != 0 ? 1 : 0;
+        if (hyper.momentum == 0) return decayed;
+        return (first ? 2 : 6) + (hyper.nesterov ? 2 : 0) + decayed;
     }
-    SGDCORE_HOST_DEVICE static constexpr SgdVariant at(int index) {
-        return {static_cast<Momentum>(index / 4), (index & 2) != 0, (index & 1) != 0};
-    }
-};
+    SGDCORE_HOST_DEVICE static constexpr Use use(const Variant& variant, int) { return variant.momentum; }
 
-SGDCORE_HOST_DEVICE inline SgdVariant sgd_variant(const SgdHyper& hyper, bool first) {
-    const bool momentum = hyper.momentum != 0;
-    return {!momentum ? Momentum::none
-            : first   ? Momentum::first
-                      : Momentum::running,
-            momentum && hyper.nesterov, hyper.weight_decay != 0};
-}
+    template <class C>
+    struct Coefficients {
+        C negative_lr, momentum, one_minus_dampening, weight_decay;
+        SignMask<C> flip;  // the sign bit if maximize, else zero: an xor vectorises where a branch would not
 
-template <class C>
-using SignMask = std::conditional_t<sizeof(C) == 8, std::uint64_t, std::uint32_t>;
-template <class C>
-inline constexpr SignMask<C> sign_bit = SignMask<C>{1} << (8 * sizeof(C) - 1);
+        Coefficients() = default;
+        SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit Coefficients(const SgdHyper& hyper)
+            : negative_lr(static_cast<C>(-hyper.lr)),
+              momentum(static_cast<C>(hyper.momentum)),
+              one_minus_dampening(static_cast<C>(1 - hyper.dampening)),
+              weight_decay(static_cast<C>(hyper.weight_decay)),
+              flip(hyper.maximize ? sign_bit<C> : 0) {}
 
-/// The coefficients in the compute type.
-template <class C>
-struct SgdCoefficients {
-    C negative_lr, momentum, one_minus_dampening, weight_decay;
-    SignMask<C> flip;  // the sign bit if maximize, else zero: an xor vectorises where a branch would not
-
-    SgdCoefficients() = default;
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdCoefficients(const SgdHyper& hyper)
-        : negative_lr(static_cast<C>(-hyper.lr)),
-          momentum(static_cast<C>(hyper.momentum)),
-          one_minus_dampening(static_cast<C>(1 - hyper.dampening)),
-          weight_decay(static_cast<C>(hyper.weight_decay)),
-          flip(hyper.maximize ? sign_bit<C> : 0) {}
-};
-
-/// The update of one element.
-template <class C, SgdVariant variant>
-struct SgdRule : SgdCoefficients<C> {
-    using Coefficients = SgdCoefficients<C>;
-    using Coefficients::negative_lr, Coefficients::momentum, Coefficients::one_minus_dampening,
-        Coefficients::weight_decay, Coefficients::flip;
-
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdRule(const SgdHyper& hyper) : Coefficients(hyper) {}
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit SgdRule(const Coefficients& coefficients)
-        : Coefficients(coefficients) {}
+        SGDCORE_HOST_DEVICE SGDCORE_INLINE bool has_nan() const {
+            const C sum = negative_lr + momentum + one_minus_dampening + weight_decay;
+            return sum != sum;
+        }
+    };
 
     /// Updates the parameter `p` and the momentum `b` of one element, given its gradient `g`.
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE void operator()(C& p, C g, C& b) const {
-        g = bits_as<C>(bits_as<SignMask<C>>(g) ^ flip);
-        if constexpr (variant.weight_decay) g = fused_multiply_add(weight_decay, p, g);
-        if constexpr (variant.momentum != Momentum::none) {
-            if constexpr (variant.momentum == Momentum::first) {
-                b = g;
-            } else {
-                b = fused_multiply_add(one_minus_dampening, g, momentum * b);
-            }
-            g = variant.nesterov ? fused_multiply_add(momentum, b, g) : b;
+    template <class C, Variant variant>
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE static void update(const Coefficients<C>& k, C& p, C g, C (&state)[states]) {
+        C& b = state[0];
+        g = bits_as<C>(bits_as<SignMask<C>>(g) ^ k.flip);
+        if constexpr (variant.weight_decay) g = fused_multiply_add(k.weight_decay, p, g);
+        if constexpr (variant.momentum == Use::write) b = g;
+        if constexpr (variant.momentum == Use::update) {
+            b = fused_multiply_add(k.one_minus_dampening, g, k.momentum * b);
         }
-        p = fused_multiply_add(negative_lr, g, p);
+        if constexpr (variant.momentum != Use::none) g = variant.nesterov ? fused_multiply_add(k.momentum, b, g) : b;
+        p = fused_multiply_add(k.negative_lr, g, p);
     }
 };
+static_assert(Rule<Sgd>);
 
 }  // namespace sgdcore

@@ -44,15 +44,34 @@ TEST(dispatch, levels_are_those_that_the_compiler_finds) {
 
 TEST(dispatch, tables_are_complete) {
     for (const cpu::InstructionSet& isa : cpu::instruction_sets()) {
-        for (const DTypes& dtypes : all_triples()) {
-            for (int i = 0; i < SgdVariant::count; ++i) {
-                const SgdVariant variant = SgdVariant::at(i);
-                CHECK(variant.index() == i);
-                CHECK(isa.table->find(dtypes.param, dtypes.grad, dtypes.momentum, variant) != nullptr,
-                      std::string(isa.name) + ": " + describe(dtypes));
+        for (const cpu::RuleKernels& rule : isa.table->rules) {
+            for (int direct = 0; direct < cpu::direct_count; ++direct) {
+                for (int variant = 0; variant < rule.variants; ++variant) {
+                    CHECK(rule.find(direct, variant) != nullptr, std::string(isa.name));
+                }
+            }
+        }
+        for (const DType dtype : all_dtypes) {
+            for (const bool wide : {false, true}) {
+                if (dtype == DType::float64 && !wide) continue;  // never converted
+                CHECK(isa.table->decode[static_cast<int>(dtype)][wide] != nullptr, dtype_name(dtype));
+                CHECK(isa.table->encode[static_cast<int>(dtype)][wide] != nullptr, dtype_name(dtype));
             }
         }
     }
+}
+
+TEST(dispatch, combinations_have_their_places) {
+    int found = 0;
+    for (const DTypes& dtypes : all_triples()) {
+        const int place = cpu::direct_index.find({dtypes.param, dtypes.grad, dtypes.momentum});
+        if (place < 0) continue;
+        ++found;
+        const cpu::Storage& storage = cpu::direct_storage[place];
+        CHECK(storage.param == dtypes.param && storage.grad == dtypes.grad && storage.state == dtypes.momentum,
+              describe(dtypes));
+    }
+    CHECK(found == cpu::direct_count);
 }
 
 TEST(dispatch, the_default_is_the_first_supported) {

@@ -1,0 +1,109 @@
+// The way of one block: gather the gradient if it is strided, convert what the kernel does not read as it is stored,
+// scale the gradient, run the kernel, convert back, clear the gradient. A block stays in the L1 cache all the while.
+//
+// Gradient and state are read from memory before anything of the block is written, so arrays may be converted in any
+// order.
+#include "blocks.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "strided.hpp"
+
+namespace sgdcore::cpu {
+namespace {
+
+// Elements that are handled together where nothing is copied.
+constexpr std::int64_t direct_block = 1024;
+
+std::int64_t bytes_of(DType dtype, std::int64_t count) { return count * static_cast<std::int64_t>(item_size(dtype)); }
+
+/// The blocks of one tensor.
+class Blocks {
+  public:
+    Blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const SgdHyper& hyper,
+           const StepOptions& options)
+        : table_(table),
+          choice_(choice),
+          tensor_(tensor),
+          hyper_(hyper),
+          wide_(computes_in_float64(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype, hyper.momentum != 0)),
+          scale_(options.grad_factor) {}
+
+    /// Updates `count` elements from `first` on, with a gradient in the parameter's order at `grad`.
+    void update(Staging& staging, std::int64_t first, std::int64_t count, const std::byte* grad) const {
+        std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, first);
+        std::byte* const state =
+            hyper_.momentum == 0 ? nullptr : tensor_.momentum + bytes_of(tensor_.momentum_dtype, first);
+        if (scale_ != 1 || is_staged(tensor_.grad_dtype)) {
+            decode(tensor_.grad_dtype, grad, count, staging.grad);
+            if (scale_ != 1) table_.scale[wide_](staging.grad, count, scale_);
+            grad = staging.grad;
+        }
+        const bool stages_param = is_staged(tensor_.param_dtype);
+        const bool stages_state = state != nullptr && is_staged(tensor_.momentum_dtype);
+        if (stages_param) decode(tensor_.param_dtype, param, count, staging.param);
+        if (stages_state && !tensor_.first) decode(tensor_.momentum_dtype, state, count, staging.states[0]);
+        std::byte* const states[max_states] = {stages_state ? staging.states[0] : state};
+        choice_.kernel(stages_param ? staging.param : param, grad, states, count, &hyper_);
+        if (stages_state) encode(tensor_.momentum_dtype, staging.states[0], count, state);
+        if (stages_param) encode(tensor_.param_dtype, staging.param, count, param);
+    }
+
+    std::int64_t size() const {
+        if (choice_.direct && scale_ == 1 && tensor_.grad_axes.empty()) return direct_block;
+        return staging_bytes / (wide_ ? sizeof(double) : sizeof(float));
+    }
+
+  private:
+    /// Whether the kernel works on a copy of an array of this type.
+    bool is_staged(DType dtype) const { return !choice_.direct && dtype != (wide_ ? DType::float64 : DType::float32); }
+    void decode(DType dtype, const std::byte* from, std::int64_t count, std::byte* to) const {
+        table_.decode[static_cast<int>(dtype)][wide_](from, count, to);
+    }
+    void encode(DType dtype, const std::byte* from, std::int64_t count, std::byte* to) const {
+        table_.encode[static_cast<int>(dtype)][wide_](from, count, to);
+    }
+
+    const KernelTable& table_;
+    const Choice& choice_;
+    const TensorRef& tensor_;
+    const SgdHyper& hyper_;
+    bool wide_;  // the compute type is float64
+    double scale_;
+};
+
+}  // namespace
+
+Staging* staging_for(int count) {
+    thread_local std::unique_ptr<Staging[]> kept;
+    thread_local int kept_count = 0;
+    if (kept_count < count) {
+        kept = std::make_unique_for_overwrite<Staging[]>(static_cast<std::size_t>(count));
+        kept_count = count;
+    }
+    return kept.get();
+}
+
+void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const SgdHyper& hyper,
+                   const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end) {
+    const Blocks blocks(table, choice, tensor, hyper, options);
+    const bool strided = !tensor.grad_axes.empty();
+    // An element that others still have to read is cleared by `run`.
+    const bool clear = options.zero_grad && !grad_may_overlap(tensor);
+    StridedGradient reader(tensor, begin), cleaner(tensor, begin);
+    for (std::int64_t first = begin; first < end; first += blocks.size()) {
+        const std::int64_t count = std::min(blocks.size(), end - first);
+        std::byte* const contiguous = tensor.grad + bytes_of(tensor.grad_dtype, first);
+        if (strided) reader.gather(staging.gathered, count);
+        blocks.update(staging, first, count, strided ? staging.gathered : contiguous);
+        if (clear && strided) {
+            cleaner.clear(count);
+        } else if (clear) {
+            std::memset(contiguous, 0, static_cast<std::size_t>(bytes_of(tensor.grad_dtype, count)));
+        }
+    }
+}
+
+}  // namespace sgdcore::cpu

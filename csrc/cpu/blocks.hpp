@@ -1,0 +1,34 @@
+// Updates block by block what no kernel updates as it is.
+#pragma once
+
+#include "../work.hpp"
+#include "kernel.hpp"
+
+namespace sgdcore::cpu {
+
+/// How a tensor is updated.
+struct Choice {
+    Kernel kernel;
+    bool direct;  // the kernel reads and writes the tensor's arrays as they are stored, not blocks of the compute type
+};
+
+constexpr std::int64_t staging_bytes = 4096;  // of each array
+
+/// A thread's copies of a block in the compute type; `gathered` is one in the gradient's own. On the heap: OpenMP's
+/// threads may have stacks of 16 KiB (OMP_STACKSIZE).
+struct Staging {
+    alignas(cache_line) std::byte gathered[staging_bytes];
+    alignas(cache_line) std::byte param[staging_bytes];
+    alignas(cache_line) std::byte grad[staging_bytes];
+    alignas(cache_line) std::byte states[max_states][staging_bytes];
+};
+
+/// Memory for `count` threads of a step that the calling thread takes. The calling thread keeps it for its next steps.
+Staging* staging_for(int count);
+
+/// Updates the elements [begin, end) of a tensor whose gradient is strided, to be scaled or to be cleared, or whose
+/// storage types no kernel has.
+void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const SgdHyper& hyper,
+                   const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end);
+
+}  // namespace sgdcore::cpu
