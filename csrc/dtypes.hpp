@@ -1,6 +1,6 @@
 // Storage types: how an element is read from memory into the type the rule computes in, and written back.
 //
-// Invariants. Reading is exact, except float64 read into float32, which never happens (see computes_in_float64).
+// Invariants. Reading is exact, except float64 read into float32, which never happens (see ComputeType).
 // Writing rounds once, to nearest, ties to even; to 16 bits also where the thread rounds otherwise. Memory is only
 // touched through `Unaligned`, so a pointer may have any alignment. All conversions are written without branches and
 // without arithmetic on subnormal numbers: loops over them vectorise, and a process that runs with flush-to-zero set
@@ -35,11 +35,6 @@ constexpr const char* dtype_name(DType dtype) {
             return "bfloat16";
     }
     return "?";
-}
-
-/// True if a tensor's arithmetic is float64: one of its operands is stored as float64. Otherwise it is float32.
-SGDCORE_HOST_DEVICE constexpr bool computes_in_float64(DType param, DType grad, DType momentum, bool has_momentum) {
-    return param == DType::float64 || grad == DType::float64 || (has_momentum && momentum == DType::float64);
 }
 
 namespace storage {
@@ -139,10 +134,9 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE float round_to_odd(double value) {
 SGDCORE_HOST_DEVICE SGDCORE_INLINE BFloat16::Word BFloat16::encode(double value) { return encode(round_to_odd(value)); }
 SGDCORE_HOST_DEVICE SGDCORE_INLINE Float16::Word Float16::encode(double value) { return encode(round_to_odd(value)); }
 
-template <class ParamStorage, class GradStorage, class MomentumStorage>
-using ComputeType =
-    std::conditional_t<computes_in_float64(ParamStorage::dtype, GradStorage::dtype, MomentumStorage::dtype, true),
-                       double, float>;
+/// float64 if one of the arrays is stored as float64, else float32.
+template <class... Storage>
+using ComputeType = std::conditional_t<((Storage::dtype == DType::float64) || ...), double, float>;
 
 template <class Storage, class Compute>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE Compute load(const std::byte* base, std::int64_t index) {

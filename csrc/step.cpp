@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cpu/run.hpp"
+#include "rules/all.hpp"
 
 namespace sgdcore {
 namespace {
@@ -23,25 +24,29 @@ bool axes_match(std::span<const Axis> axes, std::int64_t size) {
 
 }  // namespace
 
-void check(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers) {
+void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
     for (const TensorRef& tensor : tensors) {
         if (tensor.hyper >= hypers.size()) throw std::invalid_argument("step: hyperparameter index out of range");
         if (tensor.size < 0) throw std::invalid_argument("step: negative tensor size");
-        if (!known(tensor.param_dtype) || !known(tensor.grad_dtype) || !known(tensor.momentum_dtype)) {
-            throw std::invalid_argument("step: unknown storage type");
+        const Hyper& hyper = hypers[tensor.hyper];
+        bool known_dtypes = known(tensor.param_dtype) && known(tensor.grad_dtype), null_state = false;
+        for (int state = 0; hyper.states >> state != 0; ++state) {
+            if (!hyper.has_state(state)) continue;
+            known_dtypes = known_dtypes && known(tensor.state_dtypes[state]);
+            null_state = null_state || tensor.states[state] == nullptr;
         }
+        if (!known_dtypes) throw std::invalid_argument("step: unknown storage type");
         if (tensor.size > 0 && !tensor.grad_axes.empty() && !axes_match(tensor.grad_axes, tensor.size)) {
             throw std::invalid_argument("step: the gradient's axes do not match the tensor's size");
         }
-        const bool needs_momentum = hypers[tensor.hyper].momentum != 0;
-        if (tensor.size > 0 &&
-            (tensor.param == nullptr || tensor.grad == nullptr || (needs_momentum && tensor.momentum == nullptr))) {
+        if (tensor.size > 0 && (tensor.param == nullptr || tensor.grad == nullptr || null_state)) {
             throw std::invalid_argument("step: null pointer in the work list");
         }
     }
 }
 
-void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
+void step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, const StepOptions& options) {
+    if (options.rule < 0 || options.rule >= Rules::size) throw std::invalid_argument("step: unknown rule");
     check(tensors, hypers);
     cpu::run(tensors, hypers, options);
 }

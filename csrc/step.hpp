@@ -7,15 +7,15 @@
 
 namespace sgdcore {
 
-/// Throws std::invalid_argument if an entry is malformed.
-void check(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers);
+/// Throws std::invalid_argument if an entry is malformed. `hypers` are of the rule that will be used.
+void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers);
 
 /// Updates every tensor of the list with the hyperparameters it names, in one pass over memory.
 ///
-/// The written ranges (parameters, momentum, and gradients if cleared) must not overlap each other or a gradient.
+/// The written ranges (parameters, states, and gradients if cleared) must not overlap each other or a gradient.
 /// Throws std::invalid_argument, before anything is changed, if an entry is malformed.
 /// Allocates nothing, but for scratch memory at a thread's first step with strided gradients or a factor; that is done
 /// before anything is changed. Safe to call from several threads on disjoint memory.
-void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options);
+void step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, const StepOptions& options);
 
 }  // namespace sgdcore

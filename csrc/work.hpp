@@ -9,7 +9,7 @@
 #include <span>
 
 #include "dtypes.hpp"
-#include "rules/sgd.hpp"
+#include "rules/rule.hpp"
 
 namespace sgdcore {
 
@@ -41,30 +41,48 @@ inline bool may_overlap(std::span<const Axis> axes, std::size_t item) {
     return false;
 }
 
-/// One tensor of the work list: where its three arrays are and which hyperparameters apply.
+/// The hyperparameters of one parameter group. `RuleInfo::hyper` makes one.
+struct Hyper {
+    Values values;
+    std::uint32_t states = 0;  // those of the rule's states that take part: bit s is state s
+
+    bool has_state(int state) const { return (states >> state & 1) != 0; }
+};
+
+/// One tensor of the work list: where its arrays are and which hyperparameters apply.
 ///
-/// `param` and `momentum` are `size` contiguous elements in the parameter's memory order. So is `grad`, unless
+/// `param` and the states are `size` contiguous elements in the parameter's memory order. So is `grad`, unless
 /// `grad_axes` is non-empty: then it lists the axes in the parameter's memory order, slowest first, `grad` is the
 /// address of the element with index zero, and the axes' lengths multiply to `size`.
 struct TensorRef {
     std::byte* param = nullptr;
-    std::byte* grad = nullptr;      // only read, unless StepOptions::zero_grad
-    std::byte* momentum = nullptr;  // null where the group has no momentum
+    std::byte* grad = nullptr;           // only read, unless StepOptions::zero_grad
+    std::byte* states[max_states] = {};  // null where a state takes no part
     std::int64_t size = 0;
     std::span<const Axis> grad_axes = {};
-    std::uint32_t hyper = 0;  // index into the step's list of SgdHyper
+    std::uint32_t hyper = 0;  // index into the step's list of Hyper
     std::int32_t device = cpu_device;
     DType param_dtype = DType::float32;
     DType grad_dtype = DType::float32;
-    DType momentum_dtype = DType::float32;
-    bool first = false;  // the momentum buffer holds nothing yet
-    /// On a device: null, or in its memory one byte for each chunk, which is not zero as long as the momentum buffer
-    /// holds nothing there. The step clears it. The host does not know whether a step that `found_inf` decides on
+    DType state_dtypes[max_states] = {DType::float32, DType::float32, DType::float32};
+    bool first = false;  // the states hold nothing yet
+    /// On a device: null, or in its memory one byte for each chunk, which is not zero as long as the states hold
+    /// nothing there. The step clears it. The host does not know whether a step that `found_inf` decides on
     /// happened, so a first one is followed by steps that may still be first.
     std::uint8_t* pending = nullptr;
 };
 
+/// True if the tensor's arithmetic is float64: an array that takes part is stored as float64. Otherwise it is float32.
+inline bool computes_in_float64(const TensorRef& tensor, const Hyper& hyper) {
+    bool wide = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64;
+    for (int state = 0; hyper.states >> state != 0; ++state) {
+        wide = wide || (hyper.has_state(state) && tensor.state_dtypes[state] == DType::float64);
+    }
+    return wide;
+}
+
 struct StepOptions {
+    int rule = 0;            // the rule's number
     bool zero_grad = false;  // clear each gradient right after it was used
     double grad_factor = 1;  // multiplies every gradient, with a rounding to the compute type; undoes a loss's scaling
 };

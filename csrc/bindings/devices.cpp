@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <stdexcept>
@@ -33,19 +34,17 @@ bool needs_numbers_on_host(const TensorRef& tensor, const std::vector<GroupScala
     const auto elsewhere = [&](const DeviceNumber& number) {
         return number.address != nullptr && number.device != tensor.device;
     };
-    return elsewhere(scalars[tensor.hyper].lr) || elsewhere(scalars[tensor.hyper].weight_decay);
+    return std::ranges::any_of(scalars[tensor.hyper].numbers, elsewhere);
 }
 
 std::vector<cuda::DeviceScalars> scalars_of(int device, const std::vector<GroupScalars>& groups) {
     std::vector<cuda::DeviceScalars> scalars(groups.size());
     for (std::size_t i = 0; i < groups.size(); ++i) {
-        if (groups[i].lr.device == device) {
-            scalars[i].lr = groups[i].lr.address;
-            scalars[i].lr_dtype = groups[i].lr.dtype;
-        }
-        if (groups[i].weight_decay.device == device) {
-            scalars[i].weight_decay = groups[i].weight_decay.address;
-            scalars[i].weight_decay_dtype = groups[i].weight_decay.dtype;
+        for (int number = 0; number < max_device_hypers; ++number) {
+            const DeviceNumber& source = groups[i].numbers[number];
+            if (source.device != device) continue;
+            scalars[i].addresses[number] = source.address;
+            scalars[i].dtypes[number] = source.dtype;
         }
     }
     return scalars;
@@ -108,16 +107,16 @@ cuda::Stepper& DeviceSteps::stepper(int device) {
 }
 
 void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& param_groups,
-                       const std::vector<SgdHyper>& hypers, const std::vector<GroupScalars>& scalars,
-                       StepOptions options, const DeviceInterface& interface) {
+                       const std::vector<Hyper>& hypers, const std::vector<GroupScalars>& scalars, StepOptions options,
+                       const DeviceInterface& interface) {
     std::map<int, Part> parts;
     bool on_host = false;
     for (const TensorRef& tensor : tensors) {
         parts[tensor.device].tensors.push_back(tensor);
         on_host = on_host || needs_numbers_on_host(tensor, scalars);
     }
-    std::vector<SgdHyper> host_hypers = hypers;
-    if (on_host) read_hypers(param_groups, host_hypers, nullptr);  // waits for them
+    std::vector<Hyper> host_hypers = hypers;
+    if (on_host) read_hypers(options.rule, param_groups, host_hypers, nullptr);  // waits for them
     bool cpu_left_out = false;
     for (auto& [device, part] : parts) {
         if (device == cpu_device) {

@@ -49,7 +49,7 @@ class DeviceSteps {
     ///
     /// `scalars` are the groups' numbers on devices. Nothing waits for a device, unless tensors that are not on it need
     /// a number that is.
-    void step(const std::vector<TensorRef>& tensors, const py::list& param_groups, const std::vector<SgdHyper>& hypers,
+    void step(const std::vector<TensorRef>& tensors, const py::list& param_groups, const std::vector<Hyper>& hypers,
               const std::vector<GroupScalars>& scalars, StepOptions options, const DeviceInterface& interface);
 
   private:

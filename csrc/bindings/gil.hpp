@@ -87,7 +87,7 @@ constexpr bool releases_gil(std::int64_t elements) { return elements >= 16 * 102
 /// One step over tensors on the CPU, of so many elements together. Always inlined, which a step over few elements
 /// notices.
 SGDCORE_INLINE void step_on_cpu(std::span<const TensorRef> tensors, std::int64_t elements,
-                                std::span<const SgdHyper> hypers, const StepOptions& options) {
+                                std::span<const Hyper> hypers, const StepOptions& options) {
     if (!releases_gil(elements)) return step(tensors, hypers, options);
     const GilRelease release;
     step(tensors, hypers, options);

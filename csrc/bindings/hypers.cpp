@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "../engine/catalog.hpp"
 #include "arrays.hpp"
 #include "gil.hpp"
 #include "text.hpp"
@@ -83,6 +84,22 @@ bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
     return truth != 0;
 }
 
+struct HyperKeys {
+    PyObject* of[Rules::size][max_hypers] = {};
+    HyperKeys() {
+        for (std::size_t rule = 0; rule < Rules::size; ++rule) {
+            int hyper = 0;
+            for (const HyperSpec& spec : rules()[rule].hypers) of[rule][hyper++] = PyUnicode_InternFromString(spec.key);
+        }
+    }
+};
+
+/// The keys of a rule's hyperparameters, interned once.
+PyObject* const* keys_of(int rule) {
+    static const HyperKeys keys;
+    return keys.of[rule];
+}
+
 }  // namespace
 
 PyObject* group_at(const py::list& param_groups, std::size_t index) {
@@ -94,10 +111,8 @@ PyObject* group_at(const py::list& param_groups, std::size_t index) {
     return group;
 }
 
-const Keys& keys() {
-    const auto intern = [](const char* text) { return PyUnicode_InternFromString(text); };
-    static const Keys interned{intern("params"),       intern("lr"),       intern("momentum"), intern("dampening"),
-                               intern("weight_decay"), intern("nesterov"), intern("maximize")};
+PyObject* params_key() {
+    static PyObject* const interned = PyUnicode_InternFromString("params");
     return interned;
 }
 
@@ -111,23 +126,30 @@ PyObject* group_item(PyObject* group, PyObject* key, std::size_t index) {
     return value;
 }
 
-void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>* on_device) {
-    const Keys& key = keys();
+void read_hypers(int rule, const py::list& param_groups, std::vector<Hyper>& hypers,
+                 std::vector<GroupScalars>* on_device) {
+    const RuleInfo& info = rules()[static_cast<std::size_t>(rule)];
+    PyObject* const* const keys = keys_of(rule);
     hypers.clear();
     if (on_device != nullptr) on_device->clear();
     for (std::size_t i = 0; i < param_groups.size(); ++i) {
         // Held, since a conversion may run code that changes the list.
         const auto held = py::reinterpret_borrow<py::object>(group_at(param_groups, i));
         PyObject* const group = held.ptr();
+        Values values;
         GroupScalars scalars;
-        hypers.push_back({.lr = number_of(group, key.lr, i, on_device == nullptr ? nullptr : &scalars.lr),
-                          .momentum = number_of(group, key.momentum, i),
-                          .dampening = number_of(group, key.dampening, i),
-                          .weight_decay = number_of(group, key.weight_decay, i,
-                                                    on_device == nullptr ? nullptr : &scalars.weight_decay),
-                          .nesterov = flag_of(group, key.nesterov, i),
-                          .maximize = flag_of(group, key.maximize, i)});
-        if (scalars.lr.address == nullptr && scalars.weight_decay.address == nullptr) continue;
+        DeviceNumber* next = scalars.numbers;
+        bool found_on_device = false;
+        int hyper = 0;
+        for (const HyperSpec& spec : info.hypers) {
+            PyObject* const key = keys[hyper];
+            DeviceNumber* const place = spec.on_device ? next++ : nullptr;
+            values[hyper++] = spec.kind == HyperSpec::flag ? flag_of(group, key, i)
+                                                           : number_of(group, key, i, on_device ? place : nullptr);
+            found_on_device |= place != nullptr && place->address != nullptr;
+        }
+        hypers.push_back(info.hyper(values));
+        if (!found_on_device) continue;
         on_device->resize(i + 1);
         on_device->back() = scalars;
     }

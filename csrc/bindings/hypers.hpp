@@ -7,17 +7,14 @@
 #include <vector>
 
 #include "../dtypes.hpp"
-#include "../rules/sgd.hpp"
+#include "../work.hpp"
 
 namespace sgdcore::bindings {
 
 namespace py = pybind11;
 
-/// The keys of a parameter group, interned once.
-struct Keys {
-    PyObject *params, *lr, *momentum, *dampening, *weight_decay, *nesterov, *maximize;
-};
-const Keys& keys();
+/// The key "params" of a parameter group, interned.
+PyObject* params_key();
 
 /// param_groups[index], borrowed. Raises TypeError if it is no dict.
 PyObject* group_at(const py::list& param_groups, std::size_t index);
@@ -32,16 +29,17 @@ struct DeviceNumber {
     int device = -1;
 };
 
-/// Those hyperparameters of a group that a device can read by itself.
+/// A group's numbers on devices: the i-th is that of the i-th hyperparameter that the rule lets a device read.
 struct GroupScalars {
-    DeviceNumber lr, weight_decay;
+    DeviceNumber numbers[max_device_hypers];
 };
 
-/// Makes `hypers` the hyperparameters of the groups, in order. A number may be a float, whatever converts to one, or an
-/// array of one element. Raises TypeError or KeyError naming group and key.
+/// Makes `hypers` the hyperparameters of the groups, in order, as the rule declares them. A number may be a float,
+/// whatever converts to one, or an array of one element. Raises TypeError or KeyError naming group and key.
 ///
 /// Numbers on devices are waited for if `on_device` is null. Else they stay there, NaN standing for them, and it lists
 /// them: empty if there are none, else one entry per group.
-void read_hypers(const py::list& param_groups, std::vector<SgdHyper>& hypers, std::vector<GroupScalars>* on_device);
+void read_hypers(int rule, const py::list& param_groups, std::vector<Hyper>& hypers,
+                 std::vector<GroupScalars>* on_device);
 
 }  // namespace sgdcore::bindings

@@ -14,18 +14,29 @@
 namespace sgdcore::bindings {
 namespace {
 
-/// True if `next` continues `tensor` in all three arrays, so that both are one run of memory with one rule.
+std::byte* end_of(const TensorRef& tensor, std::byte* base, DType dtype) {
+    return base + tensor.size * static_cast<std::int64_t>(item_size(dtype));
+}
+
+bool continue_states(const TensorRef& tensor, const TensorRef& next) {
+    for (int state = 0; state < max_states; ++state) {
+        const DType dtype = tensor.state_dtypes[state];
+        if (tensor.states[state] == nullptr && next.states[state] == nullptr) continue;
+        if (tensor.states[state] == nullptr || dtype != next.state_dtypes[state] ||
+            end_of(tensor, tensor.states[state], dtype) != next.states[state]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/// True if `next` continues `tensor` in all arrays, so that both are one run of memory with one rule.
 bool continues(const TensorRef& tensor, const TensorRef& next) {
-    const auto ends_at = [&](const std::byte* base, DType dtype) {
-        return base + tensor.size * static_cast<std::int64_t>(item_size(dtype));
-    };
-    return ends_at(tensor.param, tensor.param_dtype) == next.param &&
-           ends_at(tensor.grad, tensor.grad_dtype) == next.grad && tensor.grad_axes.empty() && next.grad_axes.empty() &&
-           tensor.hyper == next.hyper && tensor.device == next.device && tensor.first == next.first &&
-           tensor.param_dtype == next.param_dtype && tensor.grad_dtype == next.grad_dtype &&
-           tensor.momentum_dtype == next.momentum_dtype &&
-           (tensor.momentum == nullptr ? next.momentum == nullptr
-                                       : ends_at(tensor.momentum, tensor.momentum_dtype) == next.momentum);
+    return end_of(tensor, tensor.param, tensor.param_dtype) == next.param &&
+           end_of(tensor, tensor.grad, tensor.grad_dtype) == next.grad && tensor.grad_axes.empty() &&
+           next.grad_axes.empty() && tensor.hyper == next.hyper && tensor.device == next.device &&
+           tensor.first == next.first && tensor.param_dtype == next.param_dtype &&
+           tensor.grad_dtype == next.grad_dtype && continue_states(tensor, next);
 }
 
 /// The part of the work list that arrays tell.
@@ -38,7 +49,6 @@ TensorRef tensor_of(const ArrayRef& data, const ArrayRef& grad, std::span<const 
     tensor.device = data.device;
     tensor.param_dtype = data.dtype;
     tensor.grad_dtype = grad.dtype;
-    tensor.momentum_dtype = data.dtype;
     return tensor;
 }
 
@@ -98,7 +108,7 @@ bool Plan::matches(const py::list& param_groups) const {
     if (param_groups.size() != group_params_.size()) return false;
     std::size_t next = 0;
     for (std::size_t group = 0; group < group_params_.size(); ++group) {
-        PyObject* params = group_item(group_at(param_groups, group), keys().params, group);
+        PyObject* params = group_item(group_at(param_groups, group), params_key(), group);
         if (params != group_params_[group].ptr()) return false;
         const auto count = static_cast<std::size_t>(PyList_GET_SIZE(params));
         if (count > entries_.size() - next) return false;
@@ -162,14 +172,14 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
-    read_hypers(param_groups, hypers_, &scalars_);
+    read_hypers(rule_, param_groups, hypers_, &scalars_);
     const bool given = !grads.is_none();
     if (given) read_given(grads);
     const Listed listed = list_tensors(given);
     if (!missing_.empty()) return false;
     if (!given && tensors_.empty()) require_reachable_grads();
     check_memory(listed, given, zero_grad);
-    update(param_groups, listed, {.zero_grad = zero_grad});
+    update(param_groups, listed, {.rule = rule_, .zero_grad = zero_grad});
     note_first_steps();
     return true;
 }
@@ -191,11 +201,11 @@ Plan::Listed Plan::list_tensors(bool given) {
         listed.new_grads |= entry.grad_version != parameter.grad_version;
         TensorRef tensor = tensor_of(parameter.data(), grad, given ? given_[i].axes : parameter.grad_axes());
         tensor.hyper = entry.group;
-        if (hypers_[entry.group].momentum != 0) {
+        if (hypers_[entry.group].has_state(0)) {
             const ArrayRef& momentum = entry.slot->momentum();
             if (momentum.empty()) missing_.push_back(i);
-            tensor.momentum = momentum.data;
-            tensor.momentum_dtype = momentum.dtype;
+            tensor.states[0] = momentum.data;
+            tensor.state_dtypes[0] = momentum.dtype;
             tensor.first = !entry.slot->initialized;
             if (tensor.first) first_.push_back(i);
         }

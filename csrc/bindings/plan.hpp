@@ -94,12 +94,13 @@ class Plan {
     std::string describe(const Range& range) const;
     std::string label(std::size_t entry) const;
 
+    const int rule_ = 0;
     std::vector<py::object> group_params_;  // each group's list of parameters
     std::vector<Entry> entries_;
     std::vector<std::size_t> missing_;
 
     // Refilled by every run; their capacity is kept, so that a step does not allocate.
-    std::vector<SgdHyper> hypers_;
+    std::vector<Hyper> hypers_;
     std::vector<GroupScalars> scalars_;
     std::vector<TensorRef> tensors_;
     std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient

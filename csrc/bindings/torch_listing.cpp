@@ -79,7 +79,7 @@ bool TorchListing::matches(std::size_t index, const TorchViews& views) const {
         return false;
     }
     const bool read = views.has_momentum && views.momentum_is_read;
-    if (read && (views.momentum.dtype != tensor.momentum_dtype || views.momentum.dimensions != found.dimensions)) {
+    if (read && (views.momentum.dtype != tensor.state_dtypes[0] || views.momentum.dimensions != found.dimensions)) {
         return false;
     }
     const TorchView& m = read ? views.momentum : p;
@@ -105,8 +105,8 @@ TorchListing::Answer TorchListing::update(std::size_t index, const TorchViews& v
         tensor.param = p.data;
         moved_writes_ = true;
     }
-    if (views.has_momentum && views.momentum_is_read && m.data != tensor.momentum) {
-        tensor.momentum = m.data;
+    if (views.has_momentum && views.momentum_is_read && m.data != tensor.states[0]) {
+        tensor.states[0] = m.data;
         moved_writes_ = true;
     }
     if (g.data != tensor.grad) {
@@ -122,11 +122,10 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
     const TorchView &p = views.param, &g = views.grad, &m = views.momentum;
     if (!same_shape(p, g) || p.device != g.device) return Answer::refused;
     TensorRef tensor;
-    tensor.momentum_dtype = p.dtype;
     if (views.has_momentum) {
         if (!same_shape(p, m) || !same_strides(p, m) || p.device != m.device) return Answer::refused;
-        tensor.momentum = m.data;
-        tensor.momentum_dtype = m.dtype;
+        tensor.states[0] = m.data;
+        tensor.state_dtypes[0] = m.dtype;
     }
     tensor.param = p.data;
     tensor.param_dtype = p.dtype;
@@ -176,7 +175,7 @@ void TorchListing::prefetch() const {
         __builtin_prefetch(bytes);
         __builtin_prefetch(bytes + cache_line);
     }
-    for (const std::byte* data : {tensor.param, tensor.grad, tensor.momentum}) __builtin_prefetch(data);
+    for (const std::byte* data : {tensor.param, tensor.grad, tensor.states[0]}) __builtin_prefetch(data);
 }
 
 void TorchListing::truncate(std::size_t count) {
@@ -227,7 +226,7 @@ bool TorchListing::writes_are_disjoint() {
         const TensorRef& tensor = tensors_[i];
         if (tensor.size == 0) continue;
         add(tensor.param, tensor.size, tensor.param_dtype);
-        if (found_[i].has_momentum) add(tensor.momentum, tensor.size, tensor.momentum_dtype);
+        if (found_[i].has_momentum) add(tensor.states[0], tensor.size, tensor.state_dtypes[0]);
     }
     sort_by_address(writes_);
     return find_overlap(writes_) == writes_.end();

@@ -122,7 +122,7 @@ bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero
     const Lease lease(*this);
     Memory& memory = *lease;
     const bool complete = std::exchange(memory.complete, false);
-    read_hypers(param_groups, memory.hypers, &memory.scalars);
+    read_hypers(rule_, param_groups, memory.hypers, &memory.scalars);
     if (!PyDict_Check(state.ptr())) return false;
     memory.listing.start();
     // A step that was left to Python may have given parameters other momentum buffers.
@@ -134,7 +134,8 @@ bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero
     if (!listed || !memory.listing.finish(zero_grad)) return false;
     memory.complete = true;
 
-    update(memory, param_groups, {.zero_grad = zero_grad, .grad_factor = grad_factor}, scaling, pending_of(memory));
+    update(memory, param_groups, {.rule = rule_, .zero_grad = zero_grad, .grad_factor = grad_factor}, scaling,
+           pending_of(memory));
     increment_versions(memory.held, state_exposed, zero_grad);
     return true;
 }
@@ -164,9 +165,9 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
             differentiable != nullptr && differentiable != Py_False) {
             return false;
         }
-        const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), keys().params, index));
+        const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), params_key(), index));
         if (!PyList_Check(params.ptr())) return false;
-        pass.views.has_momentum = pass.memory.hypers[index].momentum != 0;
+        pass.views.has_momentum = pass.memory.hypers[index].has_state(0);
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++pass.position) {
             PyObject* const parameter = PyList_GET_ITEM(params.ptr(), i);
             if (!list_parameter(pass, parameter, static_cast<std::uint32_t>(index))) return false;
@@ -280,7 +281,7 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     const py::list param_groups = list_of(groups);
     Memory memory;
     std::vector<std::uint8_t*> pending;
-    read_hypers(param_groups, memory.hypers, &memory.scalars);
+    read_hypers(rule_, param_groups, memory.hypers, &memory.scalars);
     std::vector<std::int64_t> layouts[3];
     memory.listing.start();
     std::size_t position = 0;
@@ -298,7 +299,7 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
         }
     }
     if (!memory.listing.finish(false)) return false;
-    if (!dry_run) update(memory, param_groups, {.grad_factor = grad_factor}, scaling, pending);
+    if (!dry_run) update(memory, param_groups, {.rule = rule_, .grad_factor = grad_factor}, scaling, pending);
     return true;
 }
 

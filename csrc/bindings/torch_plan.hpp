@@ -72,7 +72,7 @@ class TorchPlan {
     /// thread or from code that this one calls, finds none and makes its own.
     struct Memory {
         std::vector<Entry> entries;
-        std::vector<SgdHyper> hypers;
+        std::vector<Hyper> hypers;
         std::vector<GroupScalars> scalars;
         TorchListing listing;
         References held;        // those of a step, which releases them at its end
@@ -98,6 +98,7 @@ class TorchPlan {
     /// The flags of each tensor in the listing; empty if there are none at all.
     std::vector<std::uint8_t*> pending_of(const Memory& memory) const;
 
+    const int rule_ = 0;
     TorchReader reader_;
     DeviceSteps device_steps_;
     std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending_;  // by momentum buffer

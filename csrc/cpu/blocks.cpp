@@ -22,55 +22,62 @@ std::int64_t bytes_of(DType dtype, std::int64_t count) { return count * static_c
 /// The blocks of one tensor.
 class Blocks {
   public:
-    Blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const SgdHyper& hyper,
+    Blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
            const StepOptions& options)
-        : table_(table),
-          choice_(choice),
-          tensor_(tensor),
-          hyper_(hyper),
-          wide_(computes_in_float64(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype, hyper.momentum != 0)),
-          scale_(options.grad_factor) {}
+        : table_(table), choice_(choice), tensor_(tensor), values_(values), scale_(options.grad_factor) {}
 
     /// Updates `count` elements from `first` on, with a gradient in the parameter's order at `grad`.
     void update(Staging& staging, std::int64_t first, std::int64_t count, const std::byte* grad) const {
         std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, first);
-        std::byte* const state =
-            hyper_.momentum == 0 ? nullptr : tensor_.momentum + bytes_of(tensor_.momentum_dtype, first);
         if (scale_ != 1 || is_staged(tensor_.grad_dtype)) {
             decode(tensor_.grad_dtype, grad, count, staging.grad);
-            if (scale_ != 1) table_.scale[wide_](staging.grad, count, scale_);
+            if (scale_ != 1) table_.scale[choice_.wide](staging.grad, count, scale_);
             grad = staging.grad;
         }
         const bool stages_param = is_staged(tensor_.param_dtype);
-        const bool stages_state = state != nullptr && is_staged(tensor_.momentum_dtype);
         if (stages_param) decode(tensor_.param_dtype, param, count, staging.param);
-        if (stages_state && !tensor_.first) decode(tensor_.momentum_dtype, state, count, staging.states[0]);
-        std::byte* const states[max_states] = {stages_state ? staging.states[0] : state};
-        choice_.kernel(stages_param ? staging.param : param, grad, states, count, &hyper_);
-        if (stages_state) encode(tensor_.momentum_dtype, staging.states[0], count, state);
+        std::byte* states[max_states] = {};
+        for (int state = 0; state < max_states; ++state) {
+            if (choice_.uses[state] == Use::none) continue;
+            const DType dtype = tensor_.state_dtypes[state];
+            states[state] = stored(state, first);
+            if (!is_staged(dtype)) continue;
+            if (choice_.uses[state] == Use::update) decode(dtype, states[state], count, staging.states[state]);
+            states[state] = staging.states[state];
+        }
+        choice_.kernel(stages_param ? staging.param : param, grad, states, count, values_);
+        for (int state = 0; state < max_states; ++state) {
+            if (states[state] != staging.states[state]) continue;
+            encode(tensor_.state_dtypes[state], states[state], count, stored(state, first));
+        }
         if (stages_param) encode(tensor_.param_dtype, staging.param, count, param);
     }
 
     std::int64_t size() const {
         if (choice_.direct && scale_ == 1 && tensor_.grad_axes.empty()) return direct_block;
-        return staging_bytes / (wide_ ? sizeof(double) : sizeof(float));
+        return staging_bytes / (choice_.wide ? sizeof(double) : sizeof(float));
     }
 
   private:
     /// Whether the kernel works on a copy of an array of this type.
-    bool is_staged(DType dtype) const { return !choice_.direct && dtype != (wide_ ? DType::float64 : DType::float32); }
+    bool is_staged(DType dtype) const {
+        return !choice_.direct && dtype != (choice_.wide ? DType::float64 : DType::float32);
+    }
+    /// Where a state's elements are from `first` on.
+    std::byte* stored(int state, std::int64_t first) const {
+        return tensor_.states[state] + bytes_of(tensor_.state_dtypes[state], first);
+    }
     void decode(DType dtype, const std::byte* from, std::int64_t count, std::byte* to) const {
-        table_.decode[static_cast<int>(dtype)][wide_](from, count, to);
+        table_.decode[static_cast<int>(dtype)][choice_.wide](from, count, to);
     }
     void encode(DType dtype, const std::byte* from, std::int64_t count, std::byte* to) const {
-        table_.encode[static_cast<int>(dtype)][wide_](from, count, to);
+        table_.encode[static_cast<int>(dtype)][choice_.wide](from, count, to);
     }
 
     const KernelTable& table_;
     const Choice& choice_;
     const TensorRef& tensor_;
-    const SgdHyper& hyper_;
-    bool wide_;  // the compute type is float64
+    const Values& values_;
     double scale_;
 };
 
@@ -86,9 +93,9 @@ Staging* staging_for(int count) {
     return kept.get();
 }
 
-void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const SgdHyper& hyper,
+void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
                    const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end) {
-    const Blocks blocks(table, choice, tensor, hyper, options);
+    const Blocks blocks(table, choice, tensor, values, options);
     const bool strided = !tensor.grad_axes.empty();
     // An element that others still have to read is cleared by `run`.
     const bool clear = options.zero_grad && !grad_may_overlap(tensor);

@@ -10,6 +10,8 @@ namespace sgdcore::cpu {
 struct Choice {
     Kernel kernel;
     bool direct;  // the kernel reads and writes the tensor's arrays as they are stored, not blocks of the compute type
+    bool wide;    // the compute type is float64
+    const Use* uses;  // what the kernel does with each of the `max_states` states
 };
 
 constexpr std::int64_t staging_bytes = 4096;  // of each array
@@ -28,7 +30,7 @@ Staging* staging_for(int count);
 
 /// Updates the elements [begin, end) of a tensor whose gradient is strided, to be scaled or to be cleared, or whose
 /// storage types no kernel has.
-void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const SgdHyper& hyper,
+void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
                    const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end);
 
 }  // namespace sgdcore::cpu

@@ -6,7 +6,6 @@
 #include "kernel.hpp"
 
 #include <bit>
-#include <iterator>
 #include <type_traits>
 #include <utility>
 
@@ -53,8 +52,7 @@ template <class R, typename R::Variant variant, class ParamStorage, class GradSt
 struct Loops {
     using C = storage::ComputeType<ParamStorage, GradStorage, StateStorage>;
     using Coefficients = typename R::template Coefficients<C>;
-    // A rule without states has one that nobody uses: an array needs an element.
-    static constexpr int states = R::states > 0 ? R::states : 1;
+    static constexpr int states = state_count<R>;
     static constexpr bool reads(int state) { return R::use(variant, state) == Use::update; }
     static constexpr bool writes(int state) { return R::use(variant, state) != Use::none; }
 
@@ -88,7 +86,7 @@ struct Loops {
             for (std::int64_t i = 0; i < size / 2; ++i) {
                 const std::uint32_t p = params[i].value, g = grads[i].value;
                 float p_low = low(p), p_high = high(p), low_states[states] = {}, high_states[states] = {};
-                for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                for_each_state<states>([&](auto state) SGDCORE_INLINE_LAMBDA {
                     if constexpr (reads(state)) {
                         const std::uint32_t word = state_words[state][i].value;
                         low_states[state] = low(word);
@@ -97,7 +95,7 @@ struct Loops {
                 });
                 R::template update<float, variant>(known, p_low, low(g), low_states);
                 R::template update<float, variant>(known, p_high, high(g), high_states);
-                for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+                for_each_state<states>([&](auto state) SGDCORE_INLINE_LAMBDA {
                     if constexpr (writes(state)) {
                         state_words[state][i].value = join(low_states[state], high_states[state]);
                     }
@@ -125,7 +123,7 @@ struct Loops {
             float p[lanes], g[lanes], s[states][lanes] = {};
             load_lanes<ParamStorage>(param, i, p);
             load_lanes<GradStorage>(grad, i, g);
-            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+            for_each_state<states>([&](auto state) SGDCORE_INLINE_LAMBDA {
                 if constexpr (reads(state)) load_lanes<StateStorage>(state_bytes[state], i, s[state]);
             });
             for (std::int64_t lane = 0; lane < lanes; ++lane) {
@@ -134,7 +132,7 @@ struct Loops {
                 R::template update<float, variant>(coefficients, p[lane], g[lane], element);
                 for (int state = 0; state < states; ++state) s[state][lane] = element[state];
             }
-            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+            for_each_state<states>([&](auto state) SGDCORE_INLINE_LAMBDA {
                 if constexpr (writes(state)) store_lanes<StateStorage>(state_bytes[state], i, s[state]);
             });
             store_lanes<ParamStorage>(param, i, p);
@@ -155,11 +153,11 @@ struct Loops {
         }
         for (; i < size; ++i) {
             C p = storage::load<ParamStorage, C>(param, i), element[states] = {};
-            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+            for_each_state<states>([&](auto state) SGDCORE_INLINE_LAMBDA {
                 if constexpr (reads(state)) element[state] = storage::load<StateStorage, C>(state_bytes[state], i);
             });
             R::template update<C, variant>(coefficients, p, storage::load<GradStorage, C>(grad, i), element);
-            for_each_state<R::states>([&](auto state) SGDCORE_INLINE_LAMBDA {
+            for_each_state<states>([&](auto state) SGDCORE_INLINE_LAMBDA {
                 if constexpr (writes(state)) storage::store<StateStorage>(state_bytes[state], i, element[state]);
             });
             storage::store<ParamStorage>(param, i, p);
@@ -168,20 +166,19 @@ struct Loops {
 #undef SGDCORE_ARRAYS
 
     static SGDCORE_INLINE void run(std::byte* param, const std::byte* grad, std::byte* const* state_pointers,
-                                   std::int64_t size, const void* hyper) {
+                                   std::int64_t size, const Values& values) {
         const auto pointer = [&](int state) {
-            return state < R::states && writes(state) ? state_pointers[state] : nullptr;
+            return state < states && writes(state) ? state_pointers[state] : nullptr;
         };
-        update(Coefficients(*static_cast<const typename R::Hyper*>(hyper)), param, grad, pointer(0), pointer(1),
-               pointer(2), size);
+        update(Coefficients(values), param, grad, pointer(0), pointer(1), pointer(2), size);
     }
     static void narrow(std::byte* param, const std::byte* grad, std::byte* const* state_pointers, std::int64_t size,
-                       const void* hyper) {
-        run(param, grad, state_pointers, size, hyper);
+                       const Values& values) {
+        run(param, grad, state_pointers, size, values);
     }
     SGDCORE_WIDE_VECTORS static void wide(std::byte* param, const std::byte* grad, std::byte* const* state_pointers,
-                                          std::int64_t size, const void* hyper) {
-        run(param, grad, state_pointers, size, hyper);
+                                          std::int64_t size, const Values& values) {
+        run(param, grad, state_pointers, size, values);
     }
 };
 
@@ -189,8 +186,8 @@ struct Loops {
 /// worth them: a bfloat16 step over 64M elements on one thread of a Zen 4 machine took 13.3 ms with them, 14.7 without.
 template <class R, int index>
 constexpr Kernel kernel_at() {
-    constexpr Storage types = direct_storage[index / std::size(R::variants)];
-    using Kernels = Loops<R, R::variants[index % std::size(R::variants)], StorageOf<types.param>, StorageOf<types.grad>,
+    constexpr Storage types = direct_storage[index / variant_count<R>];
+    using Kernels = Loops<R, R::variants[index % variant_count<R>], StorageOf<types.param>, StorageOf<types.grad>,
                           StorageOf<types.state>>;
     constexpr bool converts = item_size(types.param) == 2 || item_size(types.grad) == 2 || item_size(types.state) == 2;
     return converts ? Kernels::wide : Kernels::narrow;
@@ -198,7 +195,7 @@ constexpr Kernel kernel_at() {
 
 template <class R>
 struct KernelsOf {
-    static constexpr int size = direct_count * static_cast<int>(std::size(R::variants));
+    static constexpr int size = direct_count * variant_count<R>;
     Kernel entries[size];
 };
 
@@ -275,7 +272,7 @@ template <class... R>
 constexpr KernelTable make_table(RuleList<R...>) {
     using namespace storage;
     return {
-        {RuleKernels{kernels_of<R>.entries, static_cast<int>(std::size(R::variants))}...},
+        {RuleKernels{kernels_of<R>.entries, variant_count<R>}...},
         {{nullptr, decode<Float64, double>},
          {decode<Float32, float>, decode<Float32, double>},
          {decode<Float16, float>, decode<Float16, double>},

@@ -17,9 +17,9 @@
 namespace sgdcore::cpu {
 
 /// Updates `size` elements. Any alignment; the arrays must not overlap. A state that the variant leaves alone is not
-/// touched, one that it only writes is not read; `grad` is not written. `hyper` is the rule's.
+/// touched, one that it only writes is not read; `grad` is not written.
 using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* const* states, std::int64_t size,
-                        const void* hyper);
+                        const Values& values);
 
 /// Converts `size` elements of a storage type to the compute type, or back.
 using Conversion = void (*)(const std::byte* from, std::int64_t size, std::byte* to);

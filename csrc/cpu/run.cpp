@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "../rules/all.hpp"
 #include "blocks.hpp"
 #include "dispatch.hpp"
 #include "strided.hpp"
@@ -31,46 +32,76 @@ std::int64_t cut_at(const TensorRef& tensor, std::int64_t position) {
     return lead + (position - lead) / cut_granularity * cut_granularity;
 }
 
-constexpr int rule = 0;  // SGD's number
+/// What each variant of a rule does with each state.
+template <class R>
+struct UsesOf {
+    constexpr UsesOf() {
+        for (int variant = 0; variant < variant_count<R>; ++variant) {
+            for (int state = 0; state < state_count<R>; ++state)
+                of[variant][state] = R::use(R::variants[variant], state);
+        }
+    }
+    Use of[variant_count<R>][max_states] = {};
+};
+template <class R>
+constexpr UsesOf<R> uses_of;
 
 /// The kernel for a tensor as it is stored, or for blocks of its compute type.
-SGDCORE_INLINE Choice choose(const KernelTable& table, const TensorRef& tensor, const SgdHyper& hyper,
+template <class R>
+SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor, const Hyper& hyper,
                              const StepOptions& options) {
-    // Without momentum its type plays no part.
-    const DType state = hyper.momentum == 0 ? tensor.param_dtype : tensor.momentum_dtype;
-    const bool wide = computes_in_float64(tensor.param_dtype, tensor.grad_dtype, state, true);
+    bool wide = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64;
+    // The type of the states that take part. Without any, it plays no part either.
+    DType state_dtype = tensor.param_dtype;
+    bool found = false, alike = true;
+    for (int state = 0; state < state_count<R>; ++state) {
+        if (!hyper.has_state(state)) continue;
+        const DType dtype = tensor.state_dtypes[state];
+        alike = alike && (!found || dtype == state_dtype);
+        wide = wide || dtype == DType::float64;
+        state_dtype = dtype;
+        found = true;
+    }
     // A gradient that is scaled comes to the kernel in the compute type.
     const DType compute = wide ? DType::float64 : DType::float32;
     const DType grad = options.grad_factor == 1 ? tensor.grad_dtype : compute;
-    const int direct = direct_index.find({tensor.param_dtype, grad, state});
+    const int direct = alike ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
     const int blocks = direct_index.find({compute, compute, compute});
-    return {table.rules[rule].find(direct >= 0 ? direct : blocks, Sgd::variant(hyper, tensor.first)), direct >= 0};
-}
-
-/// Updates the elements [begin, end) of one tensor. `staging` is null where the calling thread runs alone.
-SGDCORE_INLINE void update_range(const KernelTable& table, const TensorRef& tensor, const SgdHyper& hyper,
-                                 const StepOptions& options, Staging* staging, std::int64_t begin, std::int64_t end) {
-    const Choice choice = choose(table, tensor, hyper, options);
-    if (!choice.direct || !tensor.grad_axes.empty() || options.grad_factor != 1 || options.zero_grad) {
-        if (staging == nullptr) staging = staging_for(1);
-        return update_blocks(table, choice, tensor, hyper, options, *staging, begin, end);
-    }
-    const auto offset = [&](DType dtype) { return begin * static_cast<std::int64_t>(item_size(dtype)); };
-    std::byte* const states[] = {hyper.momentum == 0 ? nullptr : tensor.momentum + offset(tensor.momentum_dtype)};
-    choice.kernel(tensor.param + offset(tensor.param_dtype), tensor.grad + offset(tensor.grad_dtype), states,
-                  end - begin, &hyper);
+    const int variant = R::variant(hyper.values, tensor.first);
+    return {kernels.find(direct >= 0 ? direct : blocks, variant), direct >= 0, wide, uses_of<R>.of[variant]};
 }
 
 struct Work {
     const KernelTable& kernels;
     std::span<const TensorRef> tensors;
-    std::span<const SgdHyper> hypers;
+    std::span<const Hyper> hypers;
     const StepOptions& options;
     std::int64_t total;
-    Staging* staging;  // one for each thread
+    Staging* staging;  // one for each thread; null until it is needed where there is one tensor and one thread
 };
 
+/// Updates the elements [begin, end) of one tensor.
+template <class R>
+SGDCORE_INLINE void update_range(const Work& work, const TensorRef& tensor, int thread, std::int64_t begin,
+                                 std::int64_t end) {
+    const Hyper& hyper = work.hypers[tensor.hyper];
+    const StepOptions& options = work.options;
+    const Choice choice = choose<R>(work.kernels.rules[options.rule], tensor, hyper, options);
+    if (!choice.direct || !tensor.grad_axes.empty() || options.grad_factor != 1 || options.zero_grad) {
+        Staging& staging = work.staging == nullptr ? *staging_for(1) : work.staging[thread];
+        return update_blocks(work.kernels, choice, tensor, hyper.values, options, staging, begin, end);
+    }
+    const auto offset = [&](DType dtype) { return begin * static_cast<std::int64_t>(item_size(dtype)); };
+    std::byte* states[state_count<R>];
+    for (int state = 0; state < state_count<R>; ++state) {
+        states[state] = hyper.has_state(state) ? tensor.states[state] + offset(tensor.state_dtypes[state]) : nullptr;
+    }
+    choice.kernel(tensor.param + offset(tensor.param_dtype), tensor.grad + offset(tensor.grad_dtype), states,
+                  end - begin, hyper.values);
+}
+
 /// The slice of the work that belongs to `thread` of `count`.
+template <class R>
 void run_slice(void* context, int thread, int count) {
     const Work& work = *static_cast<const Work*>(context);
     // total * thread could overflow; the remainder is spread over the first threads by the second term.
@@ -82,8 +113,7 @@ void run_slice(void* context, int thread, int count) {
         if (start >= end) break;
         const std::int64_t first = cut_at(tensor, begin - start), last = cut_at(tensor, end - start);
         if (first < last) {
-            update_range(work.kernels, tensor, work.hypers[tensor.hyper], work.options, work.staging + thread, first,
-                         last);
+            update_range<R>(work, tensor, thread, first, last);
         }
         start += tensor.size;
     }
@@ -91,22 +121,25 @@ void run_slice(void* context, int thread, int count) {
 
 }  // namespace
 
-void run(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
+void run(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, const StepOptions& options) {
     std::int64_t total = 0;
     for (const TensorRef& tensor : tensors) total += tensor.size;
-    const KernelTable& kernels = *instruction_set().table;
     // num_threads() asks OpenMP, which is not worth it for the smallest steps.
     const std::int64_t worth = total / elements_per_thread;
     const int threads = worth < 2 ? 1 : static_cast<int>(std::min<std::int64_t>(worth, num_threads()));
-    if (threads == 1) {
-        for (const TensorRef& tensor : tensors) {
-            if (tensor.size == 0) continue;
-            update_range(kernels, tensor, hypers[tensor.hyper], options, nullptr, 0, tensor.size);
+    // Memory is allocated before anything is changed.
+    Staging* const staging = tensors.size() > 1 || threads > 1 ? staging_for(threads) : nullptr;
+    Work work{*instruction_set().table, tensors, hypers, options, total, staging};
+    with_rule(options.rule, [&]<class R>(RuleTag<R>) SGDCORE_INLINE_LAMBDA {
+        if (threads == 1) {
+            // Without the cuts, whose divisions the smallest steps notice.
+            for (const TensorRef& tensor : tensors) {
+                if (tensor.size > 0) update_range<R>(work, tensor, 0, 0, tensor.size);
+            }
+        } else {
+            run_parallel(threads, run_slice<R>, &work);
         }
-    } else {
-        Work work{kernels, tensors, hypers, options, total, staging_for(threads)};
-        run_parallel(threads, run_slice, &work);
-    }
+    });
     if (!options.zero_grad) return;
     for (const TensorRef& tensor : tensors) {
         if (tensor.size > 0 && !tensor.grad_axes.empty() && grad_may_overlap(tensor)) {

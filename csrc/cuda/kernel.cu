@@ -1,6 +1,9 @@
 // The kernels, with the bodies that kernel.hpp has for host and device, and their starts.
 #include "kernel.hpp"
 
+#include <algorithm>
+#include <limits>
+
 #include "cudart.hpp"
 
 namespace sgdcore::cuda {
@@ -21,10 +24,16 @@ struct DeviceBlock {
     __device__ void barrier() const { __syncthreads(); }
 };
 
-__global__ void __launch_bounds__(block_threads, resident_blocks) sgd_step(const __grid_constant__ Launch launch) {
-    __shared__ Work works[2];
+template <class R>
+__global__ void __launch_bounds__(block_threads, resident_blocks) step_kernel(const __grid_constant__ Launch launch) {
+    __shared__ Work<R> works[2];
     DeviceBlock block;
     run_block(launch, block, works);
+}
+
+template <class R>
+const void* kernel_of(RuleTag<R>) {
+    return reinterpret_cast<const void*>(step_kernel<R>);
 }
 
 __global__ void __launch_bounds__(block_threads, resident_blocks) memory_pass_kernel(const MemoryPassArrays arrays) {
@@ -43,12 +52,23 @@ cudaError_t start_memory_pass(std::int64_t blocks, const MemoryPassArrays& array
 cudaError_t start_kernel(std::int64_t blocks, const Launch& launch, cudaStream_t stream) {
     Launch argument = launch;
     void* arguments[] = {&argument};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(sgd_step), dim3(static_cast<unsigned>(blocks)),
-                            dim3(block_threads), arguments, 0, stream);
+    const void* kernel = nullptr;
+    with_rule(launch.rule, [&](auto rule) { kernel = kernel_of(rule); });
+    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(block_threads), arguments, 0, stream);
 }
 
 cudaError_t kernel_occupancy(int* blocks) {
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, sgd_step, block_threads, 0);
+    *blocks = std::numeric_limits<int>::max();
+    for (int number = 0; number < Rules::size; ++number) {
+        int of_this = 0;
+        cudaError_t status = cudaSuccess;
+        with_rule(number, [&](auto rule) {
+            status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_this, kernel_of(rule), block_threads, 0);
+        });
+        if (status != cudaSuccess) return status;
+        *blocks = std::min(*blocks, of_this);
+    }
+    return cudaSuccess;
 }
 
 }  // namespace sgdcore::cuda

@@ -14,19 +14,20 @@
 
 namespace sgdcore::cuda {
 
-/// One chunk's work, put together by one thread of a block for all.
+/// One chunk's work under the rule R, put together by one thread of a block for all.
+template <class R>
 struct Work {
-    std::byte *param, *grad, *momentum;  // at the chunk's first element; grad at the tensor's, if it is strided
+    std::byte *param, *grad, *states[state_count<R>];  // at the chunk's first element; grad at the tensor's, if strided
     const Axis* axes;
     std::int64_t start;  // the chunk's first element in its tensor
     std::int32_t count, head, axis_count, variant;
     Path path;
-    Use momentum_use;
+    Use uses[state_count<R>];
     bool grad_in_vectors, zero_grad, scaled, in_float64;
-    DType param_dtype, grad_dtype, momentum_dtype;
+    DType param_dtype, grad_dtype, state_dtypes[state_count<R>];
     double factor;
-    Sgd::Coefficients<float> in_float;
-    Sgd::Coefficients<double> in_double;
+    typename R::template Coefficients<float> in_float;
+    typename R::template Coefficients<double> in_double;
 };
 
 #if defined(__CUDA_ARCH__)
@@ -177,8 +178,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_variant(int variant, Function funct
 #undef SGDCORE_VARIANT
 }
 
-template <class C>
-SGDCORE_HOST_DEVICE SGDCORE_INLINE const Sgd::Coefficients<C>& coefficients_of(const Work& work) {
+template <class C, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE const typename R::template Coefficients<C>& coefficients_of(const Work<R>& work) {
     if constexpr (sizeof(C) == sizeof(double)) {
         return work.in_double;
     } else {
@@ -187,7 +188,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE const Sgd::Coefficients<C>& coefficients_of(c
 }
 
 /// Where the gradient of an element is.
-SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const Work& work, int index) {
+template <class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const Work<R>& work, int index) {
     std::byte* address = in_device_memory(work.grad);
     if (work.axis_count == 0) return address + index * static_cast<int>(item_size(work.grad_dtype));
     std::int64_t rest = work.start + index;
@@ -199,27 +201,35 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const Work& work, int inde
     return address;
 }
 
-template <class C>
-SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work& work, int index) {
-    const Use use = work.momentum_use;
+template <class C, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work<R>& work, int index) {
+    constexpr int states = state_count<R>;
     std::byte* const param = in_device_memory(work.param);
-    std::byte* const momentum = in_device_memory(work.momentum);
     std::byte* const grad = grad_of(work, index);
     C p = load_as<C>(work.param_dtype, param, index);
     C g = load_as<C>(work.grad_dtype, grad, 0);
-    C b[] = {C{}};
-    if (use == Use::update) b[0] = load_as<C>(work.momentum_dtype, momentum, index);
+    C s[states] = {};
+    SGDCORE_UNROLL
+    for (int state = 0; state < states; ++state) {
+        if (work.uses[state] != Use::update) continue;
+        s[state] = load_as<C>(work.state_dtypes[state], in_device_memory(work.states[state]), index);
+    }
     if (work.scaled) g = static_cast<C>(work.factor) * g;
-    with_variant<Sgd>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
-        Sgd::update<C, Sgd::variants[decltype(variant)::value]>(coefficients_of<C>(work), p, g, b);
+    with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
+        R::template update<C, R::variants[decltype(variant)::value]>(coefficients_of<C>(work), p, g, s);
     });
-    if (use != Use::none) store_as(work.momentum_dtype, momentum, index, b[0]);
+    SGDCORE_UNROLL
+    for (int state = 0; state < states; ++state) {
+        if (work.uses[state] == Use::none) continue;
+        store_as(work.state_dtypes[state], in_device_memory(work.states[state]), index, s[state]);
+    }
     store_as(work.param_dtype, param, index, p);
     if (work.zero_grad) store_as(work.grad_dtype, grad, 0, C{0});
 }
 
 /// Updates an element of any storage types.
-SGDCORE_HOST_DEVICE inline void update_element(const Work& work, int index) {
+template <class R>
+SGDCORE_HOST_DEVICE inline void update_element(const Work<R>& work, int index) {
     if (work.in_float64) {
         update_element_in<double>(work, index);
     } else {
@@ -229,25 +239,29 @@ SGDCORE_HOST_DEVICE inline void update_element(const Work& work, int index) {
 
 /// Updates what one thread has of a chunk, in vectors, from `work.head` on. Returns how many elements all threads
 /// together update. All loads of a turn are under way before the first is needed.
-template <class Param, class Grad, class MomentumStorage>
-SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thread) {
-    using C = storage::ComputeType<Param, Grad, MomentumStorage>;
+template <class Param, class Grad, class State, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int thread) {
+    using C = storage::ComputeType<Param, Grad, State>;
+    constexpr int states = state_count<R>;
     constexpr int smallest = item_of<Param> < item_of<Grad> ? item_of<Param> : item_of<Grad>;
     constexpr int lanes = vector_bytes / smallest;
     constexpr int turn = lanes == 8 ? 1 : 2;  // vectors; eight elements of float32 arithmetic, four of float64
     const int vectors = (work.count - work.head) / lanes;
-    const Use use = work.momentum_use;
     std::byte* const param = in_device_memory(work.param + work.head * item_of<Param>);
     std::byte* const grad = in_device_memory(work.grad + work.head * item_of<Grad>);
-    // Without momentum it is null, to which nothing may be added.
-    const int momentum_head = use == Use::none ? 0 : work.head * item_of<MomentumStorage>;
-    std::byte* const momentum = in_device_memory(work.momentum + momentum_head);
+    std::byte* state_memory[states];
+    SGDCORE_UNROLL
+    for (int state = 0; state < states; ++state) {
+        // A state that takes no part is null, to which nothing may be added.
+        const int head = work.uses[state] == Use::none ? 0 : work.head * item_of<State>;
+        state_memory[state] = in_device_memory(work.states[state] + head);
+    }
 
     for (int first = thread; first < vectors; first += turn * block_threads) {
         int at[turn];
         Vector<Param, lanes> p_stored[turn];
         Vector<Grad, lanes> g_stored[turn];
-        Vector<MomentumStorage, lanes> b_stored[turn];
+        Vector<State, lanes> s_stored[states][turn];
         SGDCORE_UNROLL
         for (int i = 0; i < turn; ++i) {
             const int vector = first + i * block_threads;
@@ -259,30 +273,36 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
                 g_stored[i].load_elements(grad + at[i] * item_of<Grad>);
             }
         }
-        if (use == Use::update) {
-            SGDCORE_UNROLL
-            for (int i = 0; i < turn; ++i) b_stored[i].load(momentum + at[i] * item_of<MomentumStorage>);
-        } else {
-            SGDCORE_UNROLL
-            for (int i = 0; i < turn; ++i) b_stored[i] = {};
+        SGDCORE_UNROLL
+        for (int state = 0; state < states; ++state) {
+            if (work.uses[state] == Use::update) {
+                SGDCORE_UNROLL
+                for (int i = 0; i < turn; ++i) s_stored[state][i].load(state_memory[state] + at[i] * item_of<State>);
+            } else {
+                SGDCORE_UNROLL
+                for (int i = 0; i < turn; ++i) s_stored[state][i] = {};
+            }
         }
 
-        C p[turn * lanes], g[turn * lanes], b[turn * lanes][1];
+        C p[turn * lanes], g[turn * lanes], s[turn * lanes][states];
         SGDCORE_UNROLL
         for (int i = 0; i < turn * lanes; ++i) {
             p[i] = static_cast<C>(Param::decode(p_stored[i / lanes].word(i % lanes)));
             g[i] = static_cast<C>(Grad::decode(g_stored[i / lanes].word(i % lanes)));
-            b[i][0] = static_cast<C>(MomentumStorage::decode(b_stored[i / lanes].word(i % lanes)));
+            SGDCORE_UNROLL
+            for (int state = 0; state < states; ++state) {
+                s[i][state] = static_cast<C>(State::decode(s_stored[state][i / lanes].word(i % lanes)));
+            }
         }
         if (work.scaled) {
             SGDCORE_UNROLL
             for (int i = 0; i < turn * lanes; ++i) g[i] = static_cast<C>(work.factor) * g[i];
         }
-        with_variant<Sgd>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
-            const Sgd::Coefficients<C> coefficients = coefficients_of<C>(work);
+        with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
+            const typename R::template Coefficients<C> coefficients = coefficients_of<C>(work);
             SGDCORE_UNROLL
             for (int i = 0; i < turn * lanes; ++i) {
-                Sgd::update<C, Sgd::variants[decltype(variant)::value]>(coefficients, p[i], g[i], b[i]);
+                R::template update<C, R::variants[decltype(variant)::value]>(coefficients, p[i], g[i], s[i]);
             }
         });
 
@@ -294,12 +314,14 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
                 p_stored[i].set_word(lane, Param::encode(p[i * lanes + lane]));
             }
             p_stored[i].store(param + at[i] * item_of<Param>);
-            if (use != Use::none) {
+            SGDCORE_UNROLL
+            for (int state = 0; state < states; ++state) {
+                if (work.uses[state] == Use::none) continue;
                 SGDCORE_UNROLL
                 for (int lane = 0; lane < lanes; ++lane) {
-                    b_stored[i].set_word(lane, MomentumStorage::encode(b[i * lanes + lane][0]));
+                    s_stored[state][i].set_word(lane, State::encode(s[i * lanes + lane][state]));
                 }
-                b_stored[i].store(momentum + at[i] * item_of<MomentumStorage>);
+                s_stored[state][i].store(state_memory[state] + at[i] * item_of<State>);
             }
             if (work.zero_grad) {
                 std::byte* const to = grad + at[i] * item_of<Grad>;
@@ -317,19 +339,28 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work& work, int thre
 
 // The walk over chunks
 
+/// Puts the `number`-th of the numbers that a device may read among `values`, if it is on the device.
+template <class R, int number>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void read_on_device(const DeviceHyper& group, Values& values) {
+    if constexpr (device_hyper<R, number> >= 0) {
+        const DeviceNumber& source = group.on_device[number];
+        if (source.address != nullptr)
+            values[device_hyper<R, number>] = load_as<double>(source.dtype, source.address, 0);
+    }
+}
+
 /// Finds out what there is to do for a chunk.
-SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t number, Work& work) {
+template <class R>
+SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t number, Work<R>& work) {
     const Chunk chunk = launch.chunks[number];
     const DeviceTensor tensor = launch.tensors[chunk.tensor];
-    const DeviceHyper& group = launch.hypers[tensor.hyper];
-    SgdHyper hyper{group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov, group.maximize};
-    if (group.lr_on_device != nullptr) hyper.lr = load_as<double>(group.lr_dtype, group.lr_on_device, 0);
-    if (group.weight_decay_on_device != nullptr) {
-        hyper.weight_decay = load_as<double>(group.weight_decay_dtype, group.weight_decay_on_device, 0);
-    }
+    Values values = launch.hypers[tensor.hyper].values;
+    static_assert(max_device_hypers == 2);
+    read_on_device<R, 0>(launch.hypers[tensor.hyper], values);
+    read_on_device<R, 1>(launch.hypers[tensor.hyper], values);
     bool first = tensor.first;
-    if (tensor.pending != nullptr && tensor.momentum != nullptr) {
-        // This block alone has the chunk, and goes on to fill its momentum.
+    if (tensor.pending != nullptr) {
+        // This block alone has the chunk, and goes on to fill its states.
         first = first || tensor.pending[chunk.index] != 0;
         tensor.pending[chunk.index] = 0;
     }
@@ -343,31 +374,36 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     work.param = tensor.param + start * static_cast<std::int64_t>(item_size(tensor.param_dtype));
     work.grad = tensor.grad;
     if (tensor.axis_count == 0) work.grad += start * static_cast<std::int64_t>(item_size(tensor.grad_dtype));
-    work.momentum = tensor.momentum;
-    if (tensor.momentum != nullptr) {
-        work.momentum += start * static_cast<std::int64_t>(item_size(tensor.momentum_dtype));
+    work.param_dtype = tensor.param_dtype;
+    work.grad_dtype = tensor.grad_dtype;
+    work.in_float64 = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64;
+    for (int state = 0; state < state_count<R>; ++state) {
+        const DType dtype = tensor.state_dtypes[state];
+        std::byte* const memory = tensor.states[state];
+        work.states[state] = memory == nullptr ? nullptr : memory + start * static_cast<std::int64_t>(item_size(dtype));
+        work.state_dtypes[state] = dtype;
+        work.in_float64 = work.in_float64 || (memory != nullptr && dtype == DType::float64);
     }
-    work.variant = Sgd::variant(hyper, first);
-    with_variant<Sgd>(work.variant,
-                      [&](auto index) { work.momentum_use = Sgd::use(Sgd::variants[decltype(index)::value], 0); });
+    work.variant = R::variant(values, first);
+    with_variant<R>(work.variant, [&](auto index) {
+        for (int state = 0; state < state_count<R>; ++state) {
+            work.uses[state] = R::use(R::variants[decltype(index)::value], state);
+        }
+    });
     work.path = tensor.path;
     work.grad_in_vectors = tensor.grad_in_vectors;
     work.zero_grad = launch.zero_grad;
-    work.param_dtype = tensor.param_dtype;
-    work.grad_dtype = tensor.grad_dtype;
-    work.momentum_dtype = tensor.momentum_dtype;
-    work.in_float64 =
-        computes_in_float64(tensor.param_dtype, tensor.grad_dtype, tensor.momentum_dtype, tensor.momentum != nullptr);
     // As torch's GradScaler undoes its scale: the reciprocal in float64, rounded to float32.
     work.factor = launch.grad_scale == nullptr
                       ? launch.grad_factor
                       : static_cast<double>(static_cast<float>(1 / static_cast<double>(*launch.grad_scale)));
     work.scaled = work.factor != 1;
-    work.in_float = Sgd::Coefficients<float>(hyper);
-    work.in_double = Sgd::Coefficients<double>(hyper);
+    work.in_float = typename R::template Coefficients<float>(values);
+    work.in_double = typename R::template Coefficients<double>(values);
 }
 
-SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_in_vectors(const Work& work, int thread) {
+template <class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_in_vectors(const Work<R>& work, int thread) {
     using namespace storage;
     switch (work.path) {
         case Path::float64:
@@ -393,7 +429,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_in_vectors(const Work& work, int t
 }
 
 /// Updates what one thread has of a chunk.
-SGDCORE_HOST_DEVICE SGDCORE_INLINE void update(const Work& work, int thread) {
+template <class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void update(const Work<R>& work, int thread) {
     const int in_vectors = update_in_vectors(work, thread);
     // The rest, before and behind the vectors: a few elements, or all.
     for (int i = thread; i < work.count - in_vectors; i += block_threads) {
@@ -405,8 +442,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void update(const Work& work, int thread) {
 ///
 /// `leader(f)` calls f() in one thread of the block, `each_thread(f)` calls f(thread) in all, and `barrier()` waits for
 /// all. The leader prepares the next chunk while the others update.
-template <class Block>
-SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& block, Work (&works)[2]) {
+template <class R, class Block>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& block, Work<R> (&works)[2]) {
     if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
     int current = 0;
     block.leader([&] {

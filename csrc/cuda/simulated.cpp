@@ -63,9 +63,11 @@ void run_grid(const Launch& launch, std::int64_t count, bool shuffled) {
         std::shuffle(blocks.begin(), blocks.end(), random);
     }
     for (const std::int64_t index : blocks) {
-        Work works[2];
         SimulatedBlock block(index, count, threads);
-        run_block(launch, block, works);
+        with_rule(launch.rule, [&]<class R>(RuleTag<R>) {
+            Work<R> works[2];
+            run_block(launch, block, works);
+        });
     }
 }
 

@@ -12,6 +12,7 @@
 #include <ranges>
 #include <string>
 
+#include "../engine/catalog.hpp"
 #include "../step.hpp"
 
 namespace sgdcore::cuda {
@@ -21,8 +22,9 @@ constexpr std::size_t alignment = 16;  // of each table behind the other
 
 std::size_t aligned(std::size_t size) { return (size + alignment - 1) / alignment * alignment; }
 
+/// Storage types; all states have one.
 struct Triple {
-    DType param, grad, momentum;
+    DType param, grad, state;
     Path path;
 };
 constexpr Triple in_vectors[] = {
@@ -46,14 +48,16 @@ void require_aligned(const std::byte* pointer, DType dtype, const char* what) {
                                 ", is not a multiple of the size of " + dtype_name(dtype));
 }
 
-void require_for_device(const TensorRef& tensor, bool momentum, bool zero_grad) {
+void require_for_device(const TensorRef& tensor, const Hyper& hyper, bool zero_grad) {
     if (tensor.size == 0) return;
     if ((tensor.size - 1) / chunk_size >= std::numeric_limits<std::uint32_t>::max()) {
         throw std::invalid_argument("step: a tensor of " + std::to_string(tensor.size) + " elements is too large");
     }
     require_aligned(tensor.param, tensor.param_dtype, "parameter");
     require_aligned(tensor.grad, tensor.grad_dtype, "gradient");
-    if (momentum) require_aligned(tensor.momentum, tensor.momentum_dtype, "momentum buffer");
+    for (int state = 0; hyper.states >> state != 0; ++state) {
+        if (hyper.has_state(state)) require_aligned(tensor.states[state], tensor.state_dtypes[state], "state");
+    }
     const auto item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
     for (const Axis& axis : tensor.grad_axes) {
         if (axis.stride % item != 0) {
@@ -66,6 +70,27 @@ void require_for_device(const TensorRef& tensor, bool momentum, bool zero_grad) 
     }
 }
 
+bool on_vector(const std::byte* base, std::size_t head, DType dtype) {
+    return (address_of(base) + head * item_size(dtype)) % vector_bytes == 0;
+}
+
+/// True if all states that take part have elements of this type.
+bool states_are(const DeviceTensor& tensor, DType dtype) {
+    for (int state = 0; state < max_states; ++state) {
+        if (tensor.states[state] != nullptr && tensor.state_dtypes[state] != dtype) return false;
+    }
+    return true;
+}
+
+bool states_on_vector(const DeviceTensor& tensor, std::size_t head) {
+    for (int state = 0; state < max_states; ++state) {
+        if (tensor.states[state] != nullptr && !on_vector(tensor.states[state], head, tensor.state_dtypes[state])) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /// Chooses how the device goes through the tensor.
 void choose_path(DeviceTensor& tensor) {
     tensor.path = Path::elements;
@@ -73,20 +98,13 @@ void choose_path(DeviceTensor& tensor) {
     tensor.grad_in_vectors = false;
     if (tensor.axis_count != 0) return;
     for (const Triple& triple : in_vectors) {
-        // Without momentum its type plays no part.
         if (triple.param != tensor.param_dtype || triple.grad != tensor.grad_dtype) continue;
-        if (tensor.momentum != nullptr && triple.momentum != tensor.momentum_dtype) continue;
-        const std::size_t param_item = item_size(triple.param), grad_item = item_size(triple.grad);
-        const std::size_t momentum_item = item_size(triple.momentum);
-        const std::size_t lanes = vector_bytes / std::min(param_item, grad_item);
-        const auto on_vector = [](const std::byte* base, std::size_t head, std::size_t item) {
-            return (address_of(base) + head * item) % vector_bytes == 0;
-        };
-        // The head that aligns all three; one that leaves the gradient out, if there is none.
+        if (!states_are(tensor, triple.state)) continue;
+        const std::size_t lanes = vector_bytes / std::min(item_size(triple.param), item_size(triple.grad));
+        // The head that aligns all arrays; one that leaves the gradient out, if there is none.
         for (std::size_t head = 0; head < lanes; ++head) {
-            if (!on_vector(tensor.param, head, param_item)) continue;
-            if (tensor.momentum != nullptr && !on_vector(tensor.momentum, head, momentum_item)) continue;
-            const bool grad = on_vector(tensor.grad, head, grad_item);
+            if (!on_vector(tensor.param, head, triple.param) || !states_on_vector(tensor, head)) continue;
+            const bool grad = on_vector(tensor.grad, head, triple.grad);
             if (tensor.path != Path::elements && !grad) continue;
             tensor.path = triple.path;
             tensor.head = static_cast<std::uint8_t>(head);
@@ -99,10 +117,10 @@ void choose_path(DeviceTensor& tensor) {
 
 }  // namespace
 
-void check_for_device(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, bool zero_grad) {
+void check_for_device(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, bool zero_grad) {
     check(tensors, hypers);
     for (const TensorRef& tensor : tensors) {
-        require_for_device(tensor, hypers[tensor.hyper].momentum != 0, zero_grad);
+        require_for_device(tensor, hypers[tensor.hyper], zero_grad);
     }
 }
 
@@ -118,7 +136,7 @@ Stepper::~Stepper() {
     }
 }
 
-void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
+void Stepper::list(int rule, std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
                    std::span<const DeviceScalars> scalars) {
     std::size_t count = 0, axis_count = 0;
     for (const TensorRef& tensor : tensors) {
@@ -129,45 +147,45 @@ void Stepper::list(std::span<const TensorRef> tensors, std::span<const SgdHyper>
     tensors_at_ = aligned(hypers.size() * sizeof(DeviceHyper));
     axes_at_ = tensors_at_ + count * sizeof(DeviceTensor);
     front_.resize(axes_at_ + axis_count * sizeof(Axis));
-    list_hypers(hypers, scalars);
+    list_hypers(rule, hypers, scalars);
     list_tensors(tensors, hypers);
     cut_chunks(tensors);
 }
 
-void Stepper::list_hypers(std::span<const SgdHyper> hypers, std::span<const DeviceScalars> scalars) {
+void Stepper::list_hypers(int rule, std::span<const Hyper> hypers, std::span<const DeviceScalars> scalars) {
+    const std::span<const HyperSpec> specs = rules()[static_cast<std::size_t>(rule)].hypers;
     for (std::size_t i = 0; i < hypers.size(); ++i) {
-        const SgdHyper& hyper = hypers[i];
         DeviceHyper entry{};
-        entry.lr = hyper.lr;
-        entry.momentum = hyper.momentum;
-        entry.dampening = hyper.dampening;
-        entry.weight_decay = hyper.weight_decay;
-        entry.nesterov = hyper.nesterov;
-        entry.maximize = hyper.maximize;
-        if (!scalars.empty()) {
-            // What is on the device is not compared: the host's numbers say nothing.
-            if (scalars[i].lr != nullptr) entry.lr = 0;
-            if (scalars[i].weight_decay != nullptr) entry.weight_decay = 0;
-            entry.lr_on_device = scalars[i].lr;
-            entry.weight_decay_on_device = scalars[i].weight_decay;
-            entry.lr_dtype = scalars[i].lr_dtype;
-            entry.weight_decay_dtype = scalars[i].weight_decay_dtype;
+        entry.values = hypers[i].values;
+        int number = 0;  // among those that may be on the device
+        for (int hyper = 0; hyper < std::ssize(specs) && !scalars.empty(); ++hyper) {
+            if (!specs[static_cast<std::size_t>(hyper)].on_device) continue;
+            DeviceNumber& target = entry.on_device[number];
+            target.address = scalars[i].addresses[number];
+            target.dtype = scalars[i].dtypes[number];
+            // What is on the device is not compared: the host's number says nothing.
+            if (target.address != nullptr) entry.values[hyper] = 0;
+            ++number;
         }
         std::memcpy(front_.data() + i * sizeof entry, &entry, sizeof entry);
     }
 }
 
-void Stepper::list_tensors(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers) {
+void Stepper::list_tensors(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
     std::byte* to = front_.data() + tensors_at_;
     std::size_t axis = 0;
     for (const TensorRef& tensor : tensors) {
         if (tensor.size == 0) continue;
-        const bool momentum = hypers[tensor.hyper].momentum != 0;
+        const Hyper& hyper = hypers[tensor.hyper];
         DeviceTensor entry{};
         entry.param = tensor.param;
         entry.grad = tensor.grad;
-        entry.momentum = momentum ? tensor.momentum : nullptr;
-        entry.pending = momentum ? tensor.pending : nullptr;
+        for (int state = 0; hyper.states >> state != 0; ++state) {
+            if (!hyper.has_state(state)) continue;
+            entry.states[state] = tensor.states[state];
+            entry.state_dtypes[state] = tensor.state_dtypes[state];
+        }
+        entry.pending = hyper.states != 0 ? tensor.pending : nullptr;
         entry.size = tensor.size;
         entry.hyper = tensor.hyper;
         entry.axes = static_cast<std::uint32_t>(axis);
@@ -175,7 +193,6 @@ void Stepper::list_tensors(std::span<const TensorRef> tensors, std::span<const S
         entry.first = tensor.first;
         entry.param_dtype = tensor.param_dtype;
         entry.grad_dtype = tensor.grad_dtype;
-        entry.momentum_dtype = tensor.momentum_dtype;
         choose_path(entry);
         std::memcpy(to, &entry, sizeof entry);
         to += sizeof entry;
@@ -231,12 +248,12 @@ void Stepper::upload(Table& table, Stream stream) {
     runtime_.copy(device_, table.memory, table.pinned, size, stream);
 }
 
-void Stepper::step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
+void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
                    std::span<const DeviceScalars> scalars, const StepOptions& options,
                    const DeviceOptions& device_options) {
     check_for_device(tensors, hypers, options.zero_grad);
     const std::lock_guard lock(mutex_);
-    list(tensors, hypers, scalars);
+    list(options.rule, tensors, hypers, scalars);
     if (chunks_.empty()) return;
 
     const Stream stream = device_options.stream;
@@ -254,7 +271,8 @@ void Stepper::step(std::span<const TensorRef> tensors, std::span<const SgdHyper>
         runtime_.wait(device_, stream, table.event);  // for the upload, which was on another stream
     }
 
-    Launch launch;
+    Launch launch{};
+    launch.rule = options.rule;
     launch.hypers = reinterpret_cast<const DeviceHyper*>(table.memory);
     launch.tensors = reinterpret_cast<const DeviceTensor*>(table.memory + tensors_at_);
     launch.axes = reinterpret_cast<const Axis*>(table.memory + axes_at_);

@@ -13,10 +13,11 @@
 
 namespace sgdcore::cuda {
 
-/// Where hyperparameters are numbers on the device; null where they are not.
+/// A group's numbers in the device's memory: the i-th is that of the i-th hyperparameter that the rule lets a device
+/// read. The address is null where a number is the host's.
 struct DeviceScalars {
-    const std::byte *lr = nullptr, *weight_decay = nullptr;
-    DType lr_dtype = DType::float32, weight_decay_dtype = DType::float32;
+    const std::byte* addresses[max_device_hypers] = {};
+    DType dtypes[max_device_hypers] = {DType::float32, DType::float32};
 };
 
 struct DeviceOptions {
@@ -26,7 +27,7 @@ struct DeviceOptions {
 };
 
 /// Throws std::invalid_argument if sgdcore::check does, or if an entry is not one for a device.
-void check_for_device(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, bool zero_grad);
+void check_for_device(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, bool zero_grad);
 
 class Stepper {
   public:
@@ -44,8 +45,8 @@ class Stepper {
     ///
     /// The memory is used in the order of the stream. `scalars` is empty or has an entry for each of `hypers`. Throws
     /// std::invalid_argument or CudaError, with no tensor changed.
-    void step(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
-              std::span<const DeviceScalars> scalars, const StepOptions& options, const DeviceOptions& device_options);
+    void step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, std::span<const DeviceScalars> scalars,
+              const StepOptions& options, const DeviceOptions& device_options);
 
   private:
     /// The tables in the device's memory, and where they are copied from. A graph goes on using both whenever it is
@@ -61,10 +62,10 @@ class Stepper {
     };
 
     /// Makes the tables those of a step.
-    void list(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers,
+    void list(int rule, std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
               std::span<const DeviceScalars> scalars);
-    void list_hypers(std::span<const SgdHyper> hypers, std::span<const DeviceScalars> scalars);
-    void list_tensors(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers);
+    void list_hypers(int rule, std::span<const Hyper> hypers, std::span<const DeviceScalars> scalars);
+    void list_tensors(std::span<const TensorRef> tensors, std::span<const Hyper> hypers);
     /// Makes the chunks anew if the sizes changed.
     void cut_chunks(std::span<const TensorRef> tensors);
     Table& free_table(std::size_t size, bool any);

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "../dtypes.hpp"
-#include "../rules/sgd.hpp"
+#include "../rules/all.hpp"
 #include "../work.hpp"
 
 namespace sgdcore::cuda {
@@ -19,7 +19,7 @@ inline constexpr int resident_blocks = 3;
 /// The widest access of a thread, in bytes.
 inline constexpr int vector_bytes = 16;
 
-/// How a tensor is read and written: in vectors, for the usual storage types of parameter, gradient and momentum, or
+/// How a tensor is read and written: in vectors, for the usual storage types of parameter, gradient and states, or
 /// element by element.
 enum class Path : std::uint8_t {
     elements,
@@ -39,8 +39,8 @@ struct Chunk {
 
 /// A TensorRef for the device. No padding here and below: the tables are compared as bytes.
 struct alignas(16) DeviceTensor {
-    std::byte *param, *grad, *momentum;  // momentum is null if it takes no part
-    std::uint8_t* pending;               // see TensorRef
+    std::byte *param, *grad, *states[max_states];  // a state is null if it takes no part
+    std::uint8_t* pending;                         // see TensorRef
     std::int64_t size;
     std::uint32_t hyper;
     std::uint32_t axes;  // of a strided gradient: the first of `axis_count`
@@ -49,23 +49,29 @@ struct alignas(16) DeviceTensor {
     Path path;
     bool grad_in_vectors;  // the gradient is aligned as the parameter is
     bool first;
-    DType param_dtype, grad_dtype, momentum_dtype;
-    std::uint64_t unused;
+    DType param_dtype, grad_dtype, state_dtypes[max_states];
+    std::uint8_t unused[6];
 };
-static_assert(sizeof(DeviceTensor) == 64);
+static_assert(sizeof(DeviceTensor) == 80 && max_states == 3);
 
-/// A group's hyperparameters. Where a pointer is not null, the number is on the device.
-struct alignas(16) DeviceHyper {
-    double lr, momentum, dampening, weight_decay;
-    const std::byte *lr_on_device, *weight_decay_on_device;
-    DType lr_dtype, weight_decay_dtype;
-    bool nesterov, maximize;
-    std::uint32_t unused[3];
+/// A number in the device's memory; null where there is none.
+struct DeviceNumber {
+    const std::byte* address;
+    DType dtype;
+    std::uint8_t unused[7];
 };
-static_assert(sizeof(DeviceHyper) == 64);
+
+/// A group's hyperparameters. The i-th of `on_device`, if it is not null, takes the place of the i-th of those that the
+/// rule lets a device read.
+struct alignas(16) DeviceHyper {
+    Values values;
+    DeviceNumber on_device[max_device_hypers];
+};
+static_assert(sizeof(DeviceHyper) == 96 && max_hypers == 8 && max_device_hypers == 2);
 
 /// The kernel's argument.
 struct Launch {
+    int rule;  // its number
     const DeviceHyper* hypers;
     const DeviceTensor* tensors;
     const Axis* axes;

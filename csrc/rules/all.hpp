@@ -12,4 +12,26 @@ struct RuleList {
 
 using Rules = RuleList<Sgd>;
 
+/// Names a rule in the argument of a function.
+template <class R>
+struct RuleTag {
+    using Rule = R;
+};
+
+namespace detail {
+
+template <class Function, class... R>
+SGDCORE_INLINE void with_rule(int number, Function&& function, RuleList<R...>) {
+    int candidate = 0;
+    ((candidate++ == number && (function(RuleTag<R>{}), true)) || ...);
+}
+
+}  // namespace detail
+
+/// Calls `function(RuleTag<R>{})` for the rule of that number.
+template <class Function>
+SGDCORE_INLINE void with_rule(int number, Function&& function) {
+    detail::with_rule(number, function, Rules{});
+}
+
 }  // namespace sgdcore

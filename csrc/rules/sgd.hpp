@@ -20,22 +20,17 @@
 
 namespace sgdcore {
 
-/// The hyperparameters of one parameter group, as the user gave them.
-struct SgdHyper {
-    double lr = 1e-3;
-    double momentum = 0;
-    double dampening = 0;
-    double weight_decay = 0;
-    bool nesterov = false;
-    bool maximize = false;
-};
-
 struct Sgd {
-    using Hyper = SgdHyper;
-    static constexpr int states = 1;  // the momentum buffer
+    static constexpr const char* name = "sgd";
+    enum : int { lr, momentum, dampening, weight_decay, nesterov, maximize };
+    static constexpr HyperSpec hypers[] = {
+        {HyperSpec::number, "lr", true},           {HyperSpec::number, "momentum"}, {HyperSpec::number, "dampening"},
+        {HyperSpec::number, "weight_decay", true}, {HyperSpec::flag, "nesterov"},   {HyperSpec::flag, "maximize"},
+    };
+    static constexpr StateSpec states[] = {{"momentum_buffer", "momentum_dtype"}};
 
     struct Variant {
-        Use momentum;
+        Use buffer;
         bool nesterov, weight_decay;
     };
     static constexpr Variant variants[] = {
@@ -43,12 +38,12 @@ struct Sgd {
         {Use::write, false, false},  {Use::write, false, true},  {Use::write, true, false},  {Use::write, true, true},
         {Use::update, false, false}, {Use::update, false, true}, {Use::update, true, false}, {Use::update, true, true},
     };
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const SgdHyper& hyper, bool first) {
-        const int decayed = hyper.weight_decay != 0 ? 1 : 0;
-        if (hyper.momentum == 0) return decayed;
-        return (first ? 2 : 6) + (hyper.nesterov ? 2 : 0) + decayed;
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const Values& values, bool first) {
+        const int decayed = values[weight_decay] != 0 ? 1 : 0;
+        if (values[momentum] == 0) return decayed;
+        return (first ? 2 : 6) + (values[nesterov] != 0 ? 2 : 0) + decayed;
     }
-    SGDCORE_HOST_DEVICE static constexpr Use use(const Variant& variant, int) { return variant.momentum; }
+    SGDCORE_HOST_DEVICE static constexpr Use use(Variant variant, int) { return variant.buffer; }
 
     template <class C>
     struct Coefficients {
@@ -56,12 +51,12 @@ struct Sgd {
         SignMask<C> flip;  // the sign bit if maximize, else zero: an xor vectorises where a branch would not
 
         Coefficients() = default;
-        SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit Coefficients(const SgdHyper& hyper)
-            : negative_lr(static_cast<C>(-hyper.lr)),
-              momentum(static_cast<C>(hyper.momentum)),
-              one_minus_dampening(static_cast<C>(1 - hyper.dampening)),
-              weight_decay(static_cast<C>(hyper.weight_decay)),
-              flip(hyper.maximize ? sign_bit<C> : 0) {}
+        SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit Coefficients(const Values& values)
+            : negative_lr(static_cast<C>(-values[Sgd::lr])),
+              momentum(static_cast<C>(values[Sgd::momentum])),
+              one_minus_dampening(static_cast<C>(1 - values[Sgd::dampening])),
+              weight_decay(static_cast<C>(values[Sgd::weight_decay])),
+              flip(values[Sgd::maximize] != 0 ? sign_bit<C> : 0) {}
 
         SGDCORE_HOST_DEVICE SGDCORE_INLINE bool has_nan() const {
             const C sum = negative_lr + momentum + one_minus_dampening + weight_decay;
@@ -71,15 +66,15 @@ struct Sgd {
 
     /// Updates the parameter `p` and the momentum `b` of one element, given its gradient `g`.
     template <class C, Variant variant>
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE static void update(const Coefficients<C>& k, C& p, C g, C (&state)[states]) {
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE static void update(const Coefficients<C>& k, C& p, C g, C (&state)[1]) {
         C& b = state[0];
         g = bits_as<C>(bits_as<SignMask<C>>(g) ^ k.flip);
         if constexpr (variant.weight_decay) g = fused_multiply_add(k.weight_decay, p, g);
-        if constexpr (variant.momentum == Use::write) b = g;
-        if constexpr (variant.momentum == Use::update) {
+        if constexpr (variant.buffer == Use::write) b = g;
+        if constexpr (variant.buffer == Use::update) {
             b = fused_multiply_add(k.one_minus_dampening, g, k.momentum * b);
         }
-        if constexpr (variant.momentum != Use::none) g = variant.nesterov ? fused_multiply_add(k.momentum, b, g) : b;
+        if constexpr (variant.buffer != Use::none) g = variant.nesterov ? fused_multiply_add(k.momentum, b, g) : b;
         p = fused_multiply_add(k.negative_lr, g, p);
     }
 };

@@ -12,7 +12,7 @@
 
 namespace sgdcore::test {
 
-/// Takes a step: sgdcore::step, or a device's.
+/// Takes a step: on the CPU, or on a device.
 using StepFunction = void (*)(std::span<const TensorRef>, std::span<const SgdHyper>, const StepOptions&);
 
 struct Case {
@@ -68,12 +68,12 @@ class Bench {
             expected_momentum_.push_back(b);
         }
 
-        TensorRef tensor{.param = param, .grad = grad, .momentum = momentum, .size = test.size};
+        TensorRef tensor{.param = param, .grad = grad, .states = {momentum}, .size = test.size};
         // Without momentum the buffer must not even be read.
-        if (test.hyper.momentum == 0) tensor.momentum = momentum_.forbidden();
+        if (test.hyper.momentum == 0) tensor.states[0] = momentum_.forbidden();
         tensor.param_dtype = param_dtype;
         tensor.grad_dtype = grad_dtype;
-        tensor.momentum_dtype = momentum_dtype;
+        tensor.state_dtypes[0] = momentum_dtype;
         tensor.first = test.first;
         step_({&tensor, 1}, {&test.hyper, 1}, {.zero_grad = test.zero_grad});
 

@@ -145,11 +145,11 @@ TestTensor::TestTensor(DTypes dtypes, std::int64_t size, std::uint32_t hyper, bo
       momentum_(dtypes.momentum, size, offset, random) {}
 
 TensorRef TestTensor::ref() {
-    TensorRef tensor{.param = param_.data(), .grad = grad_.data(), .momentum = momentum_.data(), .size = size_};
+    TensorRef tensor{.param = param_.data(), .grad = grad_.data(), .states = {momentum_.data()}, .size = size_};
     tensor.hyper = hyper_;
     tensor.param_dtype = dtypes_.param;
     tensor.grad_dtype = dtypes_.grad;
-    tensor.momentum_dtype = dtypes_.momentum;
+    tensor.state_dtypes[0] = dtypes_.momentum;
     tensor.first = first_;
     return tensor;
 }

@@ -14,6 +14,7 @@
 #include <limits>
 #include <string>
 
+#include "sgd.hpp"
 #include "work.hpp"
 
 namespace sgdcore::test {

@@ -79,7 +79,8 @@ TEST(allocation, the_count_works) {
 }
 
 TEST(allocation, no_step_after_the_first_allocates) {
-    const std::vector<SgdHyper> hypers{{.lr = 0.1, .momentum = 0.9, .nesterov = true}, {.lr = 0.1}};
+    const std::vector<SgdHyper> named{{.lr = 0.1, .momentum = 0.9, .nesterov = true}, {.lr = 0.1}};
+    const std::vector<Hyper> hypers = hypers_of(named);
     Random random(50);
     std::vector<TestTensor> tensors;
     for (const std::int64_t size : {3, 1000, 200'000}) {
@@ -95,10 +96,11 @@ TEST(allocation, no_step_after_the_first_allocates) {
     for (const int threads : {1, 2, 3}) {
         cpu::set_num_threads(threads);
         // OpenMP makes its pool when it is first used, and the first step with strided gradients its scratch memory.
-        for (const bool zero_grad : {false, true}) step(refs, hypers, {.zero_grad = zero_grad});
+        for (const bool zero_grad : {false, true}) sgdcore::step(refs, hypers, {.zero_grad = zero_grad});
         const long before = allocations;
-        for (int i = 0; i < 10; ++i) step(refs, hypers, {.zero_grad = i % 2 == 1, .grad_factor = i % 3 == 1 ? 0.5 : 1});
-        for (int i = 0; i < 10; ++i) step({refs.data(), 2}, hypers, {});
+        for (int i = 0; i < 10; ++i)
+            sgdcore::step(refs, hypers, {.zero_grad = i % 2 == 1, .grad_factor = i % 3 == 1 ? 0.5 : 1});
+        for (int i = 0; i < 10; ++i) sgdcore::step({refs.data(), 2}, hypers, {});
         const long count = allocations - before;
         CHECK(count == 0, std::to_string(count) + " allocations with " + std::to_string(threads) + " threads");
     }

@@ -36,11 +36,11 @@ Word negative_zero(DType dtype) { return format_of(dtype).sign(); }
 
 void run_step(const DTypes& dtypes, Packed& param, Packed& grad, Packed& momentum, std::size_t size,
               const SgdHyper& hyper, bool first) {
-    TensorRef tensor{.param = param.data(), .grad = grad.data(), .momentum = momentum.data()};
+    TensorRef tensor{.param = param.data(), .grad = grad.data(), .states = {momentum.data()}};
     tensor.size = static_cast<std::int64_t>(size);
     tensor.param_dtype = dtypes.param;
     tensor.grad_dtype = dtypes.grad;
-    tensor.momentum_dtype = dtypes.momentum;
+    tensor.state_dtypes[0] = dtypes.momentum;
     tensor.first = first;
     step({&tensor, 1}, {&hyper, 1}, {});
 }

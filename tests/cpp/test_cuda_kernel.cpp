@@ -25,7 +25,7 @@ cuda::SimulatedRuntime& device() {
 
 void step_on_device(std::span<const TensorRef> tensors, std::span<const SgdHyper> hypers, const StepOptions& options) {
     static cuda::Stepper stepper(device(), 0);
-    stepper.step(tensors, hypers, {}, options, {});
+    stepper.step(tensors, hypers_of(hypers), {}, options, {});
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ TEST(cuda_stepper, all_groups_types_and_sizes_in_one_launch) {
     constexpr double factors[] = {1, 1, 0.3, 0x1p-16};
     for (std::size_t i = 0; i < std::size(factors); ++i) {
         const StepOptions options{.zero_grad = i == 3, .grad_factor = factors[i]};
-        stepper.step(refs_of(tensors), hypers, {}, options, {});
+        stepper.step(refs_of(tensors), hypers_of(hypers), {}, options, {});
         expect_step(tensors, hypers, options);
         for (TestTensor& tensor : tensors) tensor.initialized();
         CHECK(runtime.counts.launches == static_cast<std::int64_t>(i + 1));
@@ -96,7 +96,7 @@ TEST(cuda_stepper, many_groups_of_one_tensor_take_one_launch) {
         groups.push_back({.lr = 0.1 / (i + 1), .momentum = 0.9});
         tensors.emplace_back(float32, 40 + i, i, false, random);
     }
-    stepper.step(refs_of(tensors), groups, {}, {}, {});
+    stepper.step(refs_of(tensors), hypers_of(groups), {}, {}, {});
     expect_step(tensors, groups);
     check(tensors, "465 groups");
     CHECK(runtime.counts.launches == 1 && runtime.counts.copies == 1);
@@ -109,7 +109,7 @@ TEST(cuda_stepper, tables_are_uploaded_when_they_changed) {
     std::vector<SgdHyper> groups = hypers;
     const auto step = [&](const char* what, std::int64_t copies) {
         const std::int64_t before = runtime.counts.copies;
-        stepper.step(refs_of(tensors), groups, {}, {}, {});
+        stepper.step(refs_of(tensors), hypers_of(groups), {}, {}, {});
         expect_step(tensors, groups);
         check(tensors, what);
         CHECK(runtime.counts.copies - before == copies, what);
@@ -151,7 +151,7 @@ TEST(cuda_stepper, host_ahead_of_the_device) {
     for (std::uint64_t i = 0; i < 12; ++i) {
         sets.push_back(some_tensors(i));
         groups[1].lr = 0.01 * static_cast<double>(i + 1);
-        stepper.step(refs_of(sets.back()), groups, {}, {}, {.stream = stream_of(i % 3)});
+        stepper.step(refs_of(sets.back()), hypers_of(groups), {}, {}, {.stream = stream_of(i % 3)});
         expect_step(sets.back(), groups);
     }
     runtime.synchronize_all();
@@ -159,7 +159,7 @@ TEST(cuda_stepper, host_ahead_of_the_device) {
     const std::int64_t allocations = runtime.counts.allocations;
     for (int i = 0; i < 10; ++i) {
         groups[0].lr *= 0.9;
-        stepper.step(refs_of(sets[0]), groups, {}, {}, {});
+        stepper.step(refs_of(sets[0]), hypers_of(groups), {}, {}, {});
         expect_step(sets[0], groups);
         runtime.synchronize_all();
         check(sets[0], "later");
@@ -172,7 +172,7 @@ TEST(cuda_stepper, another_stream_waits_for_the_tables) {
     Stepper stepper(runtime, 0);
     std::vector<TestTensor> tensors = some_tensors();
     for (const std::uintptr_t stream : {1u, 2u, 2u, 1u, 3u}) {
-        stepper.step(refs_of(tensors), hypers, {}, {}, {.stream = stream_of(stream)});
+        stepper.step(refs_of(tensors), hypers_of(hypers), {}, {}, {.stream = stream_of(stream)});
         expect_step(tensors);
         runtime.synchronize(0, stream_of(stream));  // the caller's care for the tensors; the tables' is ours
     }
@@ -182,8 +182,8 @@ TEST(cuda_stepper, another_stream_waits_for_the_tables) {
     SimulatedRuntime other(1, behind);
     Stepper fresh(other, 0);
     std::vector<TestTensor> first = some_tensors(1), same = some_tensors(2);
-    fresh.step(refs_of(same), hypers, {}, {}, {.stream = stream_of(1)});
-    fresh.step(refs_of(same), hypers, {}, {}, {.stream = stream_of(2)});
+    fresh.step(refs_of(same), hypers_of(hypers), {}, {}, {.stream = stream_of(1)});
+    fresh.step(refs_of(same), hypers_of(hypers), {}, {}, {.stream = stream_of(2)});
     other.synchronize(0, stream_of(2));
     expect_step(same);
     expect_step(same);
@@ -198,15 +198,15 @@ TEST(cuda_stepper, numbers_on_the_device) {
     double weight_decay = 0;
     std::vector<SgdHyper> groups = hypers;
     std::vector<DeviceScalars> scalars(groups.size());
-    scalars[1].lr = reinterpret_cast<const std::byte*>(&lr);
-    scalars[1].lr_dtype = DType::float32;
-    scalars[1].weight_decay = reinterpret_cast<const std::byte*>(&weight_decay);
-    scalars[1].weight_decay_dtype = DType::float64;
+    scalars[1].addresses[0] = reinterpret_cast<const std::byte*>(&lr);
+    scalars[1].dtypes[0] = DType::float32;
+    scalars[1].addresses[1] = reinterpret_cast<const std::byte*>(&weight_decay);
+    scalars[1].dtypes[1] = DType::float64;
     for (const double value : {0.0, 0.1, 0.01, 0.0}) {
         weight_decay = value;
         lr *= 0.7f;
         groups[1].lr = NAN;  // what the host has there counts for nothing
-        stepper.step(refs_of(tensors), groups, scalars, {}, {});
+        stepper.step(refs_of(tensors), hypers_of(groups), scalars, {}, {});
         groups[1].lr = static_cast<double>(lr);
         groups[1].weight_decay = value;
         expect_step(tensors, groups);
@@ -221,7 +221,7 @@ TEST(cuda_stepper, scale_and_found_inf_stay_on_the_device) {
     std::vector<TestTensor> tensors = some_tensors();
     float scale = 3, found_inf = 0;
     const auto step = [&] {
-        stepper.step(refs_of(tensors), hypers, {}, {}, {.found_inf = &found_inf, .grad_scale = &scale});
+        stepper.step(refs_of(tensors), hypers_of(hypers), {}, {}, {.found_inf = &found_inf, .grad_scale = &scale});
     };
     step();
     scale = 65536;  // before the device comes to it
@@ -250,7 +250,7 @@ TEST(cuda_stepper, a_first_step_that_did_not_happen_comes_later) {
     std::vector<TensorRef> refs = refs_of(tensors);
     refs[0].first = false;  // the host takes the momentum buffer for filled
     refs[0].pending = pending.data();
-    const auto step = [&] { stepper.step(refs, hypers, {}, {}, {.found_inf = &found_inf}); };
+    const auto step = [&] { stepper.step(refs, hypers_of(hypers), {}, {}, {.found_inf = &found_inf}); };
     step();
     step();
     check(tensors, "skipped");
@@ -274,7 +274,7 @@ TEST(cuda_stepper, graphs_replay_with_new_numbers) {
     float lr = 0.1f, scale = 2, found_inf = 0;
     std::vector<TestTensor> tensors = some_tensors(), others = some_tensors(3);
     std::vector<DeviceScalars> scalars(hypers.size());
-    for (DeviceScalars& each : scalars) each = {.lr = reinterpret_cast<const std::byte*>(&lr)};
+    for (DeviceScalars& each : scalars) each = {.addresses = {reinterpret_cast<const std::byte*>(&lr)}};
     Stepper stepper(runtime, 0);
     const DeviceOptions on_device{.stream = stream_of(1), .found_inf = &found_inf, .grad_scale = &scale};
     const auto expect = [&](std::vector<TestTensor>& stepped) {
@@ -282,12 +282,12 @@ TEST(cuda_stepper, graphs_replay_with_new_numbers) {
         for (SgdHyper& group : groups) group.lr = static_cast<double>(lr);
         expect_step(stepped, groups, {.grad_factor = 1.0 / static_cast<double>(scale)});
     };
-    stepper.step(refs_of(tensors), hypers, scalars, {}, on_device);  // a warm-up
+    stepper.step(refs_of(tensors), hypers_of(hypers), scalars, {}, on_device);  // a warm-up
     runtime.synchronize_all();
     expect(tensors);
     runtime.begin_capture(on_device.stream);
-    stepper.step(refs_of(tensors), hypers, scalars, {}, on_device);
-    stepper.step(refs_of(others), hypers, scalars, {}, on_device);
+    stepper.step(refs_of(tensors), hypers_of(hypers), scalars, {}, on_device);
+    stepper.step(refs_of(others), hypers_of(hypers), scalars, {}, on_device);
     const SimulatedRuntime::Graph graph = runtime.end_capture(on_device.stream);
     check(tensors, "captured, not run");
     check(others, "captured, not run");
@@ -296,7 +296,7 @@ TEST(cuda_stepper, graphs_replay_with_new_numbers) {
         scale *= 4;
         // Ordinary steps in between use tables of their own, also when more are needed than there were.
         for (std::vector<TestTensor>* stepped : {&others, &tensors, &others}) {
-            stepper.step(refs_of(*stepped), hypers, scalars, {}, on_device);
+            stepper.step(refs_of(*stepped), hypers_of(hypers), scalars, {}, on_device);
             expect(*stepped);
         }
         runtime.synchronize_all();
@@ -320,7 +320,7 @@ TEST(cuda_stepper, failures_change_nothing_and_are_got_over) {
         std::vector<SgdHyper> groups = hypers;
         const auto step = [&] {
             groups[0].lr *= 0.5;  // a reason to upload
-            stepper.step(refs_of(tensors), groups, {}, {}, {});
+            stepper.step(refs_of(tensors), hypers_of(groups), {}, {}, {});
         };
         step();
         expect_step(tensors, groups);
@@ -371,16 +371,16 @@ TEST(cuda_stepper, strided_gradients) {
             }
             TensorRef tensor{.param = bytes(param),
                              .grad = bytes(grad) + origin * 4,
-                             .momentum = bytes(momentum),
+                             .states = {bytes(momentum)},
                              .size = rows * columns,
                              .grad_axes = layouts[i],
                              .hyper = 1};
             if (zero_grad && i >= 2) {
                 CHECK_THROWS(std::invalid_argument, "reach an element twice",
-                             stepper.step({&tensor, 1}, hypers, {}, {.zero_grad = true}, {}));
+                             stepper.step({&tensor, 1}, hypers_of(hypers), {}, {.zero_grad = true}, {}));
                 continue;
             }
-            stepper.step({&tensor, 1}, hypers, {}, {.zero_grad = zero_grad}, {});
+            stepper.step({&tensor, 1}, hypers_of(hypers), {}, {.zero_grad = zero_grad}, {});
             const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
                 for (std::size_t e = 0; e < a.size(); ++e) {
                     const auto word = [&](const std::vector<float>& v) {
@@ -412,22 +412,22 @@ TEST(cuda_stepper, refusals) {
         {"null pointer", [](TensorRef& t) { t.grad = nullptr; }},
         {"address of a parameter", [](TensorRef& t) { t.param += 1; }},
         {"address of a gradient", [](TensorRef& t) { t.grad += 2; }},
-        {"address of a momentum buffer", [](TensorRef& t) { t.momentum += 3; }},
+        {"address of a state", [](TensorRef& t) { t.states[0] += 3; }},
         {"too large", [](TensorRef& t) { t.size = std::int64_t{1} << 62; }},
     };
     for (const Defect& defect : defects) {
         std::vector<TensorRef> refs = refs_of(tensors);
         defect.apply(refs[6]);
-        CHECK_THROWS(std::invalid_argument, defect.message, stepper.step(refs, hypers, {}, {}, {}));
+        CHECK_THROWS(std::invalid_argument, defect.message, stepper.step(refs, hypers_of(hypers), {}, {}, {}));
         check(tensors, defect.message);
     }
     TensorRef odd = tensors[6].ref();
     const Axis axes[] = {{odd.size, 6}};
     odd.grad_axes = axes;
-    CHECK_THROWS(std::invalid_argument, "stride", stepper.step({&odd, 1}, hypers, {}, {}, {}));
+    CHECK_THROWS(std::invalid_argument, "stride", stepper.step({&odd, 1}, hypers_of(hypers), {}, {}, {}));
     stepper.step({}, {}, {}, {}, {});
     CHECK(runtime.counts.launches == 0);
-    stepper.step(refs_of(tensors), hypers, {}, {}, {});
+    stepper.step(refs_of(tensors), hypers_of(hypers), {}, {}, {});
     expect_step(tensors);
     check(tensors, "after refusals");
 }

@@ -83,7 +83,7 @@ struct SmallFloat16 {
                          .size = size - 1};
         tensor.param_dtype = tensor.grad_dtype = DType::float16;
         const SgdHyper hyper{.lr = 0.37};
-        sgdcore::step({&tensor, 1}, {&hyper, 1}, {});
+        test::step({&tensor, 1}, {&hyper, 1}, {});
     }
 };
 

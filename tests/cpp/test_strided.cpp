@@ -90,11 +90,11 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
         if (zero_grad) write_word(dtypes.grad, expected_grad.data() + margin - lowest + offset_of(axes, i), 0, 0);
     }
 
-    TensorRef tensor{.param = param.data() + margin, .grad = start, .momentum = momentum.data() + margin, .size = size};
+    TensorRef tensor{.param = param.data() + margin, .grad = start, .states = {momentum.data() + margin}, .size = size};
     tensor.grad_axes = axes;
     tensor.param_dtype = dtypes.param;
     tensor.grad_dtype = dtypes.grad;
-    tensor.momentum_dtype = dtypes.momentum;
+    tensor.state_dtypes[0] = dtypes.momentum;
     step({&tensor, 1}, {&hyper, 1}, options);
 
     const auto text = [&] {

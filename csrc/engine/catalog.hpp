@@ -1,0 +1,25 @@
+// The rules at run time: what each declares, for code that gets a rule's number and no type.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "../rules/all.hpp"
+#include "../work.hpp"
+
+namespace sgdcore {
+
+struct RuleInfo {
+    const char* name;
+    std::span<const HyperSpec> hypers;
+    std::span<const StateSpec> states;
+    /// The states that take part under these values: bit s is state s.
+    std::uint32_t (*states_in_use)(const Values& values);
+
+    Hyper hyper(const Values& values) const { return {values, states_in_use(values)}; }
+};
+
+/// All rules; the position is a rule's number.
+std::span<const RuleInfo> rules();
+
+}  // namespace sgdcore
