@@ -1355,7 +1355,7 @@ def ranks_that_completed_a_round_lead(context: Context) -> None:
         else:
             with pytest.MonkeyPatch.context() as patch:
                 # Rank 1 does not get to the momentum.
-                patch.setattr(local._parameters.momenta, "averager", lambda wanted: None)
+                patch.setattr(local._parameters.momenta, "average", lambda *_: None)
                 train(context, local, 2, first=2)
             assert local.round == 2
         group.armed = False

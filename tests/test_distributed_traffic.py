@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from sgdcore.distributed import averager as averaging
-from sgdcore.distributed._flat import empty, runs, scale
+from sgdcore.distributed._flat import BLOCK, empty, runs, scale, wire_name
 from sgdcore.distributed.averager import Averager, Sizes, exchange
-from sgdcore.distributed.feedback import BLOCK, ErrorFeedback
-from sgdcore.distributed.parameters import wire_name
+from sgdcore.distributed.feedback import ErrorFeedback
 
 
 class Late:
@@ -58,12 +57,12 @@ KINDS = pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("look", [False, True])
 def test_scaling(kind: str, dtype: str, look: bool) -> None:
     """Across several blocks; what is not finite is seen wherever it is, and large sums are no alarm."""
-    values = np.random.default_rng(0).standard_normal(3 * (1 << 17) + 5).astype(dtype)
+    values = np.random.default_rng(0).standard_normal(3 * BLOCK + 5).astype(dtype)
     array = like(kind, values)
     assert scale(array, 1 / 3, look)
     assert np.asarray(array).tobytes() == (values * np.dtype(dtype).type(1 / 3)).tobytes()
     assert scale(like(kind, np.full(9, np.finfo(dtype).max / 2, dtype)), 1.0, look)
-    for place in (0, 1 << 17, len(values) - 1):
+    for place in (0, BLOCK, len(values) - 1):
         for bad in (np.nan, np.inf, -np.inf):
             spoilt = values.copy()
             spoilt[place] = bad

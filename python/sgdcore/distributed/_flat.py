@@ -10,43 +10,16 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from sgdcore import _core
-from sgdcore._arrays import storage_dtype
-
-__all__ = [
-    "address",
-    "alike",
-    "all_finite",
-    "array_namespace",
-    "compute_dtype",
-    "copied",
-    "copy_all",
-    "copy_into",
-    "count_change",
-    "dtype_name",
-    "element_strides",
-    "empty",
-    "flat",
-    "is_torch",
-    "item_bytes",
-    "join",
-    "overlap",
-    "reorder",
-    "runs",
-    "scale",
-    "shaped",
-    "store",
-    "zero_nonfinite",
-    "zeros_like",
-]
+from sgdcore._arrays import Array, storage_dtype
 
 # Elements that are handled at a time where each is needed twice: they stay in the processor's cache.
-BLOCK = 1 << 17
+BLOCK = 1 << 16
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
@@ -76,9 +49,11 @@ def compute_dtype(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def address(array: Any) -> int:
-    """Return where the array begins."""
-    return int(array.data_ptr() if is_torch(array) else array.__array_interface__["data"][0])
+def wire_name(dtype: str, wire: str | None = None) -> str:
+    """Return the dtype on the wire for arrays of a dtype: 16-bit ones are added up in float32 unless `wire` says so."""
+    if wire is not None and item_bytes(wire) <= item_bytes(dtype):
+        return wire
+    return compute_dtype(dtype)
 
 
 def flat(array: Any, label: str) -> Any:
@@ -88,44 +63,35 @@ def flat(array: Any, label: str) -> Any:
         TypeError: if it is no dense array.
         ValueError: if there are gaps between its elements.
     """
-    if is_torch(array):
-        return _flat_tensor(array.detach(), label)
-    view = array.transpose(_axes(array)).reshape(-1)
-    if not view.flags.c_contiguous or (array.size and not np.shares_memory(view, array)):
-        raise ValueError(f"{label}: expected an array without gaps, got strides {array.strides}")
-    return view
-
-
-def _flat_tensor(tensor: Any, label: str) -> Any:
+    if isinstance(array, np.ndarray):
+        ordered = array if array.flags.c_contiguous else array.transpose(_axes(array))
+        if not ordered.flags.c_contiguous:
+            raise ValueError(
+                f"{label}: expected an array without gaps, got strides {array.strides}"
+            )
+        return ordered.reshape(-1)
     torch = sys.modules["torch"]
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+    if type(array) not in (torch.Tensor, torch.nn.Parameter) or array.layout is not torch.strided:
         raise TypeError(
-            f"{label}: expected a dense tensor of torch's own type, got {type(tensor).__name__} ({tensor.layout})"
+            f"{label}: expected a dense tensor of torch's own type, got {type(array).__name__} ({array.layout})"
         )
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+    tensor = array.detach() if array.requires_grad else array
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if dtype_name(tensor.dtype) not in ITEM_BYTES:
         raise TypeError(f"{label}: expected a floating-point tensor, got {tensor.dtype}")
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    tensor = tensor.permute(_axes(tensor))
     if not tensor.is_contiguous():
-        raise ValueError(f"{label}: expected a tensor without gaps, got strides {tensor.stride()}")
+        tensor = tensor.permute(_axes(tensor))
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{label}: expected a tensor without gaps, got strides {array.stride()}"
+            )
     return tensor.view(-1)
 
 
 def _axes(array: Any) -> list[int]:
     """Return the axes in the order of memory, the outermost first."""
-    if len(array.shape) < 2:
-        return list(range(len(array.shape)))
     strides = array.stride() if is_torch(array) else array.strides
     return sorted(range(len(strides)), key=lambda axis: -strides[axis])
-
-
-def reorder(values: Any, before: Any, after: Any) -> None:
-    """Bring flat values from the order in memory of one array into that of another one of its shape, in place."""
-    source, target = shaped(copied(values), before), shaped(values, after)
-    target[...] = source
 
 
 def shaped(values: Any, like: Any) -> Any:
@@ -136,6 +102,21 @@ def shaped(values: Any, like: Any) -> Any:
     view = values.reshape([like.shape[axis] for axis in axes])
     back = sorted(range(len(axes)), key=axes.__getitem__)
     return view.permute(back) if is_torch(view) else view.transpose(back)
+
+
+def reorder(values: Any, before: Any, after: Any) -> None:
+    """Bring flat values from the order in memory of one array into that of another one of its shape, in place."""
+    source, target = shaped(copied(values), before), shaped(values, after)
+    target[...] = source
+
+
+def element_strides(array: Any) -> list[int]:
+    """Return the strides in elements, of the axes that have more than one."""
+    if isinstance(array, np.ndarray):
+        strides = [stride // array.itemsize for stride in array.strides]
+    else:
+        strides = array.stride()
+    return [stride for stride, n in zip(strides, array.shape, strict=True) if n != 1]
 
 
 def empty(like: Any, size: int, dtype: str) -> Any:
@@ -152,12 +133,22 @@ def empty(like: Any, size: int, dtype: str) -> Any:
     return _core.allocate(size, numpy_dtype) if large else np.empty(size, numpy_dtype)
 
 
-def count_change(array: Any) -> None:
-    """Tell autograd that a tensor was changed: of what an engine writes torch may know nothing."""
-    if is_torch(array):
-        from sgdcore.torch._interface import increment_versions
+def alike(views: Sequence[Any], dtype: str | None = None) -> list[Any]:
+    """Return new flat views of the same sizes, those of one dtype and device side by side.
 
-        increment_versions([array])
+    Args:
+        views: flat views.
+        dtype: for all of them; their own if None.
+    """
+    keys = [(dtype or dtype_name(view.dtype), getattr(view, "device", None)) for view in views]
+    result: list[Any] = [None] * len(views)
+    for key in dict.fromkeys(keys):
+        positions = [i for i, other in enumerate(keys) if other == key]
+        ends = list(accumulate((len(views[i]) for i in positions), initial=0))
+        memory = empty(views[positions[0]], ends[-1], key[0])
+        for i, (start, stop) in zip(positions, pairwise(ends), strict=True):
+            result[i] = memory[start:stop]
+    return result
 
 
 def zeros_like(array: Any, dtype: Any = None) -> Any:
@@ -167,14 +158,6 @@ def zeros_like(array: Any, dtype: Any = None) -> Any:
     return np.zeros_like(array, dtype=None if dtype is None else storage_dtype(dtype))
 
 
-def element_strides(array: Any) -> list[int]:
-    """Return the strides in elements, of the axes that have more than one."""
-    if len(array.shape) == 0:
-        return []
-    strides = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
-    return [stride for stride, n in zip(strides, array.shape, strict=True) if n != 1]
-
-
 def copied(array: Any) -> Any:
     """Return a copy of an array; of None, None."""
     if array is None:
@@ -182,30 +165,35 @@ def copied(array: Any) -> Any:
     return array.clone() if is_torch(array) else array.copy("K")
 
 
-def zero_nonfinite(array: Any) -> None:
-    """Set what is not finite to 0, in place."""
-    if is_torch(array):
-        array.nan_to_num_(0.0, 0.0, 0.0)
-    else:
-        np.nan_to_num(array, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+def as_numpy(array: Any) -> Array:
+    """Return an array or a tensor as an array: a view of memory of the CPU, a copy of any other."""
+    result: Array = array.detach().cpu().numpy() if is_torch(array) else array
+    return result
 
 
-def store(array: Any, values: Any) -> None:
-    """Copy a NumPy array's values into an array of either kind."""
-    array[...] = sys.modules["torch"].from_numpy(values.copy()) if is_torch(array) else values
+def as_kind(like: Any, array: Array) -> Any:
+    """Return a copy of a NumPy array, as an array of another one's kind on its device."""
+    if not is_torch(like):
+        return array.copy()
+    return sys.modules["torch"].from_numpy(array.copy()).to(like.device)
 
 
-def array_namespace(array: Any) -> Any:
-    """Return the module with ``add``, ``subtract``, ``multiply`` and ``divide`` for arrays of this kind."""
-    return sys.modules["torch"] if is_torch(array) else np
-
-
-def copy_into(target: Any, source: Any) -> None:
-    """``target[...] = source``, at less cost for a small tensor."""
+def concatenate(views: Sequence[Any], target: Any) -> None:
+    """Copy flat views one after the other into an array."""
     if is_torch(target):
-        target.copy_(source)
+        sys.modules["torch"].cat(views, out=target)
     else:
-        target[...] = source
+        np.concatenate(views, out=target, casting="unsafe")
+
+
+def scatter(source: Any, views: Sequence[Any]) -> None:
+    """Undo `concatenate`: copy an array's parts to the views."""
+    sizes = [view.shape[0] for view in views]
+    if is_torch(source):
+        copy_all(views, source.split(sizes))
+    else:
+        bounds = pairwise(accumulate(sizes, initial=0))
+        copy_all(views, [source[start:stop] for start, stop in bounds])
 
 
 def copy_all(targets: Sequence[Any], sources: Sequence[Any]) -> None:
@@ -217,53 +205,112 @@ def copy_all(targets: Sequence[Any], sources: Sequence[Any]) -> None:
         target[...] = source
 
 
+def count_change(array: Any) -> None:
+    """Tell autograd that a tensor was changed: of what an engine writes torch may know nothing."""
+    if is_torch(array):
+        from sgdcore.torch._interface import increment_versions
+
+        increment_versions([array])
+
+
+def zero_nonfinite(array: Any) -> None:
+    """Set what is not finite to 0, in place."""
+    if is_torch(array):
+        array.nan_to_num_(0.0, 0.0, 0.0)
+    else:
+        np.nan_to_num(array, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def scale(array: Any, factor: float, look: bool = False) -> bool:
-    """Multiply an array by a number, in place.
+    """Multiply a flat view of float32 or float64 by a number, in place.
 
     Args:
-        array: a flat view.
+        array: the view.
         factor: the number.
         look: look whether the products are finite, while they are in the processor's cache.
 
     Returns:
         Whether all products were finite; True where they were not looked at.
     """
-    number = factor if is_torch(array) else array.dtype.type(factor)
-    multiply = array_namespace(array).multiply
-    if not look:
-        if factor != 1:
-            multiply(array, number, out=array)
-        return True
-    finite = True
+    if is_torch(array):
+        if array.device.type != "cpu":
+            array *= factor
+            return not look or all_finite(array)
+        array = array.numpy()
+    finite, number = True, array.dtype.type(factor)
     for start in range(0, len(array), BLOCK):
         block = array[start : start + BLOCK]
         if factor != 1:
-            multiply(block, number, out=block)
-        finite = finite and all_finite(block)
+            np.multiply(block, number, out=block)
+        finite = finite and (not look or all_finite(block))
     return finite
 
 
 def all_finite(array: Any) -> bool:
-    """Return whether all elements are finite."""
-    # A sum takes a fraction of the time that looking at each element does; it may overflow, and is then looked into.
+    """Return whether all elements of a flat view are finite."""
+    # Their squares' sum takes a fraction of the time of a look at each; it may overflow, and is then looked into.
+    fast = not is_torch(array) and array.dtype.char in "fd"
     with np.errstate(all="ignore"):
-        if math.isfinite(float(array.sum())):
+        if math.isfinite(float(np.dot(array, array) if fast else array.sum())):
             return True
-    return bool(array_namespace(array).isfinite(array).all())
+    return bool((sys.modules["torch"] if is_torch(array) else np).isfinite(array).all())
 
 
-def runs(views: Sequence[Any]) -> list[list[int]]:
-    """Return the positions of flat views, those together that lie side by side in one allocation."""
+def addresses(arrays: Sequence[Any]) -> list[int]:
+    """Return where each array begins."""
+    if arrays and is_torch(arrays[0]):
+        return [array.data_ptr() for array in arrays]
+    return [array.__array_interface__["data"][0] for array in arrays]
+
+
+def _extents(views: Sequence[Any]) -> tuple[Array, Array]:
+    """Return where the memory of flat views begins and ends."""
+    starts = np.array(addresses(views), np.int64)
+    return starts, starts + np.array([view.nbytes for view in views], np.int64)
+
+
+def runs(views: Sequence[Any], groups: Sequence[int] | None = None) -> list[list[int]]:
+    """Return the positions of flat views, those together that lie side by side in one allocation, and in one group."""
     starts, ends = _extents(views)
-    # Most small arrays lie apart, which the addresses tell at less cost than `_adjacent`.
-    touching = (ends[:-1] == starts[1:]).tolist()
-    result: list[list[int]] = [[0]] if views else []
-    for i, touches in enumerate(touching, 1):
-        if touches and _adjacent(views[i - 1], views[i]):
-            result[-1].append(i)
-        else:
-            result.append([i])
-    return result
+    # Most small arrays lie apart, which the addresses tell at less cost than `_spannable`.
+    touching = ends[:-1] == starts[1:]
+    if groups is not None:
+        touching &= np.diff(groups) == 0
+    begins = ~touching
+    for i in np.flatnonzero(touching).tolist():
+        begins[i] = not _spannable(views[i], views[i + 1])
+    bounds = [0, *(np.flatnonzero(begins) + 1).tolist(), len(views)]
+    return [list(range(start, stop)) for start, stop in pairwise(bounds)] if views else []
+
+
+def _spannable(a: Any, b: Any) -> bool:
+    """Return whether a single view can span two views, of which one begins where the other one ends."""
+    if a.dtype != b.dtype or len(a) == 0 or len(b) == 0:
+        return False
+    if is_torch(a):
+        return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+    base = a.base
+    return (
+        isinstance(base, np.ndarray)
+        and base is b.base
+        and base.dtype == a.dtype
+        and base.flags.c_contiguous
+    )
+
+
+def join(views: Sequence[Any]) -> Any:
+    """Return one flat view over views side by side, or None if they are not."""
+    first = views[0]
+    if len(views) == 1:
+        return first
+    if len(runs(views)) > 1:
+        return None
+    size = sum(len(view) for view in views)
+    if is_torch(first):
+        return first.as_strided((size,), (1,), first.storage_offset())
+    whole = first.base.reshape(-1)
+    start = (addresses([first])[0] - addresses([whole])[0]) // first.itemsize
+    return whole[start : start + size]
 
 
 def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
@@ -277,67 +324,3 @@ def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
         return None
     i, j = (int(order[found[0] + k]) for k in (0, 1))
     return min(i, j), max(i, j)
-
-
-def _extents(views: Sequence[Any]) -> tuple[Any, Any]:
-    """Return where the memory of flat views begins and ends."""
-    starts = np.array([address(view) for view in views], np.int64)
-    return starts, starts + np.array([view.nbytes for view in views], np.int64)
-
-
-def join(views: Sequence[Any]) -> Any:
-    """Return one flat view over views side by side, or None if they are not."""
-    if len(views) == 1:
-        return views[0]
-    if not all(_adjacent(a, b) for a, b in pairwise(views)):
-        return None
-    first, size = views[0], sum(len(view) for view in views)
-    if is_torch(first):
-        return first.as_strided((size,), (1,), first.storage_offset())
-    whole = first.base.reshape(-1)
-    start = (address(first) - address(whole)) // first.itemsize
-    return whole[start : start + size]
-
-
-def _adjacent(a: Any, b: Any) -> bool:
-    """Return whether `b` begins where `a` ends, as parts of what a single view can span."""
-    if a.dtype != b.dtype or len(a) == 0 or len(b) == 0:
-        return False
-    if is_torch(a):
-        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-            return False
-        return bool(a.storage_offset() + len(a) == b.storage_offset())
-    base = a.base
-    return (
-        isinstance(base, np.ndarray)
-        and base is b.base
-        and base.dtype == a.dtype
-        and base.flags.c_contiguous
-        and address(a) + a.nbytes == address(b)
-    )
-
-
-def alike(views: Sequence[Any], dtype: str | None = None) -> list[Any]:
-    """Return new flat views of the same sizes, those of one dtype and device side by side.
-
-    Args:
-        views: flat views.
-        dtype: for all of them; their own if None.
-    """
-    names = [dtype or dtype_name(view.dtype) for view in views]
-    keys = [
-        (name, view.device if is_torch(view) else None)
-        for name, view in zip(names, views, strict=True)
-    ]
-    totals: dict[Any, int] = {}
-    for key, view in zip(keys, views, strict=True):
-        totals[key] = totals.get(key, 0) + len(view)
-    first = dict(zip(reversed(keys), reversed(views), strict=True))
-    memory = {key: empty(first[key], total, key[0]) for key, total in totals.items()}
-    starts = dict.fromkeys(totals, 0)
-    result = []
-    for key, view in zip(keys, views, strict=True):
-        start = starts[key]
-        starts[key] = start + len(view)
-        result.append(memory[key][start : starts[key]])
-    return result

@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 
 from sgdcore.distributed._flat import (
-    copy_all,
+    concatenate,
     count_change,
     dtype_name,
     empty,
     item_bytes,
     join,
     scale,
+    scatter,
 )
 from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import MpiGroup, ProcessGroup, Work, abort
-
-__all__ = ["Averager", "Chunk", "Part", "Sizes", "exchange", "plan_chunks"]
 
 
 @dataclass(frozen=True)
@@ -59,25 +58,31 @@ WIRE_SIZES = Sizes(4 << 20, 4 << 20)
 
 
 @dataclass(frozen=True)
-class Part:
-    """The elements from `start` to `stop` of the array number `index`."""
-
-    index: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Chunk:
-    """Parts that travel as one array."""
+    """Elements of arrays, one array after the other, that travel as one array.
 
-    parts: tuple[Part, ...]
+    Attributes:
+        arrays: the arrays' positions.
+        size: the number of elements.
+        dtype: the dtype in which they travel.
+        before: the number of the first array's elements that are left out, at its beginning.
+        after: the number of the last array's elements that are left out, at its end.
+    """
+
+    arrays: Sequence[int]
+    size: int
     dtype: str
+    before: int = 0
+    after: int = 0
 
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return sum(part.stop - part.start for part in self.parts)
+    def pieces(self, views: Sequence[Any]) -> list[Any]:
+        """Return the part of each of the arrays that is in the chunk."""
+        found = [views[i] for i in self.arrays]
+        if self.after:
+            found[-1] = found[-1][: -self.after]
+        if self.before:
+            found[0] = found[0][self.before :]
+        return found
 
 
 def plan_chunks(
@@ -92,67 +97,53 @@ def plan_chunks(
         limits: how large chunks may be.
     """
     bucket_bytes = min(limits.chunk_bytes, limits.bucket_bytes)
+    direct_bytes = min(limits.direct_bytes, bucket_bytes)
     chunks: list[Chunk] = []
-    buckets: dict[str, list[Part]] = {}
-    filled: dict[str, int] = {}  # elements in the buckets
+    buckets: dict[str, tuple[list[int], int]] = {}  # arrays, and their elements
     for run in runs:
-        dtype = dtypes[run[0]]
-        size = sum(sizes[i] for i in run)
-        if size * item_bytes(dtype) >= min(limits.direct_bytes, bucket_bytes):
-            limit = max(1, limits.chunk_bytes // item_bytes(dtype))
-            limit = -(-size // -(-size // limit))
-            chunks += [Chunk(parts, dtype) for parts in _cut(run, sizes, limit)]
-            continue
-        bucket, limit = buckets.setdefault(dtype, []), bucket_bytes // item_bytes(dtype)
-        if filled.get(dtype, 0) + size > limit:
-            chunks.append(Chunk(tuple(bucket), dtype))
-            bucket.clear()
-            filled[dtype] = 0
-        bucket += [Part(i, 0, sizes[i]) for i in run if sizes[i]]
-        filled[dtype] = filled.get(dtype, 0) + size
-    return chunks + [Chunk(tuple(parts), dtype) for dtype, parts in buckets.items() if parts]
+        dtype, size = dtypes[run[0]], sum([sizes[i] for i in run])
+        if size * item_bytes(dtype) >= direct_bytes:
+            chunks += _cut(run, sizes, dtype, limits.chunk_bytes)
+        elif size:
+            arrays, filled = buckets.get(dtype, ([], 0))
+            if (filled + size) * item_bytes(dtype) > bucket_bytes:
+                chunks.append(Chunk(arrays, filled, dtype))
+                arrays, filled = [], 0
+            arrays += run
+            buckets[dtype] = arrays, filled + size
+    return chunks + [Chunk(arrays, size, dtype) for dtype, (arrays, size) in buckets.items()]
 
 
-def _cut(run: Sequence[int], sizes: Sequence[int], limit: int) -> list[tuple[Part, ...]]:
-    """Cut arrays side by side into pieces of `limit` elements, and one of the rest."""
-    pieces: list[list[Part]] = [[]]
-    room = limit
-    for i in run:
-        start = 0
-        while start < sizes[i]:
-            if room == 0:
-                pieces.append([])
-                room = limit
-            stop = min(sizes[i], start + room)
-            pieces[-1].append(Part(i, start, stop))
-            room -= stop - start
-            start = stop
-    return [tuple(piece) for piece in pieces if piece]
+def _cut(run: Sequence[int], sizes: Sequence[int], dtype: str, limit: int) -> Iterator[Chunk]:
+    """Cut arrays side by side into chunks of at most `limit` bytes, all but the last one equal."""
+    ends = np.cumsum([sizes[i] for i in run])
+    size = int(ends[-1])
+    length = -(-size // -(-size // max(1, limit // item_bytes(dtype))))
+    for start in range(0, size, length):
+        stop = min(start + length, size)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+        before = start - int(ends[first]) + sizes[run[first]]
+        yield Chunk(run[first : last + 1], stop - start, dtype, before, int(ends[last]) - stop)
 
 
 def exchange(
-    count: int,
-    start: Callable[[int], Work],
-    finish: Callable[[int], None],
-    in_flight: int,
+    count: int, start: Callable[[int], Work], finish: Callable[[int], None], in_flight: int
 ) -> None:
     """Run operations 0 to `count`, several at a time, each finished in its turn, the next one started before.
 
     If one fails, this raises only once no other is under way: they write into memory until they are done.
     """
     pending: deque[Work] = deque()
-    started = 0
+    left = iter(range(count))
     try:
-        for number in range(count):
-            while started < min(number + in_flight, count):
-                pending.append(start(started))
-                started += 1
-            pending[0].wait()
-            pending.popleft()
-            if started < count:
-                pending.append(start(started))
-                started += 1
-            finish(number)
+        for number in range(count + in_flight):
+            if number >= in_flight:
+                pending[0].wait()
+                pending.popleft()
+            if (following := next(left, None)) is not None:
+                pending.append(start(following))
+            if number >= in_flight:
+                finish(number - in_flight)
     except Exception:
         for work in pending:
             with suppress(Exception):  # the first failure is the one that is reported
@@ -165,21 +156,14 @@ class _Cargo:
     """A chunk ready to travel.
 
     Attributes:
+        chunk: the chunk.
         array: what travels: the memory that the chunk covers, or part of a staging buffer.
-        views: what is copied into the array and back; none where it travels from where it is.
-        places: where in the array each of them goes.
-        parts: the chunk's parts that some rank has a value of, with their places in the array.
+        pieces: what is copied into the array and back; none where it travels from where it is.
     """
 
+    chunk: Chunk
     array: Any
-    views: list[Any]
-    places: list[Any]
-    parts: list[tuple[Part, Any]]
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether it travels from where it is."""
-        return not self.parts
+    pieces: list[Any]
 
 
 class Averager:
@@ -203,12 +187,12 @@ class Averager:
         feedback: ErrorFeedback | None = None,
         chunk_bytes: int | None = None,
     ) -> None:
-        self._plan = runs, sizes, wires
+        self._arrays = runs, sizes, wires
         self._like, self._feedback = like, feedback
         self._own_limits = None if chunk_bytes is None else Sizes(chunk_bytes, chunk_bytes)
-        self._chunks: dict[Sizes, list[Chunk]] = {}
+        self._plan: tuple[Any, list[Chunk]] = None, []
+        self._bound: tuple[Any, list[Chunk], list[_Cargo]] = None, [], []
         self._staging: dict[tuple[str, int], Any] = {}
-        self._bound: tuple[Any, Sizes, list[_Cargo]] | None = None
 
     def _limits(self, group: ProcessGroup) -> Sizes:
         if self._own_limits is not None:
@@ -217,66 +201,55 @@ class Averager:
             return WIRE_SIZES
         return MPI_SIZES if isinstance(group, MpiGroup) else GLOO_SIZES
 
-    def bind(self, group: ProcessGroup, views: Sequence[Any]) -> list[_Cargo]:
-        """Find or allocate the memory that travels. What was found for these very views before is found again.
+    def _chunks(self, limits: Sizes, wanted: Sequence[bool] | None) -> list[Chunk]:
+        key = limits, None if wanted is None else tuple(wanted)
+        if self._plan[0] != key:
+            runs, sizes, wires = self._arrays
+            if wanted is not None:
+                runs = [left for run in runs if (left := [i for i in run if wanted[i]])]
+            self._plan = key, plan_chunks(runs, sizes, wires, limits)
+        return self._plan[1]
 
-        Args:
-            group: the ranks.
-            views: the arrays as flat views. None for one that no rank has, and on a rank that has nothing to average.
-        """
-        limits = self._limits(group)
-        bound = self._bound
-        if bound is not None and bound[0] is views and bound[1] == limits:
-            return bound[2]
-        if limits not in self._chunks:
-            self._chunks[limits] = plan_chunks(*self._plan, limits)
-        # Every so many copies share a staging buffer: they are never under way together.
-        slots = limits.in_flight + 1
-        cargos: list[_Cargo] = []
-        for chunk in self._chunks[limits]:
-            array = None if self._feedback is not None else self._find(chunk, views)
-            if array is None:
-                cargos.append(self._stage(chunk, views, len(cargos) % slots))
-            else:
-                cargos.append(_Cargo(array, [], [], []))
-        self._bound = views, limits, cargos
-        return cargos
+    def _bind(self, chunks: list[Chunk], views: Sequence[Any], slots: int) -> list[_Cargo]:
+        """Find or allocate the memory that travels. What was found for these very views before is found again."""
+        if self._bound[0] is not views or self._bound[1] is not chunks:
+            # Every so many copies share a staging buffer: they are never under way together.
+            found = [self._find(chunk, views, n % slots) for n, chunk in enumerate(chunks)]
+            self._bound = views, chunks, found
+        return self._bound[2]
 
-    def _find(self, chunk: Chunk, views: Sequence[Any]) -> Any:
-        """Return the memory that a chunk covers as it stands, or None if it has to be copied."""
-        found = []
-        for part in chunk.parts:
-            view = views[part.index]
-            if view is None or dtype_name(view.dtype) != chunk.dtype:
-                return None
-            found.append(_cut_out(view, part))
-        return join(found)
-
-    def _stage(self, chunk: Chunk, views: Sequence[Any], slot: int) -> _Cargo:
+    def _find(self, chunk: Chunk, views: Sequence[Any], slot: int) -> _Cargo:
+        pieces = chunk.pieces(views) if views else []
+        if pieces and self._feedback is None and dtype_name(pieces[0].dtype) == chunk.dtype:
+            joined = join(pieces)
+            if joined is not None:
+                return _Cargo(chunk, joined, [])
         key = chunk.dtype, slot
         if key not in self._staging or len(self._staging[key]) < chunk.size:
             self._staging[key] = empty(self._like, chunk.size, chunk.dtype)
-        array = self._staging[key][: chunk.size]
-        parts = list(_places(chunk, array))
-        there = [(part, place) for part, place in parts if views[part.index] is not None]
-        found = [_cut_out(views[part.index], part) for part, _ in there]
-        return _Cargo(array, found, [place for _, place in there], parts)
+        return _Cargo(chunk, self._staging[key][: chunk.size], pieces)
 
     def release(self) -> None:
         """Forget the arrays, so that nothing here keeps them alive."""
-        self._bound = None
+        self._bound = None, [], []
 
     def average(
-        self, group: ProcessGroup, views: Sequence[Any], factor: float, look: bool = False
+        self,
+        group: ProcessGroup,
+        views: Sequence[Any],
+        factor: float,
+        look: bool = False,
+        wanted: Sequence[bool] | None = None,
     ) -> list[int]:
         """Replace each array by the sum over the group of the arrays times each rank's factor.
 
         Args:
             group: the ranks.
-            views: the arrays; see `bind`.
+            views: the arrays as flat views; none on a rank that has nothing to average.
             factor: this rank's weight; those of all ranks add up to 1. Where it is 0 zeros are sent, whatever this
                 rank's arrays hold.
             look: look which ranks have values that are not finite.
+            wanted: for each array whether it is averaged, the same on all ranks; None for all.
 
         Returns:
             Those ranks, the same on all; none where they were not looked for.
@@ -284,80 +257,79 @@ class Averager:
         Raises:
             Exception: the engine's, if a rank is gone; some of the arrays are then overwritten.
         """
-        cargos = self.bind(group, views)
         finite = True
         own, everyone = (empty(self._like, n, "int64") for n in (1, group.size))
 
-        def start(number: int) -> Work:
+        def send(cargo: _Cargo) -> Work:
             nonlocal finite
-            if number == len(cargos):  # all chunks are under way, or were
-                own[0] = not finite
-                return group.all_gather(everyone, own)
-            finite &= self._load(cargos[number], views, factor, look)
-            return group.all_reduce(cargos[number].array)
+            if factor == 0:
+                cargo.array[...] = 0  # a product would keep NaN
+            elif self._feedback is not None:
+                finite &= self._feedback.pack(cargo.chunk, views, cargo.array, factor, look)
+            else:
+                if cargo.pieces:
+                    concatenate(cargo.pieces, cargo.array)
+                finite &= scale(cargo.array, factor, look)
+            return group.all_reduce(cargo.array)
 
-        def finish(number: int) -> None:
-            if number < len(cargos):
-                self._unload(cargos[number], views)
+        def tell() -> Work:
+            own[0] = not finite
+            return group.all_gather(everyone, own)
 
         try:
             # Where numbers overflow is each rank's own: an error there would leave the others waiting.
             with np.errstate(all="ignore"):
-                exchange(len(cargos) + look, start, finish, self._limits(group).in_flight)
+                self._run(group, views, wanted, send, tell if look else None)
         except BaseException:  # an interrupt, too
             abort(group)
             raise
         return [rank for rank, bad in enumerate(everyone.tolist()) if bad] if look else []
 
-    def _load(self, cargo: _Cargo, views: Sequence[Any], factor: float, look: bool) -> bool:
-        """Make the array ready to travel."""
-        if factor == 0 or (not cargo.is_direct and not cargo.views):
-            cargo.array[...] = 0  # a product would keep NaN
-            return True
-        if self._feedback is not None:
-            return self._feedback.pack(cargo.parts, views, factor, look)
-        if len(cargo.views) < len(cargo.parts):
-            cargo.array[...] = 0
-        copy_all(cargo.places, cargo.views)
-        return scale(cargo.array, factor, look)
+    def broadcast(
+        self,
+        group: ProcessGroup,
+        views: Sequence[Any],
+        source: int = 0,
+        wanted: Sequence[bool] | None = None,
+    ) -> None:
+        """Replace each array by that of the rank `source`."""
+
+        def send(cargo: _Cargo) -> Work:
+            if cargo.pieces:
+                concatenate(cargo.pieces, cargo.array)
+            return group.broadcast(cargo.array, source)
+
+        if group.size > 1:
+            self._run(group, views, wanted, send, None)
+
+    def _run(
+        self,
+        group: ProcessGroup,
+        views: Sequence[Any],
+        wanted: Sequence[bool] | None,
+        send: Callable[[_Cargo], Work],
+        tell: Callable[[], Work] | None,
+    ) -> None:
+        """Send all chunks and take back what arrives. After the last one is sent, `tell` starts an operation."""
+        limits = self._limits(group)
+        cargos = self._bind(self._chunks(limits, wanted), views, limits.in_flight + 1)
+
+        def start(number: int) -> Work:
+            if tell is not None and number == len(cargos):
+                return tell()
+            return send(cargos[number])
+
+        def finish(number: int) -> None:
+            if number < len(cargos):
+                self._unload(cargos[number], views)
+
+        exchange(len(cargos) + (tell is not None), start, finish, limits.in_flight)
 
     def _unload(self, cargo: _Cargo, views: Sequence[Any]) -> None:
         """Bring what arrived to where the arrays are."""
-        if cargo.is_direct:
+        if not cargo.pieces:
             count_change(cargo.array)
         elif self._feedback is not None:
-            self._feedback.unpack(cargo.parts, views)
+            self._feedback.unpack(cargo.chunk, views, cargo.array)
         else:
-            copy_all(cargo.views, cargo.places)
-
-    def broadcast(self, group: ProcessGroup, views: Sequence[Any], source: int = 0) -> None:
-        """Replace each array by that of the rank `source`."""
-        if group.size == 1:
-            return
-        cargos = self.bind(group, views)
-
-        def start(number: int) -> Work:
-            copy_all(cargos[number].places, cargos[number].views)
-            return group.broadcast(cargos[number].array, source)
-
-        exchange(
-            len(cargos),
-            start,
-            lambda number: self._unload(cargos[number], views),
-            self._limits(group).in_flight,
-        )
-
-
-def _cut_out(view: Any, part: Part) -> Any:
-    """Return a part of an array; all of it is the array itself, which saves time for many small ones."""
-    whole = part.start == 0 and part.stop == view.shape[0]
-    return view if whole else view[part.start : part.stop]
-
-
-def _places(chunk: Chunk, array: Any) -> Iterator[tuple[Part, Any]]:
-    """Return each part of a chunk with its place in the chunk's array."""
-    start = 0
-    for part in chunk.parts:
-        stop = start + part.stop - part.start
-        yield part, array[start:stop]
-        start = stop
+            scatter(cargo.array, cargo.pieces)

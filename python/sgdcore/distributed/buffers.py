@@ -5,20 +5,25 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sgdcore._arrays import Array
-from sgdcore.distributed._flat import copied, dtype_name, flat, is_torch, runs
+from sgdcore.distributed._flat import (
+    as_kind,
+    as_numpy,
+    copied,
+    dtype_name,
+    flat,
+    is_torch,
+    runs,
+    wire_name,
+)
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.groups import ProcessGroup
-from sgdcore.distributed.parameters import wire_name
 
-__all__ = ["Buffers", "warn_of_batch_norm"]
-
-_AVERAGED = ("float64", "float32", "float16", "bfloat16")
+_AVERAGED = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "complex32")
 
 
 class Buffers:
@@ -37,34 +42,27 @@ class Buffers:
             raise TypeError(
                 f"buffers: expected arrays or tensors, such as model.buffers(), got {buffers!r}"
             )
-        named = buffers if isinstance(buffers, Mapping) else enumerate(buffers or ())
-        self._labels: list[str] = []
+        named = buffers if isinstance(buffers, Mapping) else dict(enumerate(buffers or ()))
+        labels: list[str] = []
         self.floats: list[Any] = []
         self._integers: list[Any] = []
-        for name, array in named.items() if isinstance(named, Mapping) else named:
+        for name, array in named.items():
             label = f"buffers[{name!r}]"
             if not (is_torch(array) or isinstance(array, np.ndarray)):
                 raise TypeError(
                     f"{label}: expected an array or a tensor, got {type(array).__name__}"
                 )
-            self._labels.append(f"{label} of shape {tuple(array.shape)}, {array.dtype}")
-            averaged = dtype_name(array.dtype) in _AVERAGED or "complex" in str(array.dtype)
-            if averaged:
+            labels.append(f"{label} of shape {tuple(array.shape)}, {array.dtype}")
+            if dtype_name(array.dtype) in _AVERAGED:
                 self.floats.append(flat(array, label))
             else:
                 self._integers.append(array)
+        self.layout = "\n".join(labels)  # what has to be equal on all ranks
         self._averager: Averager | None = None
         if self.floats:
             wires = [wire_name(dtype_name(view.dtype)) for view in self.floats]
             sizes = [len(view) for view in self.floats]
             self._averager = Averager(runs(self.floats), sizes, wires, self.floats[0])
-
-    def __bool__(self) -> bool:
-        return bool(self._labels)
-
-    def layout(self) -> str:
-        """Return what has to be equal on all ranks, as text."""
-        return "\n".join(self._labels)
 
     def average(self, group: ProcessGroup, factor: float, source: int) -> None:
         """Average the values over the ranks; take integers from the rank `source`."""
@@ -82,33 +80,19 @@ class Buffers:
         """Return copies of all arrays."""
         return [copied(array) for array in (*self.floats, *self._integers)]
 
-    def restore(self, copies: list[Any]) -> None:
-        """Return to what `copies` returned."""
-        for array, copy in zip((*self.floats, *self._integers), copies, strict=True):
+    def restore(self, copies: Sequence[Any]) -> None:
+        """Return to what `copies` returned; none: to nothing."""
+        for array, copy in zip((*self.floats, *self._integers), copies, strict=False):
             array[...] = copy
 
     def _share_integers(self, group: ProcessGroup, source: int) -> None:
-        if not self._integers:
-            return
-        like = self._integers[0]
-        words = np.concatenate([_words(array) for array in self._integers])
-        sent: Any = words
-        if is_torch(like):
-            sent = sys.modules["torch"].from_numpy(words).to(like.device)
-        group.broadcast(sent, source).wait()
-        words = sent.cpu().numpy() if is_torch(sent) else sent
-        start = 0
-        for array in self._integers:
-            stop = start + len(_words(array))
-            values = words[start:stop].reshape(tuple(array.shape))
-            array[...] = sys.modules["torch"].from_numpy(values) if is_torch(array) else values
-            start = stop
-
-
-def _words(array: Any) -> Array:
-    """Return the values of an array of integers or truth values, as 64-bit ones."""
-    array = array.detach().cpu().numpy() if is_torch(array) else array
-    return np.ascontiguousarray(array, np.int64).reshape(-1)
+        if self._integers:
+            words = [as_numpy(each).astype(np.int64).reshape(-1) for each in self._integers]
+            sent = as_kind(self._integers[0], np.concatenate(words))
+            group.broadcast(sent, source).wait()
+            parts = np.split(as_numpy(sent), np.cumsum([len(each) for each in words])[:-1])
+            for array, part in zip(self._integers, parts, strict=True):
+                array[...] = as_kind(array, part.reshape(tuple(array.shape)))
 
 
 _warned = False
@@ -120,18 +104,14 @@ def warn_of_batch_norm(parameters: Iterable[Any]) -> None:
     batch_norm = sys.modules.get("torch.nn.modules.batchnorm")
     if _warned or batch_norm is None:
         return
-    parameters = list(parameters)
-    flat_shapes = [parameter.shape for parameter in parameters if parameter.ndim == 1]
-    if len(set(flat_shapes)) == len(flat_shapes):
-        return  # batch norm's weight and bias have one shape; the search takes some time
+    objects = gc.get_objects()
+    kinds = set(map(type, objects))
+    if not any(issubclass(kind, batch_norm._NormBase) for kind in kinds):
+        return
+    kinds = {kind for kind in kinds if issubclass(kind, sys.modules["torch"].nn.Module)}
+    modules = [each for each in objects if type(each) in kinds]
+    norms = {id(each) for each in modules if getattr(each, "running_mean", None) is not None}
     own = {id(parameter) for parameter in parameters}
-    modules = [o for o in gc.get_objects() if issubclass(type(o), sys.modules["torch"].nn.Module)]
-    norms = {
-        id(module)
-        for module in modules
-        if issubclass(type(module), batch_norm._NormBase)
-        and getattr(module, "running_mean", None) is not None
-    }
     for module in modules if norms else ():
         inside = list(module.modules())
         if any(id(each) in norms for each in inside) and any(

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from sgdcore._arrays import Array
 from sgdcore.distributed._checks import check_count, check_wire
-from sgdcore.distributed._flat import shaped
 from sgdcore.distributed.checkpoint import add_to_state, split_state
 from sgdcore.distributed.errors import RoundError
-from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.gradients import Gradients
 from sgdcore.distributed.groups import as_process_group
 from sgdcore.distributed.header import (
-    Caller,
-    check_failures,
+    Headers,
+    any_flags,
     checksum,
-    compare,
     fingerprint,
-    gather,
+    gather_objects,
+    pack_flags,
     require_equal,
 )
-from sgdcore.distributed.parameters import Parameters
 from sgdcore.distributed.settings import hyperparameters, numbers_of, share_settings, take_settings
 from sgdcore.distributed.wrapper import Wrapper, call_closure
-
-__all__ = ["DataParallel"]
 
 _KEY = "data_parallel"  # in state dicts
 
@@ -96,16 +89,12 @@ class DataParallel(Wrapper):
             chunk_bytes = check_count("chunk_bytes", chunk_bytes, 8)
         self._wrap(optimizer, group, model, buffers)
         self._refuse_step_in_backward()
-        self._options = check_wire(wire_dtype, self._group), chunk_bytes
-        self._caller = Caller(self)
-        self._feedback = ErrorFeedback()
         self._weight = 1.0
         self._steps = 0
-        self._averaged = False
-        self._verified = False
-        self._set_up(self._read_parameters())
+        self._averaged = self._verified = False
+        self._set_up(check_wire(wire_dtype, self._group), chunk_bytes)
         self._meet(0)
-        self._other_parameters(self._parameters).broadcast(self._group, 0)
+        self._other_parameters().broadcast(self._group, 0)
 
     def check_step_in_backward(self) -> None:
         """Raise a ValueError: a backward pass that steps does so with this rank's gradients alone."""
@@ -113,23 +102,18 @@ class DataParallel(Wrapper):
             "optimizer: DataParallel cannot go with step_in_backward, which steps with this rank's gradients alone"
         )
 
-    def _set_up(self, parameters: Parameters) -> None:
-        wire, chunk_bytes = self._options
+    def _set_up(self, wire: str | None, chunk_bytes: int | None) -> None:
+        self._parameters = self._read_parameters()
         if wire is not None:
-            self._feedback.grow(parameters.flats)
-        self._gradients = Gradients(parameters, self._feedback, wire, chunk_bytes)
-
-    @property
-    def _parameters(self) -> Parameters:
-        return self._gradients.parameters
+            self._feedback.grow(self._parameters.flats)
+        self._gradients = Gradients(self._parameters, self._feedback, wire, chunk_bytes)
 
     def _follow_changes(self) -> None:
         """Start anew if parameters were frozen or unfrozen, or were given other memory."""
         if self._gradients.changed():
-            before, parameters = self._parameters.data, self._read_parameters()
-            if self._options[0] is not None:
-                self._feedback.reorder(parameters.reordered(before))
-            self._set_up(parameters)
+            before = self._parameters.data
+            self._set_up(*self._gradients.options)
+            self._parameters.reorder(self._feedback.residuals, before)
 
     def _meet(self, status: int) -> None:
         """Meet the other ranks: see that all agree; take the parameters of the one with the most steps.
@@ -137,38 +121,31 @@ class DataParallel(Wrapper):
         Args:
             status: 0 on a new rank, else the number of steps taken, plus 1.
         """
-        group, like = self._group, self._parameters.flats[0]
-        headers = self._caller.meet(
-            group, like, self._parameters.labels[0], status=status, flags=self._momentum_flags()
-        )
-        wire, chunk_bytes = self._options
+        wire, chunk_bytes = self._gradients.options
         facts = {
-            "parameters": self._parameters.layout(),
-            "buffers": self._buffers.layout(),
+            "parameters": self._parameters.layout,
+            "buffers": self._buffers.layout,
             "chunk_bytes": str(chunk_bytes),
             "wire_dtype": str(wire),
             "requires_grad": str(self._gradients.trained),
         }
-        compare(group, like, {"optimizer": type(self).__name__})
-        compare(group, like, facts)
-        self._follow_first(headers)
+        flags = pack_flags(self._parameters.momenta.present())
+        group, first = self._group, self._parameters.labels[0]
+        said = {"status": status, "flags": flags}
+        self._follow_first(self._caller.meet(group, self._like, first, facts=facts, **said))
 
-    def _momentum_flags(self) -> list[bool]:
-        return [momentum is not None for momentum in self._parameters.momenta.all()]
-
-    def _follow_first(self, headers: Array) -> None:
+    def _follow_first(self, headers: Headers) -> None:
         """Take parameters, the optimizer's state and the count of steps of the rank with the most steps."""
-        group, parameters = self._group, self._parameters
-        like, status = parameters.flats[0], headers["status"]
-        source = int(np.argmax(status))
+        group, parameters, status = self._group, self._parameters, headers["status"]
+        source = status.index(max(status))
         settings = share_settings(group, self._optimizer, parameters, source)
         parameters.averager().broadcast(group, parameters.flats, source)
-        flags = self._caller.flags_of(group, like, headers, self._momentum_flags())
-        parameters.momenta.broadcast(group, flags[source].tolist(), source, keep=False)
+        wanted = any_flags([headers["flags"][source]], len(parameters.all))
+        parameters.momenta.broadcast(group, wanted, source, keep=False)
         self._buffers.broadcast(group, source)
         if group.rank != source:
             take_settings(self._optimizer, parameters, settings)
-        self._steps = max(0, int(status[source]) - 1)
+        self._steps = max(0, status[source] - 1)
         self._verified = False
 
     @property
@@ -188,7 +165,7 @@ class DataParallel(Wrapper):
 
     # Averaging
 
-    def _average(self, collect: Callable[[], list[Any]] | None, given: bool) -> list[Any]:
+    def _average(self, collect: Callable[[], list[Any]] | None, given: bool = False) -> list[Any]:
         """Average gradients with the other ranks.
 
         What goes wrong on this rank alone is told to all in the header, before anything is averaged.
@@ -211,7 +188,8 @@ class DataParallel(Wrapper):
         try:
             return self._exchange(gradients, failed, collect is None, given)
         except Exception as error:
-            self._forget_step()
+            self._averaged = False
+            self._feedback.clear()  # some of it is of this step's gradients
             if isinstance(failed, TypeError | ValueError):  # bad input is just that on its own rank
                 raise failed from None
             # Under no name here: with its traceback that would be a cycle, which keeps what was under way.
@@ -220,62 +198,49 @@ class DataParallel(Wrapper):
     def _exchange(
         self, gradients: list[Any], failed: Exception | None, idle: bool, given: bool
     ) -> list[Any]:
-        group, like = self._group, self._parameters.flats[0]
-        weight = 0.0 if idle else self.weight
-        present = [gradient is not None for gradient in gradients]
+        group = self._group
         headers = self._caller.exchange(
             group,
-            like,
+            self._like,
             "a step",
-            flags=present,
-            failed=failed is not None,
+            failed,
+            flags=pack_flags(gradient is not None for gradient in gradients),
             layout=self._gradients.fingerprint,
             hyper=hash(tuple(value for _, _, value in numbers_of(self._optimizer))),
             active=not idle,
-            steps=self._steps,
-            weight=weight,
+            weight=0.0 if idle else self.weight,
             unverified=not self._verified,
         )
-        check_failures(group, like, headers["failed"].tolist(), failed)
-        active = headers["active"] > 0
-        if not active.any():
+        active = headers["active"]
+        if not any(active):
             return []
-        self._check(headers, active)
-        total = float(headers["weight"].sum())
+        self._check(headers)
+        total = sum(headers["weight"])
         if total == 0:
             raise ValueError("weight: expected more than 0 on some rank")
-        flags = self._caller.flags_of(group, like, headers, present)
-        anywhere = np.asarray(flags.any(axis=0)).tolist()
-        for i, (trained, there) in enumerate(zip(self._gradients.trained, anywhere, strict=True)):
-            if there and not trained:
-                raise ValueError(
-                    f"{self._gradients.label(i)}: expected None where requires_grad is False, got one on some rank; "
-                    "it is not averaged"
-                )
-        if not idle:
-            self._gradients.add_missing(gradients, anywhere, given)
-        self._gradients.average(group, gradients, weight / total)
-        self._buffers.average(group, float(not idle) / int(active.sum()), int(np.argmax(active)))
+        wanted = any_flags(headers["flags"], len(gradients))
+        factor = headers["weight"][group.rank] / total
+        self._gradients.average(group, [] if idle else gradients, factor, wanted, given)
+        self._buffers.average(group, (not idle) / sum(active), active.index(True))
         return gradients
 
-    def _check(self, headers: Array, active: Array) -> None:
+    def _check(self, headers: Headers) -> None:
         """Raise on all ranks if ranks would take different steps."""
-        group, like = self._group, self._parameters.flats[0]
+        group, like, active = self._group, self._like, headers["active"]
         what = "parameters: the layout in memory, or which are frozen, changed on some ranks since they were wrapped"
-        require_equal(group, like, headers["layout"], what, self._gradients.layout())
-        text = hyperparameters(self._optimizer)
-        require_equal(group, like, headers["hyper"], "hyperparameters", text, active)
-        if headers["unverified"].any():
+        require_equal(group, like, what, headers["layout"], lambda: self._gradients.layout)
+        text = partial(hyperparameters, self._optimizer)
+        require_equal(group, like, "hyperparameters", headers["hyper"], text, active)
+        if any(headers["unverified"]):
             sums = self._checksums()
-            own = np.array([fingerprint(sums)], np.int64)
             what = "the parameters before this step, which were changed on some ranks only"
-            require_equal(group, like, gather(group, like, own)[:, 0], what, sums, active)
+            everyone = gather_objects(group, like, fingerprint(sums))
+            require_equal(group, like, what, everyone, lambda: sums, active)
             self._verified = True
 
     def _checksums(self) -> str:
-        parameters = self._parameters
-        pairs = zip(parameters.labels, parameters.flats, strict=True)
-        return "\n".join(f"{label}: {checksum([values]):x}" for label, values in pairs)
+        pairs = zip(self._parameters.labels, self._parameters.flats, strict=True)
+        return "\n".join(f"{label}: {checksum(values):x}" for label, values in pairs)
 
     # Training
 
@@ -290,7 +255,7 @@ class DataParallel(Wrapper):
             RoundError: if that failed.
         """
         if self._group.size > 1:
-            self._average(self._own, given=False)
+            self._average(self._own)
         self._averaged = True
 
     def _own(self) -> list[Any]:
@@ -313,7 +278,7 @@ class DataParallel(Wrapper):
             TypeError, ValueError: if gradients of this rank do not fit the parameters; a RoundError on the others.
             RoundError: if the gradients cannot be averaged; before the step.
         """
-        loss = None if closure is None else call_closure(closure, self._parameters.data[0])
+        loss = None if closure is None else call_closure(closure, self._like)
         try:
             if not self._averaged and self._group.size > 1:
                 self._average_for_step(kwargs)
@@ -332,7 +297,7 @@ class DataParallel(Wrapper):
             )
         grads: Sequence[Any] | None = kwargs.get("grads")
         if grads is None:
-            self._average(self._own, given=False)
+            self._average(self._own)
         else:
             kwargs["grads"] = self._average(lambda: self._gradients.given(grads), given=True)
 
@@ -349,18 +314,17 @@ class DataParallel(Wrapper):
         """
         if self._group.size == 1:
             return
-        while self._average(None, given=False):
+        while self._average(None):
             pass
-        group, like = self._group, self._parameters.flats[0]
         headers = self._caller.exchange(
-            group,
-            like,
+            self._group,
+            self._like,
             "to end",
-            flags=self._momentum_flags(),
+            flags=pack_flags(self._parameters.momenta.present()),
             status=self._steps + 1,
             layout=fingerprint(self._checksums()),
         )
-        if any((headers[name] != headers[name][0]).any() for name in ("status", "layout")):
+        if any(len(set(headers[name])) > 1 for name in ("status", "layout")):
             self._follow_first(headers)
 
     # Groups
@@ -373,7 +337,7 @@ class DataParallel(Wrapper):
         """
         self._follow_changes()
         self._optimizer.add_param_group(param_group)
-        self._set_up(self._read_parameters())
+        self._set_up(*self._gradients.options)
         self._meet(self._steps + 1)
 
     def rebind(self, group: Any = None) -> None:
@@ -388,7 +352,7 @@ class DataParallel(Wrapper):
             ValueError: if the group cannot add up `wire_dtype`, or ranks differ in options or layout.
         """
         group = as_process_group(group)
-        check_wire(self._options[0], group)
+        check_wire(self._gradients.options[0], group)
         self._group = group
         self._averaged = False
         self._follow_changes()
@@ -399,12 +363,8 @@ class DataParallel(Wrapper):
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state dict, with the count of steps and this rank's residuals in it."""
         self._follow_changes()
-        arrays = {"residual": self._shaped_residuals()}
+        arrays = {"residual": self._parameters.shaped(self._feedback.residuals)}
         return add_to_state(self._optimizer.state_dict(), _KEY, {"steps": self._steps}, arrays)
-
-    def _shaped_residuals(self) -> list[Any]:
-        pairs = zip(self._feedback.residuals, self._parameters.data, strict=False)
-        return [shaped(residual, data) for residual, data in pairs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, or an inner optimizer's state dict.
@@ -417,21 +377,14 @@ class DataParallel(Wrapper):
         self._optimizer.load_state_dict(inner)
         self._feedback.clear()
         self._verified = False
-        saved = arrays.get("residual", [])
-        for target, source in zip(self._shaped_residuals(), saved, strict=False):
-            if source is not None:
-                target[...] = source
+        self._parameters.load(self._feedback.residuals, arrays.get("residual", []))
         self._steps = int(numbers.get("steps", self._steps))
 
-    def _forget_step(self) -> None:
-        self._averaged = False
-        self._feedback.clear()  # some of it is of this step's gradients
-
     def _failure(self, error: Exception) -> RoundError:
-        group = self._group
+        group, step = self._group, self._steps + 1
         return RoundError(
-            f"the gradients of step {self._steps + 1} could not be averaged on rank {group.rank} of {group.size}; "
-            f"parameters are those of step {self._steps}, gradients are of no use: {error}",
-            self._steps + 1,
+            f"the gradients of step {step} could not be averaged on rank {group.rank} of {group.size}; "
+            f"parameters are those of step {step - 1}, gradients are of no use: {error}",
+            step,
             True,
         )

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 from sgdcore.distributed._flat import (
+    BLOCK,
     alike,
     all_finite,
-    array_namespace,
     compute_dtype,
-    copy_into,
     dtype_name,
     empty,
-    reorder,
     zero_nonfinite,
 )
-
-__all__ = ["ErrorFeedback"]
-
-# Elements that are rounded at a time: what they pass through stays in the processor's cache.
-BLOCK = 1 << 16
 
 
 class ErrorFeedback:
@@ -38,90 +32,65 @@ class ErrorFeedback:
         self.residuals: list[Any] = []
         self.anchors: Sequence[Any] | None = None
         self.renews = False
-        self._scratch: dict[str, Any] = {}
 
     def grow(self, views: Sequence[Any]) -> None:
         """Begin with residuals of zero for the arrays that have none yet."""
         for view in views[len(self.residuals) :]:
-            [residual] = alike([view], compute_dtype(dtype_name(view.dtype)))
-            residual[...] = 0
-            self.residuals.append(residual)
+            self.residuals += alike([view], compute_dtype(dtype_name(view.dtype)))
+            self.residuals[-1][...] = 0
 
     def clear(self) -> None:
         """Forget what rounding left over."""
         for residual in self.residuals:
             residual[...] = 0
 
-    def reorder(self, changes: Sequence[tuple[int, Any, Any]]) -> None:
-        """Follow arrays into another order in memory; see `Parameters.reordered`."""
-        for i, old, new in changes:
-            reorder(self.residuals[i], old, new)
+    def pack(self, chunk: Any, views: Sequence[Any], array: Any, factor: float, look: bool) -> bool:
+        """Round a chunk of the views times the factor into an array, and keep what that leaves over.
 
-    def pack(
-        self, parts: Sequence[Any], views: Sequence[Any], factor: float, look: bool = False
-    ) -> bool:
-        """Round the parts of an array times the factor into their places, and keep what that leaves over.
-
-        A part of an array that is None is sent as zeros; its residual waits. Returns whether all values were finite;
-        True where they were not to be looked at.
+        Returns whether all values were finite; True where they were not to be looked at.
         """
         finite = True
-        for part, place in parts:
-            if views[part.index] is None:
-                place[...] = 0
-                continue
-            subtract = array_namespace(place).subtract
-            for view, anchor, residual, target, value in self._blocks(part, place, views):
-                if anchor is None:
-                    copy_into(value, view)
-                elif view.dtype == value.dtype:
-                    subtract(view, anchor, out=value)
-                else:
-                    copy_into(value, view)
-                    value -= anchor
-                # Scaled before the sum, which could leave float16's range.
-                value *= factor
-                value += residual
-                if look:
-                    finite &= all_finite(value)
-                copy_into(target, value)
-                subtract(value, target, out=residual)
-                # An overflow is not carried into the values that follow it.
-                zero_nonfinite(residual)
+        for view, anchor, residual, target, value in self._blocks(chunk, views, array):
+            value[...] = view
+            if anchor is not None:
+                value -= anchor
+            # Scaled before the sum, which could leave float16's range.
+            value *= factor
+            value += residual
+            finite = finite and (not look or all_finite(value))
+            target[...] = value
+            residual[...] = value
+            residual -= target
+            # An overflow is not carried into the values that follow it.
+            zero_nonfinite(residual)
         return finite
 
-    def unpack(self, parts: Sequence[Any], views: Sequence[Any]) -> None:
+    def unpack(self, chunk: Any, views: Sequence[Any], array: Any) -> None:
         """Take the sum of what all ranks sent."""
-        for part, place in parts:
-            if views[part.index] is None:
-                continue
-            add = array_namespace(place).add
-            for view, anchor, _, source, total in self._blocks(part, place, views):
-                if anchor is None:
-                    copy_into(view, source)
-                    continue
-                if view.dtype == total.dtype:
-                    add(anchor, source, out=view)
-                else:
-                    copy_into(total, anchor)
-                    total += source
-                    copy_into(view, total)
-                if self.renews:
-                    copy_into(anchor, view)
+        for view, anchor, _, source, total in self._blocks(chunk, views, array):
+            total[...] = source
+            if anchor is not None:
+                total += anchor
+            view[...] = total
+            if anchor is not None and self.renews:
+                anchor[...] = view
 
-    def _blocks(self, part: Any, wire: Any, views: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """Yield the blocks of a part: view, anchor, residual and place on the wire, and memory to compute in."""
-        i = part.index
-        name = dtype_name(self.residuals[i].dtype)
-        if name not in self._scratch:
-            self._scratch[name] = empty(wire, BLOCK, name)
-        for start in range(part.start, part.stop, BLOCK):
-            where = slice(start, min(start + BLOCK, part.stop))
-            size = where.stop - start
-            yield (
-                views[i][where],
-                None if self.anchors is None else self.anchors[i][where],
-                self.residuals[i][where],
-                wire[start - part.start :][:size],
-                self._scratch[name][:size],
-            )
+    def _blocks(self, chunk: Any, views: Sequence[Any], array: Any) -> Iterator[tuple[Any, ...]]:
+        """Yield the chunk's blocks: view, anchor, residual and place on the wire, and memory to compute in."""
+        anchors = repeat(None) if self.anchors is None else chunk.pieces(self.anchors)
+        place = 0
+        for view, anchor, residual in zip(
+            chunk.pieces(views), anchors, chunk.pieces(self.residuals), strict=False
+        ):
+            scratch = empty(residual, min(BLOCK, len(view)), dtype_name(residual.dtype))
+            for start in range(0, len(view), BLOCK):
+                where = slice(start, min(start + BLOCK, len(view)))
+                size = where.stop - start
+                yield (
+                    view[where],
+                    None if anchor is None else anchor[where],
+                    residual[where],
+                    array[place : place + size],
+                    scratch[:size],
+                )
+                place += size

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sgdcore.distributed._flat import dtype_name, element_strides, flat, is_torch, zeros_like
+from sgdcore.distributed._flat import (
+    dtype_name,
+    element_strides,
+    flat,
+    is_torch,
+    wire_name,
+    zeros_like,
+)
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup
 from sgdcore.distributed.header import fingerprint
-from sgdcore.distributed.parameters import Parameters, wire_name
-
-__all__ = ["Gradients"]
+from sgdcore.distributed.parameters import Parameters
 
 
 class Gradients:
@@ -26,8 +31,10 @@ class Gradients:
 
     Attributes:
         parameters: the parameters.
+        options: the wire's dtype and `chunk_bytes`.
         trained: for each parameter whether it is not frozen.
-        fingerprint: of what has to be equal on all ranks.
+        layout: what has to be equal on all ranks, as text.
+        fingerprint: of the layout.
     """
 
     def __init__(
@@ -37,31 +44,17 @@ class Gradients:
         wire: str | None,
         chunk_bytes: int | None,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.options = parameters, (wire, chunk_bytes)
         self.trained = self._requires_grad()
-        self.fingerprint = fingerprint(self.layout())
+        self.layout = f"{parameters.layout}\nnot frozen {self.trained}"
+        self.fingerprint = fingerprint(self.layout)
         views = parameters.flats
-        # Frozen parameters get no gradients, and are left out.
-        sizes = [len(view) if there else 0 for view, there in zip(views, self.trained, strict=True)]
         wires = [wire_name(dtype_name(view.dtype), wire) for view in views]
-        self._averager = Averager(
-            parameters.runs,
-            sizes,
-            wires,
-            views[0],
-            None if wire is None else feedback,
-            chunk_bytes,
-        )
-
-    def layout(self) -> str:
-        """Return what has to be equal on all ranks, as text."""
-        return f"{self.parameters.layout()}\nnot frozen {self.trained}"
+        sizes, rounding = [len(view) for view in views], None if wire is None else feedback
+        self._averager = Averager(parameters.runs, sizes, wires, views[0], rounding, chunk_bytes)
 
     def _requires_grad(self) -> list[bool]:
-        parameters = self.parameters.all
-        if not is_torch(self.parameters.flats[0]):
-            return [True] * len(parameters)
-        return [parameter.requires_grad for parameter in parameters]
+        return [getattr(parameter, "requires_grad", True) for parameter in self.parameters.all]
 
     def changed(self) -> bool:
         """Return whether parameters were frozen or unfrozen, or were given other memory."""
@@ -91,9 +84,10 @@ class Gradients:
         Raises:
             TypeError, ValueError: if there are too many or too few, or one does not fit its parameter.
         """
-        if len(grads) != len(self.parameters.all):
+        expected = len(self.parameters.all)
+        if len(grads) != expected:
             raise ValueError(
-                f"grads: expected {len(self.parameters.all)} gradients, one for each parameter, got {len(grads)}"
+                f"grads: expected {expected} gradients, one for each parameter, got {len(grads)}"
             )
         return [self._laid_out(i, gradient) for i, gradient in enumerate(grads)]
 
@@ -115,34 +109,39 @@ class Gradients:
         copy[...] = gradient
         return copy
 
-    def add_missing(self, gradients: list[Any], present: Sequence[bool], given: bool) -> None:
-        """Put zeros where this rank has no gradient and another one has.
-
-        Args:
-            gradients: this rank's; changed in place.
-            present: for each parameter whether some rank has a gradient.
-            given: they are not the parameters' own.
-        """
-        for i, gradient in enumerate(gradients):
-            if gradient is None and present[i]:
-                gradients[i] = zeros_like(self.parameters.data[i])
-                if not given:
-                    self.parameters.all[i].grad = gradients[i]
-                    gradients[i] = self.parameters.all[i].grad  # a buffer's own memory
-
-    def average(self, group: ProcessGroup, gradients: Sequence[Any], factor: float) -> None:
+    def average(
+        self,
+        group: ProcessGroup,
+        gradients: list[Any],
+        factor: float,
+        wanted: Sequence[bool],
+        given: bool,
+    ) -> None:
         """Replace gradients by the sum over the ranks of each one's times its factor.
 
         Args:
             group: the ranks.
-            gradients: this rank's; None for a parameter of which no rank has one, and for all on an idle rank.
+            gradients: this rank's, changed in place: zeros take the place of None; none on an idle rank.
             factor: this rank's weight.
+            wanted: for each parameter whether some rank has a gradient.
+            given: they are not the parameters' own.
+
+        Raises:
+            ValueError: if some rank has a gradient of a parameter that is frozen.
         """
-        views = [
-            None if gradient is None else flat(gradient, self.label(i))
-            for i, gradient in enumerate(gradients)
-        ]
+        for i in (i for i, there in enumerate(wanted) if there and not self.trained[i]):
+            raise ValueError(
+                f"{self.label(i)}: expected None where requires_grad is False, got one on some rank; it is not averaged"
+            )
+        for i, gradient in enumerate(gradients):
+            if gradient is None and wanted[i]:
+                gradients[i] = zeros_like(self.parameters.data[i])
+                if not given:
+                    self.parameters.all[i].grad = gradients[i]
+                    gradients[i] = self.parameters.all[i].grad  # a buffer's own memory
+        labelled = ((each, self.label(i)) for i, each in enumerate(gradients))
+        views = [None if each is None else flat(each, label) for each, label in labelled]
         try:
-            self._averager.average(group, views, factor)
+            self._averager.average(group, views, factor, wanted=wanted)
         finally:
             self._averager.release()

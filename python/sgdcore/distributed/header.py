@@ -1,69 +1,28 @@
 """What ranks tell each other before a round, in one small operation, and the errors that follow from it.
 
-All operations of the wrappers begin with a header of one size. So ranks that call different wrappers, or the same ones
-in another order, find that out before anything else is sent, whatever their timing.
+All operations of the wrappers begin with a header whose first block has one size. So ranks that call different
+wrappers, or the same ones in another order, find that out before anything else is sent, whatever their timing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count, zip_longest
 from typing import Any
 
 import numpy as np
 
 from sgdcore._arrays import Array
-from sgdcore.distributed._flat import empty, is_torch, store
+from sgdcore.distributed._flat import as_kind, as_numpy, empty, is_torch
 from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import ProcessGroup
 
-__all__ = [
-    "CHECKSUM_BLOCK",
-    "OPERATIONS",
-    "Caller",
-    "broadcast_bytes",
-    "check_failures",
-    "checksum",
-    "compare",
-    "fingerprint",
-    "gather",
-    "require_equal",
-]
-
-# What ranks can do together.
-OPERATIONS = (
-    "to meet",
-    "to add a group",
-    "a step",
-    "a round",
-    "a level's average",
-    "a period",
-    "to end",
-)
-
-_FLAG_WORDS = 32  # 2,048 parameters; flags of more travel in an operation of their own
-_FIELDS = (
-    ("kind", "i8"),  # a fingerprint of the wrapper's class
-    ("number", "i8"),  # of the wrapper
-    ("operation", "i8"),
-    ("failed", "i8"),  # this rank cannot take part
-    ("layout", "i8"),  # a fingerprint of the parameters' layout
-    ("hyper", "i8"),  # a fingerprint of what enters the step on each rank
-    ("status", "i8"),
-    ("steps", "i8"),
-    ("active", "i8"),
-    ("period", "i8"),
-    ("ending", "i8"),
-    ("unverified", "i8"),  # what was loaded since all were compared may differ
-    ("nonfinite", "i8"),
-    ("losses", "i8"),
-    ("weight", "f8"),
-    ("loss", "f8"),
-    ("flags", "u1", 8 * _FLAG_WORDS),
-)
-_HEADER = np.dtype(list(_FIELDS))
+BLOCK = 1 << 10  # bytes of an object that travel at once; what is longer takes a second operation
 CHECKSUM_BLOCK = 1 << 20
+
+Headers = dict[str, list[Any]]  # what each rank says, by name
 
 
 def fingerprint(text: str) -> int:
@@ -71,32 +30,52 @@ def fingerprint(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
-def checksum(arrays: Iterable[Any]) -> int:
-    """Return a hash of the bits of flat arrays."""
+def checksum(array: Any) -> int:
+    """Return a hash of the bits of a flat array."""
     digest = hashlib.blake2b(digest_size=7)
-    for array in arrays:
-        for start in range(0, len(array), CHECKSUM_BLOCK):
-            digest.update(_bytes_of(array[start : start + CHECKSUM_BLOCK]))
+    for start in range(0, len(array), CHECKSUM_BLOCK):
+        block = array[start : start + CHECKSUM_BLOCK]
+        if is_torch(block):  # which may have a dtype that NumPy lacks
+            block = block.detach().view(block.new_empty(0).byte().dtype)
+        digest.update(as_numpy(block).view(np.uint8).data)
     return int.from_bytes(digest.digest(), "big")
 
 
-def _bytes_of(array: Any) -> Any:
-    if is_torch(array):
-        import torch
+def _gather(group: ProcessGroup, like: Any, content: bytes, size: int) -> Array:
+    """Return the first bytes of all ranks' contents, a row for each."""
+    own = np.frombuffer(content[:size].ljust(-(-size // 8) * 8, b"\0"), np.int64)
+    everyone = empty(like, len(own) * group.size, "int64")
+    group.all_gather(everyone, as_kind(like, own)).wait()
+    return as_numpy(everyone).view(np.uint8).reshape(group.size, -1)
 
-        array = array.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return np.ascontiguousarray(array).view(np.uint8)
 
+def gather_objects(group: ProcessGroup, like: Any, value: Any) -> list[Any]:
+    """Return each rank's object.
 
-def gather(group: ProcessGroup, like: Any, words: Array) -> Array:
-    """Return the 64-bit words of all ranks, a row for each; as many on all ranks."""
+    Args:
+        group: the ranks.
+        like: an array of the kind that the group takes.
+        value: what pickle takes.
+    """
     if group.size == 1:
-        return words.reshape(1, -1)
-    own, everyone = (empty(like, n, "int64") for n in (len(words), len(words) * group.size))
-    store(own, words)
-    group.all_gather(everyone, own).wait()
-    result = everyone.cpu().numpy() if is_torch(everyone) else everyone
-    return np.asarray(result).reshape(group.size, -1)
+        return [value]
+    content = pickle.dumps(value)
+    rows = _gather(group, like, len(content).to_bytes(8, "little") + content, BLOCK)
+    longest = int(np.ascontiguousarray(rows[:, :8]).view(np.int64).max())
+    rows = rows[:, 8:] if longest <= BLOCK - 8 else _gather(group, like, content, longest)
+    return [pickle.loads(row.tobytes()) for row in rows]  # from ranks of this program
+
+
+def broadcast_bytes(group: ProcessGroup, like: Any, content: bytes, source: int) -> bytes:
+    """Give all ranks the bytes of one of them."""
+    length = gather_objects(group, like, len(content))[source]
+    if group.size == 1 or length == 0:
+        return content[:length]
+    # Only the source's content counts; another rank's may be longer.
+    words = np.frombuffer(content[:length].ljust(-(-length // 8) * 8, b"\0"), np.int64)
+    array = as_kind(like, words)
+    group.broadcast(array, source).wait()
+    return as_numpy(array).tobytes()[:length]
 
 
 class Caller:
@@ -111,15 +90,20 @@ class Caller:
     _numbers = count(1)  # this process's next number
 
     def __init__(self, wrapper: Any) -> None:
-        self._name = type(wrapper).__name__
-        self._number = 0
-        self._first = ""  # its first parameter
+        self._name, self._number, self._first = type(wrapper).__name__, 0, ""
 
-    def meet(self, group: ProcessGroup, like: Any, first: str, **values: Any) -> Array:
-        """Agree on a number; returns the headers of all ranks."""
+    def meet(self, group: ProcessGroup, like: Any, first: str, **said: Any) -> Headers:
+        """Agree on a number; returns the headers of all ranks, see `exchange`.
+
+        Args:
+            group: the ranks.
+            like: an array of the kind that the group takes.
+            first: what errors call the first parameter.
+            **said: as for `exchange`.
+        """
         self._number, self._first = next(Caller._numbers), first
-        headers = self.exchange(group, like, "to meet", **values)
-        self._number = int(headers["number"].max())
+        headers = self.exchange(group, like, "to meet", number=self._number, **said)
+        self._number = max(headers["number"])
         Caller._numbers = count(self._number + 1)
         return headers
 
@@ -128,139 +112,88 @@ class Caller:
         group: ProcessGroup,
         like: Any,
         operation: str,
-        flags: Sequence[bool] = (),
-        **values: Any,
-    ) -> Array:
-        """Tell all ranks what this one has to say; returns the headers of all.
+        failed: Exception | None = None,
+        facts: Mapping[str, str] | None = None,
+        **said: Any,
+    ) -> Headers:
+        """Tell all ranks what this one has to say; returns what each rank says.
 
         Args:
             group: the ranks.
             like: an array of the kind that the group takes.
-            operation: one of `OPERATIONS`.
-            flags: one for each parameter; as many on all ranks whose ``layout`` is the same. `flags_of` reads them.
-            **values: the header's other fields; 0 where they are not given.
+            operation: what the ranks are to do together.
+            failed: why this rank cannot take part.
+            facts: what has to be equal on all ranks, by name.
+            **said: what else there is to say, by name; the same names on all ranks.
 
         Raises:
             RoundError: if ranks call different wrappers or operations.
+            RuntimeError: if a rank has failed, with its error's type and text.
+            ValueError: naming the fact that differs, and what it is on two of the ranks.
         """
-        header = np.zeros(1, _HEADER)
-        header["kind"], header["number"] = fingerprint(self._name), self._number
-        header["operation"] = OPERATIONS.index(operation)
-        for name, value in values.items():
-            header[name] = value
-        packed = np.packbits(np.asarray(flags, bool))
-        if len(packed) <= header["flags"].size:
-            header["flags"][0, : len(packed)] = packed
-        words = gather(group, like, header.view(np.int64))
-        headers = np.ascontiguousarray(words).view(_HEADER).reshape(-1)
-        own = headers[["operation"] if operation == "to meet" else ["kind", "number", "operation"]]
-        if (own != own[0]).any():
-            name = f"{self._name} number {self._number}, {self._first}"
-            found = _first_difference(group, like, f"{operation} ({name})")
-            raise RoundError(f"ranks call different things: {found}", 0, False)
-        return headers
-
-    def flags_of(
-        self, group: ProcessGroup, like: Any, headers: Array, flags: Sequence[bool]
-    ) -> Array:
-        """Return the flags of all ranks, a row for each, of ranks whose layout is the same."""
-        packed = np.packbits(np.asarray(flags, bool))
-        rows = headers["flags"]
-        if len(packed) > rows.shape[1]:
-            padded = np.zeros(-(-len(packed) // 8) * 8, np.uint8)
-            padded[: len(packed)] = packed
-            rows = np.ascontiguousarray(gather(group, like, padded.view(np.int64))).view(np.uint8)
-        return np.unpackbits(rows, axis=1, count=len(flags)).astype(bool)
+        reason = failed and f"{type(failed).__name__}: {failed}".encode(errors="replace").decode()
+        facts = {"optimizer": self._name, **(facts or {})}
+        prints = [fingerprint(text) for text in facts.values()]
+        call = f"{operation} ({self._name} number {self._number}, {self._first})"
+        # A new wrapper has no number yet.
+        key = (operation,) if operation == "to meet" else (operation, self._name, self._number)
+        everyone = gather_objects(group, like, (key, call, reason, prints, said))
+        for rank, (theirs, called, *_) in enumerate(everyone):
+            if theirs != everyone[0][0]:
+                found = f"on rank 0: {everyone[0][1]}; on rank {rank}: {called}"
+                raise RoundError(f"ranks call different things: {found}", 0, False)
+        for rank, each in enumerate(everyone):
+            if each[2]:
+                raise RuntimeError(f"rank {rank} failed with {each[2]}") from failed
+        for (name, text), *values in zip(
+            facts.items(), *(each[3] for each in everyone), strict=False
+        ):
+            require_equal(group, like, name, values, text, error=ValueError)
+        return {name: [each[4].get(name) for each in everyone] for name in said}
 
 
-def compare(group: ProcessGroup, like: Any, facts: dict[str, str]) -> None:
-    """Raise on all ranks if they differ in something.
+def pack_flags(flags: Iterable[bool]) -> bytes:
+    """Return truth values as bits."""
+    return np.packbits(np.fromiter(flags, bool)).tobytes()
 
-    Args:
-        group: the ranks.
-        like: an array of the kind that the group takes.
-        facts: what has to be equal, by name; the same names on all ranks.
 
-    Raises:
-        ValueError: naming it, and what it is on two of the ranks.
-    """
-    rows = gather(group, like, np.array([fingerprint(text) for text in facts.values()], np.int64))
-    for i, (name, text) in enumerate(facts.items()):
-        if (rows[:, i] != rows[0, i]).any():
-            found = _first_difference(group, like, text)
-            raise ValueError(f"{name}: expected the same on all ranks, got {found}")
+def any_flags(packed: Sequence[bytes], size: int) -> list[bool]:
+    """Return which of the truth values are true on any of the ranks."""
+    rows = np.frombuffer(b"".join(packed), np.uint8).reshape(len(packed), -1)
+    flags: list[bool] = np.unpackbits(np.bitwise_or.reduce(rows), count=size).astype(bool).tolist()
+    return flags
 
 
 def require_equal(
-    group: ProcessGroup, like: Any, values: Array, what: str, text: str, among: Array | None = None
+    group: ProcessGroup,
+    like: Any,
+    what: str,
+    values: Sequence[Any],
+    text: str | Callable[[], str],
+    among: Sequence[Any] | None = None,
+    error: type[Exception] = RuntimeError,
 ) -> None:
-    """Raise a RuntimeError on all ranks if a field of their headers differs.
+    """Raise on all ranks if ranks differ in something.
 
     Args:
         group: the ranks.
         like: an array of the kind that the group takes.
-        values: the field's value on each rank.
-        what: the field's name.
-        text: what this rank has, one fact a line.
+        what: its name.
+        values: a value, or a fingerprint, of each rank.
+        text: what this rank has, one fact a line, or a function that returns it.
         among: which ranks count; None for all.
+        error: the class of what is raised, which names the first fact that differs, and two ranks.
     """
-    counted = values if among is None else values[among]
-    if len(counted) and (counted != counted[0]).any():
-        found = _first_difference(group, like, text, among)
-        raise RuntimeError(f"{what}: expected the same on all ranks, got {found}")
-
-
-def _first_difference(group: ProcessGroup, like: Any, text: str, among: Array | None = None) -> str:
-    """Return the first line in which the text of a rank differs from that of the first rank, and both versions."""
-    hashes = gather(group, like, np.array([fingerprint(text)], np.int64))[:, 0]
-    ranks = [rank for rank in range(group.size) if among is None or among[rank]]
-    first = ranks[0]
-    other = next((rank for rank in ranks if hashes[rank] != hashes[first]), first)
-    versions = [
-        broadcast_bytes(group, like, text.encode(), rank).decode().split("\n")
-        for rank in (first, other)
-    ]
-    for one, two in zip_longest(*versions, fillvalue="nothing"):
-        if one != two:
-            return f"on rank {first}: {one}; on rank {other}: {two}"
-    return f"on rank {first}: {versions[0][0]}; on another rank the same text, of other bits"
-
-
-def check_failures(
-    group: ProcessGroup, like: Any, failures: Sequence[int], own: Exception | None
-) -> None:
-    """Raise on all ranks what the first of those that failed has to say.
-
-    Args:
-        group: the ranks.
-        like: an array of the kind that the group takes.
-        failures: for each rank whether it failed; the same on all.
-        own: what this rank failed with.
-
-    Raises:
-        RuntimeError: naming the rank, and its error's type and text.
-    """
-    if not any(failures):
+    ranks = [rank for rank in range(len(values)) if among is None or among[rank]]
+    other = next((rank for rank in ranks if values[rank] != values[ranks[0]]), None)
+    if other is None:
         return
-    first = [failed > 0 for failed in failures].index(True)
-    text = f"{type(own).__name__}: {own}".encode(errors="replace")
-    told = broadcast_bytes(group, like, text, first).decode()
-    raise RuntimeError(f"rank {first} failed with {told}") from own
-
-
-def broadcast_bytes(group: ProcessGroup, like: Any, content: bytes, source: int) -> bytes:
-    """Give all ranks the bytes of one of them."""
-    if group.size == 1:
-        return content
-    size = empty(like, 1, "int64")
-    store(size, np.array([len(content)]))
-    group.broadcast(size, source).wait()
-    length = int(size.tolist()[0])
-    padded = -(-length // 8) * 8
-    # Only the source's content counts; another rank's may be longer.
-    words = np.frombuffer(content[:padded].ljust(padded, b"\0"), np.int64)
-    array = empty(like, len(words), "int64")
-    store(array, words)
-    group.broadcast(array, source).wait()
-    received = array.cpu().numpy() if is_torch(array) else array
-    return bytes(received.tobytes()[:length])
+    texts = gather_objects(group, like, text if isinstance(text, str) else text())
+    one, two = texts[ranks[0]].split("\n"), texts[other].split("\n")
+    pairs = zip_longest(one, two, fillvalue="nothing")
+    a, b = next(
+        (pair for pair in pairs if pair[0] != pair[1]), (one[0], "the same text, of other bits")
+    )
+    raise error(
+        f"{what}: expected the same on all ranks, got on rank {ranks[0]}: {a}; on rank {other}: {b}"
+    )

@@ -7,24 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
-from sgdcore._arrays import Array
 from sgdcore.distributed._checks import check_count, check_wire, integer
-from sgdcore.distributed._flat import all_finite, dtype_name, shaped, zero_nonfinite
+from sgdcore.distributed._flat import all_finite, dtype_name, zero_nonfinite
 from sgdcore.distributed.anchor import Anchor
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.checkpoint import add_to_state, split_state
 from sgdcore.distributed.errors import RoundError
-from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.distributed.header import (
-    Caller,
-    check_failures,
+    Headers,
+    any_flags,
     checksum,
-    compare,
     fingerprint,
-    gather,
+    gather_objects,
+    pack_flags,
     require_equal,
 )
 from sgdcore.distributed.outer import Outer, OuterSGD, SlowMo
@@ -32,8 +28,6 @@ from sgdcore.distributed.round import Round
 from sgdcore.distributed.schedules import Schedule
 from sgdcore.distributed.settings import share_settings, take_settings
 from sgdcore.distributed.wrapper import Wrapper
-
-__all__ = ["LocalSGD"]
 
 _KEY = "local_sgd"  # in state dicts
 
@@ -54,23 +48,22 @@ class _Options:
     warmup_steps: int
     momentum_sync: str
     outer: OuterSGD | SlowMo | None
-    wire: str | None
+    wire_dtype: str | None
     transactional: bool
     exclude_nonfinite: bool
 
     @property
     def need_anchor(self) -> bool:
         """Whether the parameters are needed as they were at the start of the round."""
-        return self.transactional or self.outer is not None or self.wire is not None
+        return self.transactional or self.outer is not None or self.wire_dtype is not None
 
     def facts(self) -> dict[str, str]:
         """Return what has to be equal on all ranks."""
+        facts = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self)}
         schedule = self.sync_every
-        plain = isinstance(schedule, int) or dataclasses.is_dataclass(schedule)
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        own["sync_every"] = schedule if plain else type(schedule).__qualname__
-        own["wire_dtype"] = own.pop("wire")
-        return {name: str(value) for name, value in own.items()}
+        if not (isinstance(schedule, int) or dataclasses.is_dataclass(schedule)):
+            facts["sync_every"] = type(schedule).__qualname__
+        return facts
 
 
 class LocalSGD(Wrapper):
@@ -171,15 +164,13 @@ class LocalSGD(Wrapper):
         )
         self._levels = _levels(levels)
         self._refuse_step_in_backward()
-        self._caller = Caller(self)
         self._round = Round()
-        self._parameters = self._read_parameters()
         self._anchor = Anchor(self._options.transactional)
-        self._feedback = ErrorFeedback()
         self._outer: Outer | None = None
+        self._parameters = self._read_parameters()
         self._allocate()
         self._meet(_NEW)
-        self._other_parameters(self._parameters).broadcast(self._group, 0)
+        self._other_parameters().broadcast(self._group, 0)
 
     # Setting up
 
@@ -192,44 +183,35 @@ class LocalSGD(Wrapper):
 
     def _allocate(self) -> None:
         """Make what the options need beside the parameters, for those parameters that have none yet."""
-        if self._options.need_anchor:
-            self._anchor.grow(self._parameters)
-        if self._options.wire is not None:
-            self._feedback.grow(self._parameters.flats)
-        if self._options.outer is not None:
+        own, parameters = self._options, self._parameters
+        self._bind()
+        if own.wire_dtype is not None:
+            self._feedback.grow(parameters.flats)
+        if own.outer is not None:
             groups: list[list[Any]] = [[] for _ in self._optimizer.param_groups]
-            for values, i in zip(self._anchor.values, self._parameters.group_of, strict=True):
+            for values, i in zip(self._anchor.values, parameters.group_of, strict=True):
                 groups[i].append(values)
             if self._outer is None:
-                self._outer = Outer(self._options.outer, groups)
+                self._outer = Outer(own.outer, groups)
             else:
                 self._outer.add(groups[-1])
-        self._bind()
 
     def _bind(self) -> None:
-        """Find the memory that is sent and copied."""
-        own, parameters = self._options, self._parameters
+        """Find the memory that is copied."""
+        own = self._options
         if own.need_anchor:
-            self._anchor.bind(parameters)
+            self._anchor.bind(self._parameters)
         self._feedback.anchors = self._anchor.values
         # Nothing else needs the last anchor any more.
-        self._feedback.renews = (
-            own.wire is not None
-            and own.outer is None
-            and not own.transactional
-            and self._group.size > 1
-        )
+        alone = own.wire_dtype is not None and own.outer is None and not own.transactional
+        self._feedback.renews = alone and self._group.size > 1
 
     def _meet(self, status: int) -> None:
         """Meet the other ranks: see that all agree, and bring those behind to where the first one is."""
-        group, like = self._group, self._parameters.flats[0]
-        present = [momentum is not None for momentum in self._parameters.momenta.all()]
-        headers = self._caller.meet(
-            group, like, self._parameters.labels[0], status=status, flags=present
-        )
-        compare(group, like, {"optimizer": type(self).__name__})
-        compare(group, like, self._facts())
-        everyone = headers["status"].tolist()
+        group, parameters = self._group, self._parameters
+        first, facts = parameters.labels[0], self._facts()
+        headers = self._caller.meet(group, self._like, first, facts=facts, status=status)
+        everyone = headers["status"]
         best = max(everyone)
         source = everyone.index(best)
         if best == _BROKEN:
@@ -241,10 +223,9 @@ class LocalSGD(Wrapper):
             # Nobody is behind: no rank's steps since then have to be given up.
             self._average_all(_SYNCING)
         # Also where all took as many rounds: not necessarily with each other.
-        self._parameters.averager().broadcast(group, self._parameters.flats, source)
+        parameters.averager().broadcast(group, parameters.flats, source)
         if best >= _INTACT:
-            wanted = self._caller.flags_of(group, like, headers, present)[source]
-            self._receive(source, everyone, wanted)
+            self._receive(source, everyone)
         self._buffers.broadcast(group, source)
         self._feedback.clear()
         self._round.begin()
@@ -252,38 +233,36 @@ class LocalSGD(Wrapper):
         self._round.broken = False
 
     def _facts(self) -> dict[str, str]:
-        levels = str([every for _, every in self._levels])
         return {
-            "parameters": self._parameters.layout(),
-            "buffers": self._buffers.layout(),
-            "levels": levels,
+            "parameters": self._parameters.layout,
+            "buffers": self._buffers.layout,
+            "levels": str([every for _, every in self._levels]),
             **self._options.facts(),
         }
 
-    def _receive(self, source: int, everyone: list[int], wanted: Array) -> None:
+    def _receive(self, source: int, everyone: list[int]) -> None:
         """Take from a rank what is not a parameter."""
-        group, like, outer = self._group, self._parameters.flats[0], self._outer
-        numbers = self._round.numbers()
-        own = [*numbers.values(), *(outer.lrs if outer is not None else [])]
-        rows = gather(group, like, np.array(own, np.float64).view(np.int64))
-        values = np.ascontiguousarray(rows[source]).view(np.float64).tolist()
-        self._round.take(dict(zip(numbers, values, strict=False)))
-        self._round.steps += self._round.active  # they are in the parameters that all have now
+        group, like, outer, counts = self._group, self._like, self._outer, self._round
+        parameters, momenta = self._parameters, self._parameters.momenta
+        own = counts.numbers(), outer and outer.lrs, pack_flags(momenta.present())
+        numbers, lrs, flags = gather_objects(group, like, own)[source]
+        counts.take(numbers)
+        counts.steps += counts.active  # they are in the parameters that all have now
         if outer is not None:
-            outer.lrs = values[len(numbers) :]
-            momenta = outer.momenta()
-            sizes, wires = [len(each) for each in momenta], [dtype_name(m.dtype) for m in momenta]
-            runs = [[i] for i in range(len(momenta))]
-            Averager(runs, sizes, wires, like).broadcast(group, momenta, source)
-        is_new = everyone[group.rank] == _NEW
+            outer.lrs = lrs
+            values = outer.momenta()
+            sizes, wires = [len(each) for each in values], [dtype_name(m.dtype) for m in values]
+            runs = [[i] for i in range(len(values))]
+            Averager(runs, sizes, wires, like).broadcast(group, values, source)
+        is_new, averages = everyone[group.rank] == _NEW, self._options.momentum_sync == "average"
         if _NEW in everyone:
             # A rank that joins has neither momentum nor the learning rates that schedulers have changed.
-            settings = share_settings(group, self._optimizer, self._parameters, source)
+            settings = share_settings(group, self._optimizer, parameters, source)
             if is_new:
-                take_settings(self._optimizer, self._parameters, settings)
-        if _NEW in everyone or self._options.momentum_sync == "average":
-            keeps = not is_new and self._options.momentum_sync != "average"
-            self._parameters.momenta.broadcast(group, wanted.tolist(), source, keeps)
+                take_settings(self._optimizer, parameters, settings)
+        if _NEW in everyone or averages:
+            wanted = any_flags([flags], len(parameters.all))
+            momenta.broadcast(group, wanted, source, keep=not is_new and not averages)
 
     @property
     def round(self) -> int:
@@ -375,11 +354,11 @@ class LocalSGD(Wrapper):
         return min([max(1, self._round.period - done), *steps])
 
     def _find_period(self) -> None:
-        own, counts = self._options, self._round
-        if counts.period:
+        own = self._options
+        if self._round.period:
             return
         lr = float(self._optimizer.param_groups[0].get("lr", 0.0))
-        counts.find_period(own.sync_every, own.warmup_steps, lr)
+        self._round.find_period(own.sync_every, own.warmup_steps, lr)
         if self._levels and not isinstance(own.sync_every, int):
             # Ranks that differed would wait for each other, one for a level's average and another for the round's end.
             with self._failures_as_round_errors():
@@ -410,75 +389,73 @@ class LocalSGD(Wrapper):
         except Exception as error:
             raise self._failure(error) from error
 
-    def _exchange(self, group: ProcessGroup, operation: str, ending: int) -> Array:
+    def _exchange(self, group: ProcessGroup, operation: str, ending: int) -> Headers:
         """Tell the ranks of a group where this one is; returns their headers, once all can average."""
-        like, counts = self._parameters.flats[0], self._round
-        failed = self._attempt_to_prepare()
-        momenta = self._parameters.momenta.all() if self._options.momentum_sync == "average" else []
+        own, counts, like = self._options, self._round, self._like
+        failed: Exception | None = None
+        flags, loss, nonfinite = b"", 0.0, False
+        try:
+            self._follow_moves()
+            self._make_sure_of_anchor()
+            loss = float(counts.losses)
+            if own.momentum_sync == "average":
+                flags = pack_flags(self._parameters.momenta.present())
+            if own.exclude_nonfinite:
+                values = *self._parameters.flats, *self._buffers.floats
+                nonfinite = not all(map(all_finite, values))
+        except Exception as error:  # noqa: BLE001 (raised below, on all ranks)
+            failed = error
         headers = self._caller.exchange(
             group,
             like,
             operation,
-            flags=[momentum is not None for momentum in momenta],
-            failed=failed is not None,
+            failed,
+            flags=flags,
             layout=self._parameters.fingerprint,
-            hyper=fingerprint(self._learning_rates()),
-            steps=counts.steps,
+            lrs=self._learning_rates(),
             active=counts.active,
             period=counts.period,
             ending=ending,
             unverified=not self._anchor.verified,
-            nonfinite=self._options.exclude_nonfinite and not self._is_finite(),
+            nonfinite=nonfinite,
+            loss=loss,
             losses=counts.losses_count,
-            loss=float(counts.losses),
         )
-        check_failures(group, like, headers["failed"].tolist(), failed)
+        what = "parameters: the layout in memory changed on some ranks since they were wrapped"
+        require_equal(group, like, what, headers["layout"], lambda: self._parameters.layout)
+        period = headers["period"]
         require_equal(
-            group,
-            like,
-            headers["layout"],
-            "parameters: the layout in memory changed on some ranks since they were wrapped",
-            self._parameters.layout(),
+            group, like, "the round's period", period, lambda: f"{counts.period} steps", period
         )
-        period = f"{counts.period} steps"
-        require_equal(
-            group, like, headers["period"], "the round's period", period, headers["period"] > 0
-        )
-        if headers["nonfinite"].all():
+        if all(headers["nonfinite"]):
             raise RuntimeError("no rank has parameters that are all finite")
         return headers
-
-    def _is_finite(self) -> bool:
-        return all(map(all_finite, (*self._parameters.flats, *self._buffers.floats)))
 
     def _learning_rates(self) -> str:
         """Return what an outer step needs of the inner optimizer's groups, one a line."""
         if not isinstance(self._options.outer, SlowMo):
             return ""
-        groups = self._optimizer.param_groups
-        return "\n".join(
-            f"param_groups[{i}]['lr'] = {float(g['lr'])!r}" for i, g in enumerate(groups)
-        )
+        groups = enumerate(self._optimizer.param_groups)
+        return "\n".join(f"param_groups[{i}]['lr'] = {float(g['lr'])!r}" for i, g in groups)
 
     def _average_level(self, group: ProcessGroup, ending: int) -> bool:
         """Average within a level; returns whether all its ranks are in `sync` or `finish`."""
         with self._failures_as_round_errors():
             headers = self._exchange(group, "a level's average", ending)
-            if headers["active"].any():
+            if any(headers["active"]):
                 self._round.broken = True
                 self._average(group, headers, None)
                 self._round.broken = False
-        return bool((headers["ending"] > _STEPPING).all())
+        return _STEPPING not in headers["ending"]
 
-    def _average(self, group: ProcessGroup, headers: Array, wire: str | None) -> float:
+    def _average(self, group: ProcessGroup, headers: Headers, wire: str | None) -> float:
         """Average the parameters; returns this rank's weight."""
-        included = headers["nonfinite"] == 0
-        factor = 1 / int(included.sum()) if included[group.rank] else 0.0
+        excluded = headers["nonfinite"]
+        factor = 0.0 if excluded[group.rank] else 1 / excluded.count(False)
         if group.size == 1:
             return factor
         look = not self._options.exclude_nonfinite
-        feedback = None if wire is None else self._feedback
-        averager = self._parameters.averager(wire, feedback)
+        averager = self._parameters.averager(wire, self._feedback if wire else None)
         bad = averager.average(group, self._parameters.flats, factor, look)
         if bad:
             raise RuntimeError(
@@ -496,79 +473,67 @@ class LocalSGD(Wrapper):
         with self._failures_as_round_errors():
             headers = self._exchange(self._group, "a round", ending)
             self._verify(headers)
-            if headers["active"].any():
+            if any(headers["active"]):
                 self._take_round(headers)
             else:
                 self._round.begin()  # steps were passed over only
-        if headers["active"].any():
+        if any(headers["active"]):
             self._make_sure_of_anchor(after_round=True)
-        return bool((headers["ending"] >= max(ending, _SYNCING)).all())
+        return all(each >= max(ending, _SYNCING) for each in headers["ending"])
 
-    def _take_round(self, headers: Array) -> None:
-        group, like = self._group, self._parameters.flats[0]
-        flags: Sequence[bool] = ()
-        if self._options.momentum_sync == "average":
-            flags = [momentum is not None for momentum in self._parameters.momenta.all()]
-            rows = self._caller.flags_of(group, like, headers, flags)
-            flags = np.asarray(rows.any(axis=0)).tolist()
+    def _take_round(self, headers: Headers) -> None:
+        group, own, momenta = self._group, self._options, self._parameters.momenta
         self._round.broken = True
-        factor = self._average(group, headers, self._options.wire)
+        factor = self._average(group, headers, own.wire_dtype)
         if group.size > 1:
-            self._parameters.momenta.average(group, flags, factor)
-            self._buffers.average(group, factor, int(np.argmin(headers["nonfinite"])))
-        steps, losses = int(headers["active"].max()), int(headers["losses"].sum())
-        loss = float(headers["loss"].sum()) / losses if losses > 0 else None
-        self._commit(steps, loss)
-
-    def _commit(self, steps: int, loss: float | None) -> None:
-        """What follows the averaging on each rank by itself; see `Round.complete`."""
-        warmup = self._round.steps + steps <= self._options.warmup_steps
-        if self._outer is not None and not warmup and self._group.size > 1:
-            self._take_outer_step()
-        if self._options.momentum_sync == "reset" and self._group.size > 1:
-            for momentum in self._parameters.momenta.all():
+            if own.momentum_sync == "average":
+                wanted = any_flags(headers["flags"], len(self._parameters.all))
+                momenta.average(group, wanted, factor)
+            self._buffers.average(group, factor, headers["nonfinite"].index(False))
+        # What follows is for each rank by itself.
+        steps, losses = max(headers["active"]), sum(headers["losses"])
+        if group.size > 1 and self._outer and self._round.steps + steps > own.warmup_steps:
+            self._take_outer_step(self._outer)
+        if group.size > 1 and own.momentum_sync == "reset":
+            for momentum in momenta.all():
                 if momentum is not None:
                     momentum[...] = 0
         self._anchor.valid = self._feedback.renews  # any other is the last round's
-        self._round.complete(steps, loss)
+        self._round.complete(steps, sum(headers["loss"]) / losses if losses else None)
 
-    def _take_outer_step(self) -> None:
+    def _take_outer_step(self, outer: Outer) -> None:
         """Let the outer optimizer move the anchors, and the parameters, which hold the average, after them."""
-        assert self._outer is not None
         self._anchor.subtract_parameters()
         lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._anchor.valid = False
-        self._outer.step(self._parameters.flats, lrs)
+        outer.step(self._parameters.flats, lrs)
         self._anchor.to_parameters()
 
     # What an outer step, or a return to the last round, starts from
 
-    def _verify(self, headers: Array) -> None:
+    def _verify(self, headers: Headers) -> None:
         """Compare anchors and outer state, where a rank has loaded any since all were compared.
 
         Raises:
             RuntimeError: on all ranks, naming what differs.
         """
-        group, like = self._group, self._parameters.flats[0]
-        lrs = self._learning_rates()
-        require_equal(group, like, headers["hyper"], "the learning rates of an outer step", lrs)
-        if not headers["unverified"].any() or not self._options.need_anchor:
+        group, like, labels = self._group, self._like, self._parameters.labels
+        what = "the learning rates of an outer step"
+        require_equal(group, like, what, headers["lrs"], self._learning_rates)
+        if not any(headers["unverified"]) or not self._options.need_anchor:
             return
-        labels = self._parameters.labels
-        lines = [
-            f"the anchor of {label}: {checksum([values]):x}"
-            for label, values in zip(labels, self._anchor.values, strict=True)
-        ]
-        if self._outer is not None:
+        anchors, outer = zip(labels, self._anchor.values, strict=True), self._outer
+        lines = [f"the anchor of {label}: {checksum(values):x}" for label, values in anchors]
+        if outer is not None:
             lines += [
-                f"the outer momentum of {label}: {'none' if m is None else hex(checksum([m]))}"
-                for label, m in zip(labels, self._outer.saved(), strict=True)
+                f"the outer momentum of {label}: {'none' if m is None else hex(checksum(m))}"
+                for label, m in zip(labels, outer.saved(), strict=True)
             ]
-            lines.append(f"the last learning rates {self._outer.lrs}")
+            lines.append(f"the last learning rates {outer.lrs}")
         text = "\n".join(lines)
-        own = np.array([fingerprint(text)], np.int64)
         what = "the state before this round, which was loaded on some ranks only"
-        require_equal(group, like, gather(group, like, own)[:, 0], what, text)
+        everyone = gather_objects(group, like, fingerprint(text))
+        require_equal(group, like, what, everyone, lambda: text)
         self._anchor.verified = True
 
     def _make_sure_of_anchor(self, after_round: bool = False) -> None:
@@ -589,57 +554,38 @@ class LocalSGD(Wrapper):
 
     def _failure(self, error: Exception) -> RoundError:
         """Leave a failed round behind in a state that is known; returns what to raise."""
-        number = self._round.number + 1
-        transactional = self._options.transactional
-        # Else they are somewhere else by now, where they could not be followed.
+        group, counts, transactional = self._group, self._round, self._options.transactional
+        number = counts.number + 1
+        # Parameters that were moved are somewhere else by now, where they could not be followed.
         found = not self._parameters.moved()
         if transactional and self._anchor.valid and found:
             self._restore()
         # Where there was no anchor to return to, this rank has taken no step yet.
-        restored = transactional and found and not self._round.broken
+        restored = transactional and found and not counts.broken
         if restored:
             outcome = f"parameters and momentum are those of the end of round {self.round}"
-        elif transactional and self._round.broken:
+        elif not counts.broken:
+            outcome = "parameters are as this rank's last step left them"
+        elif transactional:
             outcome = "parameters are left in the middle of the outer step"
-        elif self._round.broken:
+        else:
             outcome = (
                 "parameters are left in the middle of it (transactional=True would restore them)"
             )
-        else:
-            outcome = "parameters are as this rank's last step left them"
-        group = self._group
         return RoundError(
             f"round {number} of Local SGD failed on rank {group.rank} of {group.size}; {outcome}: {error}",
             number,
             restored,
         )
 
-    def _attempt_to_prepare(self) -> Exception | None:
-        """Follow moves and make sure of the anchor; returns what that failed with, which all ranks are to hear of.
-
-        Raised here and now, it would leave the others waiting for what this rank has not sent.
-        """
-        try:
-            self._follow_moves()
-            self._make_sure_of_anchor()
-            float(self._round.losses)
-        except Exception as error:  # noqa: BLE001 (raised later)
-            return error
-        return None
-
     def _follow_moves(self) -> None:
         parameters = self._parameters
         if parameters.moved():
             before = parameters.data
             parameters.read()
-            changes = parameters.reordered(before)
-            if self._options.wire is not None:
-                self._feedback.reorder(changes)
-            if self._options.need_anchor:
-                self._anchor.reorder(changes)
-            if self._outer is not None:
-                for i, old, new in changes:
-                    self._outer.reorder(i, old, new)
+            outer_momenta = [] if self._outer is None else self._outer.saved()
+            for kept in (self._feedback.residuals, self._anchor.values, outer_momenta):
+                parameters.reorder(kept, before)
             self._bind()
 
     # Groups
@@ -659,8 +605,7 @@ class LocalSGD(Wrapper):
         self._follow_moves()
         self._optimizer.add_param_group(param_group)
         self._parameters = self._read_parameters()
-        self._caller.exchange(self._group, self._parameters.flats[0], "to add a group")
-        compare(self._group, self._parameters.flats[0], self._facts())
+        self._caller.exchange(self._group, self._like, "to add a group", facts=self._facts())
         self._allocate()
         self._parameters.averager().broadcast(self._group, self._parameters.flats)
         self._anchor.valid = False
@@ -682,7 +627,7 @@ class LocalSGD(Wrapper):
             ValueError: if the group cannot add up `wire_dtype`, or ranks differ in options or layout.
         """
         group, levels = as_process_group(group), _levels(levels)
-        check_wire(self._options.wire, group)
+        check_wire(self._options.wire_dtype, group)
         self._group, self._levels = group, levels
         self._follow_moves()
         if self._options.transactional and self._anchor.valid:
@@ -699,22 +644,15 @@ class LocalSGD(Wrapper):
         rank's will do for all, if momentum is averaged or reset.
         """
         self._follow_moves()
-        numbers = self._round.numbers()
-        arrays: dict[str, Sequence[Any]] = {}
+        numbers, shaped = self._round.numbers(), self._parameters.shaped
+        arrays: dict[str, Sequence[Any]] = {"residual": shaped(self._feedback.residuals)}
         if self._anchor.valid:
-            arrays["anchor"] = self._shaped(self._anchor.values)
-            arrays["momentum"] = self._anchor.momenta
-        arrays["residual"] = self._shaped(self._feedback.residuals)
+            arrays |= {"anchor": shaped(self._anchor.values), "momentum": self._anchor.momenta}
         if self._outer is not None:
-            arrays["outer_momentum"] = self._shaped(self._outer.saved())
+            arrays["outer_momentum"] = shaped(self._outer.saved())
             numbers |= {f"outer_lr.{i}": lr for i, lr in enumerate(self._outer.lrs)}
         numbers["transactional"] = self._options.transactional
         return add_to_state(self._optimizer.state_dict(), _KEY, numbers, arrays)
-
-    def _shaped(self, values: Sequence[Any]) -> list[Any]:
-        """Return flat arrays, one for each parameter or None, in the parameters' shapes."""
-        pairs = zip(values, self._parameters.data, strict=False)
-        return [None if value is None else shaped(value, data) for value, data in pairs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, or an inner optimizer's state dict, which begins a new round.
@@ -729,47 +667,40 @@ class LocalSGD(Wrapper):
         if numbers:
             self._check_state(numbers, arrays)
         self._optimizer.load_state_dict(inner)
-        self._anchor.verified = False
+        self._anchor.verified = self._anchor.valid = False
         self._round.begin()
-        self._anchor.valid = False
         self._feedback.clear()
         if numbers:
             self._take_state(numbers, arrays)
         self._round.broken = False
 
-    def _take_state(self, numbers: dict[str, float], arrays: dict[str, list[Any]]) -> None:
-        own = self._options
-        self._round.take({name: numbers[name] for name in self._round.numbers()})
-        if "anchor" in arrays and own.need_anchor:
-            _copy(self._shaped(self._anchor.values), arrays["anchor"])
-            if numbers["transactional"]:
-                self._anchor.keep(arrays.get("momentum", [None] * len(self._anchor.values)))
-                self._anchor.buffers = self._buffers.copies() if own.transactional else []
-            self._anchor.valid = bool(numbers["transactional"]) or not own.transactional
-        if "residual" in arrays and own.wire is not None:
-            _copy(self._shaped(self._feedback.residuals), arrays["residual"])
-        if self._outer is not None:
-            saved = arrays.get("outer_momentum", [None] * len(self._anchor.values))
-            for target, source in zip(self._shaped(self._outer.momenta()), saved, strict=True):
-                target[...] = 0 if source is None else source
-            self._outer.lrs = [numbers[f"outer_lr.{i}"] for i in range(len(self._outer.lrs))]
-
     def _check_state(self, numbers: dict[str, float], arrays: dict[str, list[Any]]) -> None:
-        in_round = numbers["position"] > 0
-        lacks = in_round and self._options.need_anchor and "anchor" not in arrays
-        lacks |= in_round and self._options.transactional and not numbers["transactional"]
-        lacks |= self._outer is not None and "outer_lr.0" not in numbers
-        lacks |= any(value is None for value in arrays.get("anchor", ()))
-        if lacks:
+        own, in_round = self._options, numbers["position"] > 0
+        if (
+            (in_round and own.need_anchor and "anchor" not in arrays)
+            or (in_round and own.transactional and not numbers["transactional"])
+            or (self._outer is not None and "outer_lr.0" not in numbers)
+            or any(value is None for value in arrays.get("anchor", ()))
+        ):
             raise ValueError(
                 "state_dict: it was saved with other options and lacks what outer, wire_dtype or transactional need"
             )
 
-
-def _copy(targets: Sequence[Any], sources: Sequence[Any]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        if source is not None:
-            target[...] = source
+    def _take_state(self, numbers: dict[str, float], arrays: dict[str, list[Any]]) -> None:
+        own, anchor, load = self._options, self._anchor, self._parameters.load
+        complete, none = bool(numbers["transactional"]), [None] * len(self._parameters.all)
+        self._round.take({name: numbers[name] for name in self._round.numbers()})
+        if "anchor" in arrays and own.need_anchor:
+            load(anchor.values, arrays["anchor"])
+            if complete:
+                anchor.keep(arrays.get("momentum", none), self._buffers)
+            anchor.valid = complete or not own.transactional
+        load(self._feedback.residuals, arrays.get("residual", []))
+        if self._outer is not None:
+            for momentum in self._outer.momenta():
+                momentum[...] = 0
+            load(self._outer.momenta(), arrays.get("outer_momentum", none))
+            self._outer.lrs = [numbers[f"outer_lr.{i}"] for i in range(len(self._outer.lrs))]
 
 
 def _schedule(sync_every: Any) -> int | Schedule:

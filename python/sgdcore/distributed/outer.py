@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sgdcore.distributed._flat import compute_dtype, dtype_name, is_torch, item_bytes, reorder
+from sgdcore.distributed._flat import compute_dtype, dtype_name, is_torch, item_bytes
 from sgdcore.distributed.parameters import momentum_of, set_zero_momentum
 from sgdcore.sgd import SGD
-
-__all__ = ["Outer", "OuterSGD", "SlowMo"]
 
 
 @dataclass(frozen=True)
@@ -91,16 +89,10 @@ class Outer:
         self._spec = spec
         self.lrs = [0.0] * len(anchors)
         self._torch = any(is_torch(anchor) for each in anchors for anchor in each)
-        hyper: dict[str, Any] = {"lr": spec.lr, "momentum": spec.momentum}
-        if isinstance(spec, OuterSGD):
-            hyper["nesterov"] = spec.nesterov
-        groups = [self._group(each) for each in anchors]
+        cls: Any = SGD
         if self._torch:
-            from sgdcore.torch import SGD as TorchSGD
-
-            self._optimizer: Any = TorchSGD(groups, **hyper)
-        else:
-            self._optimizer = SGD(groups, **hyper)
+            from sgdcore.torch import SGD as cls
+        self._optimizer = cls([self._group(each) for each in anchors], **asdict(spec))
 
     def _group(self, anchors: Sequence[Any]) -> dict[str, Any]:
         dtypes = (compute_dtype(dtype_name(anchor.dtype)) for anchor in anchors)
@@ -114,10 +106,6 @@ class Outer:
         self._optimizer.add_param_group(self._group(anchors))
         self.lrs.append(0.0)
 
-    def reorder(self, i: int, before: Any, after: Any) -> None:
-        """Bring the momentum of an anchor, by its position, from one array's order in memory into another's."""
-        reorder(self.momenta()[i], before, after)
-
     def step(self, differences: Sequence[Any], lrs: Sequence[float]) -> None:
         """Update the anchors.
 
@@ -130,8 +118,7 @@ class Outer:
         if not self._torch:
             self._optimizer.step(grads=differences)
             return
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        for parameter, difference in zip(parameters, differences, strict=True):
+        for (parameter, _), difference in zip(self._anchors(), differences, strict=True):
             parameter.grad = difference
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -149,23 +136,14 @@ class Outer:
 
     def momenta(self) -> list[Any]:
         """Return the outer momentum of each anchor, zeros where there is none yet."""
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if momentum_of(self._optimizer, parameter) is None:
-                    set_zero_momentum(self._optimizer, parameter, group)
+        for parameter, group in self._anchors():
+            if momentum_of(self._optimizer, parameter) is None:
+                set_zero_momentum(self._optimizer, parameter, group)
         return self.saved()
 
     def saved(self) -> list[Any]:
         """Return the outer momentum of each anchor, or None where there is none."""
-        return [momentum_of(self._optimizer, p) for p in self._anchors()]
+        return [momentum_of(self._optimizer, parameter) for parameter, _ in self._anchors()]
 
-    def load(self, momenta: Sequence[Any], lrs: Sequence[float]) -> None:
-        """Take over outer momentum, or None where there is none, and learning rates."""
-        for parameter, momentum in zip(self._anchors(), momenta, strict=True):
-            self._optimizer.state[parameter].pop("momentum_buffer", None)
-            if momentum is not None:
-                self._optimizer.state[parameter]["momentum_buffer"] = momentum
-        self.lrs = list(lrs)
-
-    def _anchors(self) -> list[Any]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+    def _anchors(self) -> list[tuple[Any, dict[str, Any]]]:
+        return [(p, group) for group in self._optimizer.param_groups for p in group["params"]]

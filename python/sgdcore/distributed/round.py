@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sgdcore.distributed._checks import check_count
 from sgdcore.distributed.schedules import Progress, Schedule
 
-__all__ = ["Round"]
 
-
+@dataclass
 class Round:
     """Counts the steps of a round.
 
@@ -21,6 +21,8 @@ class Round:
         position: the steps of this round that this rank has taken or passed over; 0 at its start.
         period: the steps that this round is to have; 0 as long as that is unknown.
         last_period: the steps of the last round.
+        losses: the sum of the losses of this round.
+        losses_count: their number.
         last_loss: the mean loss of the last round that had losses; None before one had.
         first_loss: that of the first round whose mean was finite.
         broken: the parameters are in the middle of an average, or were left there. Set before they are overwritten,
@@ -28,18 +30,22 @@ class Round:
             that.
     """
 
-    def __init__(self) -> None:
-        self.number = self.steps = self.last_period = 0
-        self.last_loss: float | None = None
-        self.first_loss: float | None = None
-        self.broken = False
-        self.begin()
+    number: int = 0
+    steps: int = 0
+    active: int = 0
+    position: int = 0
+    period: int = 0
+    last_period: int = 0
+    losses: Any = 0.0
+    losses_count: int = 0
+    last_loss: float | None = None
+    first_loss: float | None = None
+    broken: bool = False
 
     def begin(self) -> None:
         """Begin the round, or begin it again: forget its steps."""
-        self.position = self.active = self.period = 0
-        self.losses: Any = 0.0
-        self.losses_count = 0
+        self.position = self.active = self.period = self.losses_count = 0
+        self.losses = 0.0
 
     @property
     def total(self) -> int:
@@ -52,23 +58,19 @@ class Round:
         self.losses_count += 1
 
     def find_period(self, schedule: int | Schedule, warmup_steps: int, lr: float) -> None:
-        """Find out how many steps this round is to have, unless that is known.
+        """Find out how many steps this round is to have.
 
         Raises:
             TypeError, ValueError: if the schedule's answer is no integer of at least 1.
         """
-        if self.period:
-            return
         if self.steps < warmup_steps:
             self.period = 1
         elif isinstance(schedule, int):
             self.period = schedule
         else:
-            progress = Progress(
-                self.steps, self.number, self.last_period, lr, self.last_loss, self.first_loss
-            )
-            period = schedule.period(progress)
-            self.period = check_count("the schedule's period", period, 1)
+            losses = self.last_loss, self.first_loss
+            progress = Progress(self.steps, self.number, self.last_period, lr, *losses)
+            self.period = check_count("the schedule's period", schedule.period(progress), 1)
 
     def complete(self, steps: int, loss: float | None) -> None:
         """Begin the next round.
@@ -89,24 +91,13 @@ class Round:
 
     def numbers(self) -> dict[str, float]:
         """Return what is saved, and what a rank that joins is told: numbers only."""
-        return {
-            "number": self.number,
-            "steps": self.steps,
-            "active": self.active,
-            "position": self.position,
-            "period": self.period,
-            "last_period": self.last_period,
-            "losses": float(self.losses),
-            "losses_count": self.losses_count,
-            "last_loss": math.nan if self.last_loss is None else self.last_loss,
-            "first_loss": math.nan if self.first_loss is None else self.first_loss,
-        }
+        values = asdict(self) | {"losses": float(self.losses)}
+        del values["broken"]
+        return {name: math.nan if value is None else value for name, value in values.items()}
 
     def take(self, numbers: dict[str, float]) -> None:
         """Take over what `numbers` returned."""
         for name, value in numbers.items():
-            if name in ("last_loss", "first_loss"):
-                setattr(self, name, None if math.isnan(value) else value)
-            else:
-                setattr(self, name, value if name == "losses" else int(value))
+            absent = name.endswith("_loss") and math.isnan(value)
+            setattr(self, name, None if absent else value)
         self.broken = False

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections import UserDict
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore.distributed._flat import is_torch
 from sgdcore.distributed.buffers import Buffers, warn_of_batch_norm
+from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
+from sgdcore.distributed.header import Caller
 from sgdcore.distributed.parameters import Parameters
 from sgdcore.optimizer import Optimizer
-
-__all__ = ["Wrapper", "call_closure"]
 
 
 class _Inner:
@@ -31,7 +32,7 @@ class _Inner:
         setattr(wrapper._optimizer, self._name, value)
 
 
-class _State(MutableMapping[Any, Any]):
+class _State(UserDict[Any, Any]):
     """A torch optimizer's state, which counts as there even while it is empty.
 
     torch's checkpoint API (``get_optimizer_state_dict``) takes a step with any optimizer whose state is empty; a
@@ -39,31 +40,13 @@ class _State(MutableMapping[Any, Any]):
     """
 
     def __init__(self, state: Any) -> None:
-        self._state = state
+        self.data = state
 
     def __bool__(self) -> bool:
         return True
 
-    def __getitem__(self, key: Any) -> Any:
-        return self._state[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._state[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._state[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._state
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
-
-    def __repr__(self) -> str:
-        return repr(self._state)
+    def __missing__(self, key: Any) -> Any:
+        return self.data[key]  # which makes one
 
 
 class Wrapper:
@@ -76,6 +59,9 @@ class Wrapper:
     _group: ProcessGroup
     _buffers: Buffers
     _model: Any
+    _caller: Caller
+    _feedback: ErrorFeedback
+    _parameters: Any
 
     param_groups = _Inner()
     defaults = _Inner()
@@ -116,28 +102,31 @@ class Wrapper:
             raise TypeError(f"model: expected a torch.nn.Module or None, got {model!r}")
         self._group = as_process_group(group)
         self._optimizer, self._model = optimizer, model
+        self._caller, self._feedback = Caller(self), ErrorFeedback()
         if hasattr(optimizer, "_in_backward"):
             self._optimizer._wrapper = weakref.ref(self)  # step_in_backward asks it
         if buffers is None and model is not None:
             buffers = dict(model.named_buffers())
         self._buffers = Buffers(buffers)
-        if model is None and not self._buffers and self._group.size > 1:
-            warn_of_batch_norm(
-                p for each in optimizer.param_groups for p in each["params"] if is_torch(p)
-            )
+        if model is None and not self._buffers.layout and self._group.size > 1:
+            groups = optimizer.param_groups
+            warn_of_batch_norm(p for each in groups for p in each["params"] if is_torch(p))
 
     def _read_parameters(self) -> Parameters:
         """Return the optimizer's parameters, by the model's names where it has none."""
         named = () if self._model is None else self._model.named_parameters()
         return Parameters(self._optimizer, {id(parameter): name for name, parameter in named})
 
-    def _other_parameters(self, parameters: Parameters) -> Buffers:
+    def _other_parameters(self) -> Buffers:
         """Return the model's parameters that the optimizer does not have, by name."""
-        if self._model is None:
-            return Buffers(None)
-        own = {id(parameter) for parameter in parameters.all}
-        named = self._model.named_parameters()
+        own = {id(parameter) for parameter in self._parameters.all}
+        named = () if self._model is None else self._model.named_parameters()
         return Buffers({name: p.detach() for name, p in named if id(p) not in own})
+
+    @property
+    def _like(self) -> Any:
+        """An array of the kind that the group takes."""
+        return self._parameters.flats[0]
 
     @property
     def state(self) -> Any:
