@@ -130,9 +130,20 @@ class Training:
 
     def run(self) -> str:
         """Train; returns what the parameters are in the end, or "lost"."""
+        result = self._train()
+        if result == "lost" and self.rank == 0:
+            self.store.set(f"{self.seed} joins", "lost")
+        return result
+
+    def _train(self) -> str:
         for phase in range(len(self.plan.steps)):
             if self.rank >= self.plan.members(phase):
-                continue  # it joins at the next one
+                # It joins at the next one, unless the others have nothing left to go on from.
+                if self.store.get(f"{self.seed} joins") == b"lost":
+                    return "lost"
+                continue
+            if phase == 1 and self.rank == 0:
+                self.store.set(f"{self.seed} joins", "now")
             self.done = attempt = 0
             if phase == 0 or (self.plan.joins and phase == 1):
                 self._leave()
