@@ -141,7 +141,8 @@ def test_is_one_of_torchs_samplers(before_torch: ShardSampler) -> None:
         assert isinstance(sampler, ShardSampler)
         assert (sampler.num_samples, sampler.total_size) == (10, 20)
     assert type(ShardSampler(20, 2, 1)) is type(ShardSampler(30, 3, 1))
-    assert type(sampler).__qualname__ == "Weighed"
+    assert type(sampler).__qualname__ == sampler.__class__.__qualname__ == "Weighed"
+    assert type(sampler.__class__(20, 0.5, num_replicas=2, rank=1)) is Weighed
     assert isinstance(before_torch, DistributedSampler), "also one from before torch was imported"
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, "torch.utils.data")

@@ -7,11 +7,12 @@ says how far an epoch has come.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sized
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,9 +105,9 @@ class ShardSampler:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """What isinstance goes by beside the type: torch's class, as frameworks ask for it."""
-        data = sys.modules.get("torch.utils.data")
-        return type(self) if data is None else data.DistributedSampler
+        """What isinstance goes by beside the type: a subclass of torch's sampler, too, as frameworks ask for it."""
+        data, kind = sys.modules.get("torch.utils.data"), cast(Any, type(self))
+        return kind if data is None else _torch_class(kind, data.DistributedSampler)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new, (type(self),), self.__getstate__()
@@ -237,6 +238,14 @@ class ShardSampler:
         return (
             _permutation(self._length, self.seed + self.epoch)[places] if self.shuffle else places
         )
+
+
+@functools.cache
+def _torch_class(kind: type[ShardSampler], torch_sampler: type) -> type:
+    """Return a class like `kind` that is torch's, too; who calls it gets a `kind`."""
+    own = {name: getattr(kind, name) for name in ("__doc__", "__module__", "__qualname__")}
+    own["__new__"] = lambda _, *args, **options: kind(*args, **options)
+    return type(kind.__name__, (kind, torch_sampler), own)
 
 
 def _new(kind: type[ShardSampler]) -> ShardSampler:
