@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sgdcore.distributed import averager as averaging
-from sgdcore.distributed._flat import BLOCK, empty, runs, scale, wire_name
+from sgdcore.distributed._flat import BLOCK, empty, runs, scale
 from sgdcore.distributed.averager import Averager, Sizes, exchange
 from sgdcore.distributed.feedback import ErrorFeedback
 
@@ -82,7 +82,7 @@ def test_copies_do_not_overwrite_each_other(
     values = [rng.standard_normal(size).astype(dtype) for size in sizes]
     arrays = [like(kind, each) for each in values]
     group = Same(2)
-    averager = Averager(runs(arrays), sizes, [wire_name(dtype)] * len(sizes), arrays[0])
+    averager = Averager(arrays, runs(arrays))
     for _ in range(2):
         averager.average(group, arrays, 0.5)
         for array, each in zip(arrays, values, strict=True):
@@ -105,7 +105,8 @@ def test_differences(kind: str, renew: bool) -> None:
     group = Same(2)
     feedback = ErrorFeedback()
     feedback.residuals, feedback.anchors, feedback.renews = [error], [anchor], renew
-    Averager([[0]], [size], ["bfloat16"], view, feedback).average(group, [view], 0.5)
+    averager = Averager([view], [[0]], wire="bfloat16", feedback=feedback)
+    averager.average(group, [view], 0.5)
     share = (moved - start) / np.float32(2) + left
     sent = torch.tensor(share).bfloat16()
     mean = start + (2 * sent.float()).numpy()

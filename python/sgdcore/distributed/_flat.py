@@ -57,12 +57,7 @@ def wire_name(dtype: str, wire: str | None = None) -> str:
 
 
 def flat(array: Any, label: str) -> Any:
-    """Return a 1-d view of all elements, in the order of memory.
-
-    Raises:
-        TypeError: if it is no dense array.
-        ValueError: if there are gaps between its elements.
-    """
+    """Return a 1-d view of all elements, in the order of memory; raise a TypeError or a ValueError if none is."""
     if isinstance(array, np.ndarray):
         ordered = array if array.flags.c_contiguous else array.transpose(_axes(array))
         if not ordered.flags.c_contiguous:
@@ -134,12 +129,7 @@ def empty(like: Any, size: int, dtype: str) -> Any:
 
 
 def alike(views: Sequence[Any], dtype: str | None = None) -> list[Any]:
-    """Return new flat views of the same sizes, those of one dtype and device side by side.
-
-    Args:
-        views: flat views.
-        dtype: for all of them; their own if None.
-    """
+    """Return new flat views of the same sizes, of a dtype or their own, those of one dtype and device side by side."""
     keys = [(dtype or dtype_name(view.dtype), getattr(view, "device", None)) for view in views]
     result: list[Any] = [None] * len(views)
     for key in dict.fromkeys(keys):
@@ -222,16 +212,7 @@ def zero_nonfinite(array: Any) -> None:
 
 
 def scale(array: Any, factor: float, look: bool = False) -> bool:
-    """Multiply a flat view of float32 or float64 by a number, in place.
-
-    Args:
-        array: the view.
-        factor: the number.
-        look: look whether the products are finite, while they are in the processor's cache.
-
-    Returns:
-        Whether all products were finite; True where they were not looked at.
-    """
+    """Multiply a flat view of float32 or float64, in place; return whether that is finite, if `look` says so."""
     if is_torch(array):
         if array.device.type != "cpu":
             array *= factor
@@ -276,10 +257,9 @@ def runs(views: Sequence[Any], groups: Sequence[int] | None = None) -> list[list
     touching = ends[:-1] == starts[1:]
     if groups is not None:
         touching &= np.diff(groups) == 0
-    begins = ~touching
     for i in np.flatnonzero(touching).tolist():
-        begins[i] = not _spannable(views[i], views[i + 1])
-    bounds = [0, *(np.flatnonzero(begins) + 1).tolist(), len(views)]
+        touching[i] = _spannable(views[i], views[i + 1])
+    bounds = [0, *(np.flatnonzero(~touching) + 1).tolist(), len(views)]
     return [list(range(start, stop)) for start, stop in pairwise(bounds)] if views else []
 
 
@@ -322,5 +302,5 @@ def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
     found = np.flatnonzero(ends[order][:-1] > starts[order][1:])
     if len(found) == 0:
         return None
-    i, j = (int(order[found[0] + k]) for k in (0, 1))
-    return min(i, j), max(i, j)
+    first, second = sorted(order[found[0] :][:2].tolist())
+    return first, second

@@ -11,24 +11,14 @@ from sgdcore.distributed.parameters import Parameters
 
 
 class Anchor:
-    """Copies of the parameters at the end of the last round.
-
-    Attributes:
-        values: for each parameter its flat copy.
-        momenta: copies of the momentum buffers, or None where there was none; empty unless they are kept.
-        buffers: copies of the model's buffers; empty unless they are kept.
-        valid: the copies are those of the end of the last round.
-        verified: ranks have compared what was loaded or copied by each of them alone.
-
-    Args:
-        keeps_all: keep momentum and buffers, too.
-    """
+    """Copies of the parameters at the end of the last round, and of momentum and buffers if it `keeps_all`."""
 
     def __init__(self, keeps_all: bool) -> None:
-        self.values: list[Any] = []
-        self.momenta: list[Any] = []
+        self.values: list[Any] = []  # for each parameter its flat copy
+        self.momenta: list[Any] = []  # for each parameter, or None where there was none
         self.buffers: list[Any] = []
-        self.valid = self.verified = False
+        self.valid = False  # the copies are those of the end of the last round
+        self.verified = False  # ranks have compared what was loaded or copied by each of them alone
         self._keeps_all = keeps_all
         self._regions: tuple[list[Any], list[Any]] = [], []  # of the parameters, and their copies
 
@@ -60,13 +50,7 @@ class Anchor:
         self.momenta, self.buffers = kept, buffers.copies() if self._keeps_all else []
 
     def restore(self, parameters: Parameters, buffers: Buffers, state: Any) -> None:
-        """Bring parameters, momentum and buffers back to the end of the last round.
-
-        Args:
-            parameters: the parameters.
-            buffers: the model's buffers.
-            state: the optimizer's.
-        """
+        """Bring parameters, momentum (in the optimizer's state) and buffers back to the end of the last round."""
         self.to_parameters()
         momenta = zip(parameters.all, parameters.momenta.all(), self.momenta, strict=True)
         for parameter, momentum, kept in momenta:

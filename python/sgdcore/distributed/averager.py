@@ -15,35 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from sgdcore.distributed._flat import (
-    concatenate,
-    count_change,
-    dtype_name,
-    empty,
-    item_bytes,
-    join,
-    scale,
-    scatter,
-)
+from sgdcore.distributed import _flat
 from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import MpiGroup, ProcessGroup, Work, abort
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large chunks are. All ranks use the same engine, and so the same sizes.
-
-    Attributes:
-        chunk_bytes: the most bytes in a chunk that travels from where it is.
-        bucket_bytes: the most bytes in a chunk that is copied.
-        in_flight: the number of chunks under way at once, while another one is prepared or taken back.
-        direct_bytes: from this size on, what lies together travels from where it is: an operation of its own costs less
-            than copying into a bucket and back.
-    """
+    """How large chunks are, where they are and in a bucket; how many are under way; the least that is not copied."""
 
     chunk_bytes: int
     bucket_bytes: int
     in_flight: int = 8
+    # An operation of its own costs less than copying so much into a bucket and back.
     direct_bytes: int = 3 << 20
 
 
@@ -59,14 +43,9 @@ WIRE_SIZES = Sizes(4 << 20, 4 << 20)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements of arrays, one array after the other, that travel as one array.
+    """Elements of arrays, by their positions, that travel as one array.
 
-    Attributes:
-        arrays: the arrays' positions.
-        size: the number of elements.
-        dtype: the dtype in which they travel.
-        before: the number of the first array's elements that are left out, at its beginning.
-        after: the number of the last array's elements that are left out, at its end.
+    Of the first array as many elements as `before` says are left out, of the last one as many as `after` says.
     """
 
     arrays: Sequence[int]
@@ -88,25 +67,18 @@ class Chunk:
 def plan_chunks(
     runs: Iterable[Sequence[int]], sizes: Sequence[int], dtypes: Sequence[str], limits: Sizes
 ) -> list[Chunk]:
-    """Cut arrays into chunks.
-
-    Args:
-        runs: the arrays' positions, those together that lie side by side.
-        sizes: their numbers of elements.
-        dtypes: the dtypes in which they travel.
-        limits: how large chunks may be.
-    """
+    """Cut arrays of these sizes, which travel in these dtypes, into chunks; those of a run lie side by side."""
     bucket_bytes = min(limits.chunk_bytes, limits.bucket_bytes)
     direct_bytes = min(limits.direct_bytes, bucket_bytes)
     chunks: list[Chunk] = []
     buckets: dict[str, tuple[list[int], int]] = {}  # arrays, and their elements
     for run in runs:
         dtype, size = dtypes[run[0]], sum([sizes[i] for i in run])
-        if size * item_bytes(dtype) >= direct_bytes:
+        if size * _flat.item_bytes(dtype) >= direct_bytes:
             chunks += _cut(run, sizes, dtype, limits.chunk_bytes)
         elif size:
             arrays, filled = buckets.get(dtype, ([], 0))
-            if (filled + size) * item_bytes(dtype) > bucket_bytes:
+            if (filled + size) * _flat.item_bytes(dtype) > bucket_bytes:
                 chunks.append(Chunk(arrays, filled, dtype))
                 arrays, filled = [], 0
             arrays += run
@@ -118,7 +90,7 @@ def _cut(run: Sequence[int], sizes: Sequence[int], dtype: str, limit: int) -> It
     """Cut arrays side by side into chunks of at most `limit` bytes, all but the last one equal."""
     ends = np.cumsum([sizes[i] for i in run])
     size = int(ends[-1])
-    length = -(-size // -(-size // max(1, limit // item_bytes(dtype))))
+    length = -(-size // -(-size // max(1, limit // _flat.item_bytes(dtype))))
     for start in range(0, size, length):
         stop = min(start + length, size)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
@@ -153,13 +125,7 @@ def exchange(
 
 @dataclass(frozen=True)
 class _Cargo:
-    """A chunk ready to travel.
-
-    Attributes:
-        chunk: the chunk.
-        array: what travels: the memory that the chunk covers, or part of a staging buffer.
-        pieces: what is copied into the array and back; none where it travels from where it is.
-    """
+    """A chunk ready to travel: the array, and the pieces that are copied into it and back; none where they are it."""
 
     chunk: Chunk
     array: Any
@@ -167,71 +133,34 @@ class _Cargo:
 
 
 class Averager:
-    """Averages arrays of given sizes over the ranks, in place.
+    """Averages arrays over the ranks, in place.
 
     Args:
-        runs: the arrays' positions, those together that lie side by side; the same on all ranks.
-        sizes: their numbers of elements.
-        wires: the dtypes in which they travel.
-        like: an array of their kind, on their device.
-        feedback: how they are rounded to the wire's dtype; None for those that travel as they are.
+        views: arrays of the same sizes and dtypes, on the same device, as flat views; they are not kept.
+        runs: the positions of those that lie side by side, together; the same on all ranks.
+        wires: the dtypes in which they travel; None for `wire_name` of each with `wire`.
+        wire: the dtype that they are rounded to, or None.
+        feedback: how they are rounded; None for those that travel as they are.
         chunk_bytes: the most bytes in a chunk; None for what suits the engine.
     """
 
     def __init__(
         self,
+        views: Sequence[Any],
         runs: Sequence[Sequence[int]],
-        sizes: Sequence[int],
-        wires: Sequence[str],
-        like: Any,
+        wires: Sequence[str] | None = None,
+        wire: str | None = None,
         feedback: ErrorFeedback | None = None,
         chunk_bytes: int | None = None,
     ) -> None:
-        self._arrays = runs, sizes, wires
-        self._like, self._feedback = like, feedback
-        self._own_limits = None if chunk_bytes is None else Sizes(chunk_bytes, chunk_bytes)
-        self._plan: tuple[Any, list[Chunk]] = None, []
-        self._bound: tuple[Any, list[Chunk], list[_Cargo]] = None, [], []
+        if wires is None:
+            wires = [_flat.wire_name(_flat.dtype_name(view.dtype), wire) for view in views]
+        self._arrays = runs, [len(view) for view in views], wires
+        self._like, self._feedback = views[0][:0], feedback
+        self._limits = None if chunk_bytes is None else Sizes(chunk_bytes, chunk_bytes)
+        self._planned: tuple[Any, list[Chunk]] = None, []
+        self._bound: tuple[Any, list[_Cargo]] = None, []
         self._staging: dict[tuple[str, int], Any] = {}
-
-    def _limits(self, group: ProcessGroup) -> Sizes:
-        if self._own_limits is not None:
-            return self._own_limits
-        if self._feedback is not None:
-            return WIRE_SIZES
-        return MPI_SIZES if isinstance(group, MpiGroup) else GLOO_SIZES
-
-    def _chunks(self, limits: Sizes, wanted: Sequence[bool] | None) -> list[Chunk]:
-        key = limits, None if wanted is None else tuple(wanted)
-        if self._plan[0] != key:
-            runs, sizes, wires = self._arrays
-            if wanted is not None:
-                runs = [left for run in runs if (left := [i for i in run if wanted[i]])]
-            self._plan = key, plan_chunks(runs, sizes, wires, limits)
-        return self._plan[1]
-
-    def _bind(self, chunks: list[Chunk], views: Sequence[Any], slots: int) -> list[_Cargo]:
-        """Find or allocate the memory that travels. What was found for these very views before is found again."""
-        if self._bound[0] is not views or self._bound[1] is not chunks:
-            # Every so many copies share a staging buffer: they are never under way together.
-            found = [self._find(chunk, views, n % slots) for n, chunk in enumerate(chunks)]
-            self._bound = views, chunks, found
-        return self._bound[2]
-
-    def _find(self, chunk: Chunk, views: Sequence[Any], slot: int) -> _Cargo:
-        pieces = chunk.pieces(views) if views else []
-        if pieces and self._feedback is None and dtype_name(pieces[0].dtype) == chunk.dtype:
-            joined = join(pieces)
-            if joined is not None:
-                return _Cargo(chunk, joined, [])
-        key = chunk.dtype, slot
-        if key not in self._staging or len(self._staging[key]) < chunk.size:
-            self._staging[key] = empty(self._like, chunk.size, chunk.dtype)
-        return _Cargo(chunk, self._staging[key][: chunk.size], pieces)
-
-    def release(self) -> None:
-        """Forget the arrays, so that nothing here keeps them alive."""
-        self._bound = None, [], []
 
     def average(
         self,
@@ -258,7 +187,7 @@ class Averager:
             Exception: the engine's, if a rank is gone; some of the arrays are then overwritten.
         """
         finite = True
-        own, everyone = (empty(self._like, n, "int64") for n in (1, group.size))
+        own, everyone = (_flat.empty(self._like, n, "int64") for n in (1, group.size))
 
         def send(cargo: _Cargo) -> Work:
             nonlocal finite
@@ -268,8 +197,8 @@ class Averager:
                 finite &= self._feedback.pack(cargo.chunk, views, cargo.array, factor, look)
             else:
                 if cargo.pieces:
-                    concatenate(cargo.pieces, cargo.array)
-                finite &= scale(cargo.array, factor, look)
+                    _flat.concatenate(cargo.pieces, cargo.array)
+                finite &= _flat.scale(cargo.array, factor, look)
             return group.all_reduce(cargo.array)
 
         def tell() -> Work:
@@ -296,11 +225,15 @@ class Averager:
 
         def send(cargo: _Cargo) -> Work:
             if cargo.pieces:
-                concatenate(cargo.pieces, cargo.array)
+                _flat.concatenate(cargo.pieces, cargo.array)
             return group.broadcast(cargo.array, source)
 
         if group.size > 1:
             self._run(group, views, wanted, send, None)
+
+    def release(self) -> None:
+        """Forget the arrays, so that nothing here keeps them alive."""
+        self._bound = None, []
 
     def _run(
         self,
@@ -311,8 +244,20 @@ class Averager:
         tell: Callable[[], Work] | None,
     ) -> None:
         """Send all chunks and take back what arrives. After the last one is sent, `tell` starts an operation."""
-        limits = self._limits(group)
-        cargos = self._bind(self._chunks(limits, wanted), views, limits.in_flight + 1)
+        engines = MPI_SIZES if isinstance(group, MpiGroup) else GLOO_SIZES
+        limits = self._limits or (engines if self._feedback is None else WIRE_SIZES)
+        key = limits, None if wanted is None else tuple(wanted)
+        if self._planned[0] != key:
+            runs, sizes, wires = self._arrays
+            if wanted is not None:
+                runs = [left for run in runs if (left := [i for i in run if wanted[i]])]
+            self._planned = key, plan_chunks(runs, sizes, wires, limits)
+            self.release()
+        if self._bound[0] is not views:
+            # Every so many copies share a staging buffer: they are never under way together.
+            slots, chunks = limits.in_flight + 1, enumerate(self._planned[1])
+            self._bound = views, [self._bind(chunk, views, n % slots) for n, chunk in chunks]
+        cargos = self._bound[1]
 
         def start(number: int) -> Work:
             if tell is not None and number == len(cargos):
@@ -325,11 +270,23 @@ class Averager:
 
         exchange(len(cargos) + (tell is not None), start, finish, limits.in_flight)
 
+    def _bind(self, chunk: Chunk, views: Sequence[Any], slot: int) -> _Cargo:
+        """Find or allocate the memory that travels."""
+        pieces = chunk.pieces(views) if views else []
+        if pieces and self._feedback is None and _flat.dtype_name(pieces[0].dtype) == chunk.dtype:
+            joined = _flat.join(pieces)
+            if joined is not None:
+                return _Cargo(chunk, joined, [])
+        key = chunk.dtype, slot
+        if key not in self._staging or len(self._staging[key]) < chunk.size:
+            self._staging[key] = _flat.empty(self._like, chunk.size, chunk.dtype)
+        return _Cargo(chunk, self._staging[key][: chunk.size], pieces)
+
     def _unload(self, cargo: _Cargo, views: Sequence[Any]) -> None:
         """Bring what arrived to where the arrays are."""
         if not cargo.pieces:
-            count_change(cargo.array)
+            _flat.count_change(cargo.array)
         elif self._feedback is not None:
             self._feedback.unpack(cargo.chunk, views, cargo.array)
         else:
-            scatter(cargo.array, cargo.pieces)
+            _flat.scatter(cargo.array, cargo.pieces)

@@ -10,16 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sgdcore.distributed._flat import (
-    as_kind,
-    as_numpy,
-    copied,
-    dtype_name,
-    flat,
-    is_torch,
-    runs,
-    wire_name,
-)
+from sgdcore.distributed import _flat
+from sgdcore.distributed._flat import as_kind, as_numpy, dtype_name, is_torch
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.groups import ProcessGroup
 
@@ -27,15 +19,7 @@ _AVERAGED = ("float64", "float32", "float16", "bfloat16", "complex64", "complex1
 
 
 class Buffers:
-    """Arrays that are averaged with each round; integers are taken from one rank.
-
-    Args:
-        buffers: tensors or arrays, such as ``model.buffers()``, or a mapping of them.
-
-    Raises:
-        TypeError: if one is neither an array nor a tensor.
-        ValueError: if there are gaps between its elements.
-    """
+    """Arrays, or a mapping of them, that are averaged with each round; integers are taken from one rank."""
 
     def __init__(self, buffers: Any) -> None:
         if buffers is not None and not isinstance(buffers, Iterable):
@@ -54,15 +38,13 @@ class Buffers:
                 )
             labels.append(f"{label} of shape {tuple(array.shape)}, {array.dtype}")
             if dtype_name(array.dtype) in _AVERAGED:
-                self.floats.append(flat(array, label))
+                self.floats.append(_flat.flat(array, label))
             else:
                 self._integers.append(array)
         self.layout = "\n".join(labels)  # what has to be equal on all ranks
         self._averager: Averager | None = None
         if self.floats:
-            wires = [wire_name(dtype_name(view.dtype)) for view in self.floats]
-            sizes = [len(view) for view in self.floats]
-            self._averager = Averager(runs(self.floats), sizes, wires, self.floats[0])
+            self._averager = Averager(self.floats, _flat.runs(self.floats))
 
     def average(self, group: ProcessGroup, factor: float, source: int) -> None:
         """Average the values over the ranks; take integers from the rank `source`."""
@@ -78,7 +60,7 @@ class Buffers:
 
     def copies(self) -> list[Any]:
         """Return copies of all arrays."""
-        return [copied(array) for array in (*self.floats, *self._integers)]
+        return [_flat.copied(array) for array in (*self.floats, *self._integers)]
 
     def restore(self, copies: Sequence[Any]) -> None:
         """Return to what `copies` returned; none: to nothing."""

@@ -17,7 +17,6 @@ from sgdcore.distributed.header import (
     any_flags,
     checksum,
     fingerprint,
-    gather_objects,
     pack_flags,
     require_equal,
 )
@@ -228,14 +227,12 @@ class DataParallel(Wrapper):
         """Raise on all ranks if ranks would take different steps."""
         group, like, active = self._group, self._like, headers["active"]
         what = "parameters: the layout in memory, or which are frozen, changed on some ranks since they were wrapped"
-        require_equal(group, like, what, headers["layout"], lambda: self._gradients.layout)
+        require_equal(group, like, what, self._gradients.layout, headers["layout"])
         text = partial(hyperparameters, self._optimizer)
-        require_equal(group, like, "hyperparameters", headers["hyper"], text, active)
+        require_equal(group, like, "hyperparameters", text, headers["hyper"], active)
         if any(headers["unverified"]):
-            sums = self._checksums()
             what = "the parameters before this step, which were changed on some ranks only"
-            everyone = gather_objects(group, like, fingerprint(sums))
-            require_equal(group, like, what, everyone, lambda: sums, active)
+            require_equal(group, like, what, self._checksums(), among=active)
             self._verified = True
 
     def _checksums(self) -> str:

@@ -6,15 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
-from sgdcore.distributed._flat import (
-    BLOCK,
-    alike,
-    all_finite,
-    compute_dtype,
-    dtype_name,
-    empty,
-    zero_nonfinite,
-)
+from sgdcore.distributed import _flat
+from sgdcore.distributed._flat import BLOCK, dtype_name
 
 
 class ErrorFeedback:
@@ -36,7 +29,7 @@ class ErrorFeedback:
     def grow(self, views: Sequence[Any]) -> None:
         """Begin with residuals of zero for the arrays that have none yet."""
         for view in views[len(self.residuals) :]:
-            self.residuals += alike([view], compute_dtype(dtype_name(view.dtype)))
+            self.residuals += _flat.alike([view], _flat.compute_dtype(dtype_name(view.dtype)))
             self.residuals[-1][...] = 0
 
     def clear(self) -> None:
@@ -45,10 +38,7 @@ class ErrorFeedback:
             residual[...] = 0
 
     def pack(self, chunk: Any, views: Sequence[Any], array: Any, factor: float, look: bool) -> bool:
-        """Round a chunk of the views times the factor into an array, and keep what that leaves over.
-
-        Returns whether all values were finite; True where they were not to be looked at.
-        """
+        """Round a chunk of the views times the factor into an array; returns whether it is finite, if that counts."""
         finite = True
         for view, anchor, residual, target, value in self._blocks(chunk, views, array):
             value[...] = view
@@ -57,12 +47,12 @@ class ErrorFeedback:
             # Scaled before the sum, which could leave float16's range.
             value *= factor
             value += residual
-            finite = finite and (not look or all_finite(value))
+            finite = finite and (not look or _flat.all_finite(value))
             target[...] = value
             residual[...] = value
             residual -= target
             # An overflow is not carried into the values that follow it.
-            zero_nonfinite(residual)
+            _flat.zero_nonfinite(residual)
         return finite
 
     def unpack(self, chunk: Any, views: Sequence[Any], array: Any) -> None:
@@ -82,7 +72,7 @@ class ErrorFeedback:
         for view, anchor, residual in zip(
             chunk.pieces(views), anchors, chunk.pieces(self.residuals), strict=False
         ):
-            scratch = empty(residual, min(BLOCK, len(view)), dtype_name(residual.dtype))
+            scratch = _flat.empty(residual, min(BLOCK, len(view)), dtype_name(residual.dtype))
             for start in range(0, len(view), BLOCK):
                 where = slice(start, min(start + BLOCK, len(view)))
                 size = where.stop - start

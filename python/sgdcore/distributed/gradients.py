@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sgdcore.distributed._flat import (
-    dtype_name,
-    element_strides,
-    flat,
-    is_torch,
-    wire_name,
-    zeros_like,
-)
+from sgdcore.distributed import _flat
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup
@@ -21,20 +14,10 @@ from sgdcore.distributed.parameters import Parameters
 
 
 class Gradients:
-    """The gradients of an optimizer's parameters.
+    """The gradients of an optimizer's parameters, and whether each of those is trained, which is not frozen.
 
-    Args:
-        parameters: the parameters.
-        feedback: what rounds gradients to the wire's dtype.
-        wire: that dtype, or None.
-        chunk_bytes: the most bytes that travel in one operation; None for what suits the engine.
-
-    Attributes:
-        parameters: the parameters.
-        options: the wire's dtype and `chunk_bytes`.
-        trained: for each parameter whether it is not frozen.
-        layout: what has to be equal on all ranks, as text.
-        fingerprint: of the layout.
+    The layout, and its fingerprint, is what has to be equal on all ranks; the options are the wire's dtype and
+    `chunk_bytes`.
     """
 
     def __init__(
@@ -48,10 +31,10 @@ class Gradients:
         self.trained = self._requires_grad()
         self.layout = f"{parameters.layout}\nnot frozen {self.trained}"
         self.fingerprint = fingerprint(self.layout)
-        views = parameters.flats
-        wires = [wire_name(dtype_name(view.dtype), wire) for view in views]
-        sizes, rounding = [len(view) for view in views], None if wire is None else feedback
-        self._averager = Averager(parameters.runs, sizes, wires, views[0], rounding, chunk_bytes)
+        rounding = None if wire is None else feedback
+        self._averager = Averager(
+            parameters.flats, parameters.runs, None, wire, rounding, chunk_bytes
+        )
 
     def _requires_grad(self) -> list[bool]:
         return [getattr(parameter, "requires_grad", True) for parameter in self.parameters.all]
@@ -65,11 +48,7 @@ class Gradients:
         return f"the gradient of {self.parameters.labels[i]}"
 
     def own(self) -> list[Any]:
-        """Return the parameters' gradients, or None, laid out as the parameters are.
-
-        Raises:
-            TypeError, ValueError: if one does not fit its parameter.
-        """
+        """Return the parameters' gradients, or None, laid out as the parameters are; raise where one does not fit."""
         gradients = []
         for i, parameter in enumerate(self.parameters.all):
             gradient = self._laid_out(i, parameter.grad)
@@ -79,11 +58,7 @@ class Gradients:
         return gradients
 
     def given(self, grads: Sequence[Any]) -> list[Any]:
-        """Return gradients that were passed to the step, laid out as the parameters are.
-
-        Raises:
-            TypeError, ValueError: if there are too many or too few, or one does not fit its parameter.
-        """
+        """Return gradients passed to the step, laid out as the parameters are; raise where they do not fit."""
         expected = len(self.parameters.all)
         if len(grads) != expected:
             raise ValueError(
@@ -100,12 +75,12 @@ class Gradients:
             raise ValueError(
                 f"{self.label(i)}: expected shape {tuple(data.shape)}, the parameter's, got {tuple(gradient.shape)}"
             )
-        if is_torch(gradient) and gradient.is_sparse:
+        if _flat.is_torch(gradient) and gradient.is_sparse:
             raise TypeError(f"{self.label(i)}: expected a dense tensor, got a sparse one")
-        writable = is_torch(gradient) or gradient.flags.writeable
-        if writable and element_strides(gradient) == element_strides(data):
+        writable = _flat.is_torch(gradient) or gradient.flags.writeable
+        if writable and _flat.element_strides(gradient) == _flat.element_strides(data):
             return gradient
-        copy = zeros_like(data, gradient.dtype)
+        copy = _flat.zeros_like(data, gradient.dtype)
         copy[...] = gradient
         return copy
 
@@ -135,12 +110,12 @@ class Gradients:
             )
         for i, gradient in enumerate(gradients):
             if gradient is None and wanted[i]:
-                gradients[i] = zeros_like(self.parameters.data[i])
+                gradients[i] = _flat.zeros_like(self.parameters.data[i])
                 if not given:
                     self.parameters.all[i].grad = gradients[i]
                     gradients[i] = self.parameters.all[i].grad  # a buffer's own memory
         labelled = ((each, self.label(i)) for i, each in enumerate(gradients))
-        views = [None if each is None else flat(each, label) for each, label in labelled]
+        views = [None if each is None else _flat.flat(each, label) for each, label in labelled]
         try:
             self._averager.average(group, views, factor, wanted=wanted)
         finally:

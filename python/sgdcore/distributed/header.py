@@ -50,13 +50,7 @@ def _gather(group: ProcessGroup, like: Any, content: bytes, size: int) -> Array:
 
 
 def gather_objects(group: ProcessGroup, like: Any, value: Any) -> list[Any]:
-    """Return each rank's object.
-
-    Args:
-        group: the ranks.
-        like: an array of the kind that the group takes.
-        value: what pickle takes.
-    """
+    """Return each rank's object, which pickle takes; `like` is an array of the kind that the group takes."""
     if group.size == 1:
         return [value]
     content = pickle.dumps(value)
@@ -82,9 +76,6 @@ class Caller:
     """A wrapper, as its headers name it.
 
     Wrappers of one group have different numbers, and each has one number on all ranks: `meet` agrees on it.
-
-    Args:
-        wrapper: the wrapper.
     """
 
     _numbers = count(1)  # this process's next number
@@ -93,14 +84,7 @@ class Caller:
         self._name, self._number, self._first = type(wrapper).__name__, 0, ""
 
     def meet(self, group: ProcessGroup, like: Any, first: str, **said: Any) -> Headers:
-        """Agree on a number; returns the headers of all ranks, see `exchange`.
-
-        Args:
-            group: the ranks.
-            like: an array of the kind that the group takes.
-            first: what errors call the first parameter.
-            **said: as for `exchange`.
-        """
+        """Agree on a number, and on what errors call the first parameter; returns what `exchange` does."""
         self._number, self._first = next(Caller._numbers), first
         headers = self.exchange(group, like, "to meet", number=self._number, **said)
         self._number = max(headers["number"])
@@ -148,7 +132,7 @@ class Caller:
         for (name, text), *values in zip(
             facts.items(), *(each[3] for each in everyone), strict=False
         ):
-            require_equal(group, like, name, values, text, error=ValueError)
+            require_equal(group, like, name, text, values, error=ValueError)
         return {name: [each[4].get(name) for each in everyone] for name in said}
 
 
@@ -168,23 +152,25 @@ def require_equal(
     group: ProcessGroup,
     like: Any,
     what: str,
-    values: Sequence[Any],
     text: str | Callable[[], str],
+    values: Sequence[Any] | None = None,
     among: Sequence[Any] | None = None,
     error: type[Exception] = RuntimeError,
 ) -> None:
-    """Raise on all ranks if ranks differ in something.
+    """Raise on all ranks if ranks, or those `among` them that count, differ in something.
 
     Args:
         group: the ranks.
         like: an array of the kind that the group takes.
         what: its name.
-        values: a value, or a fingerprint, of each rank.
-        text: what this rank has, one fact a line, or a function that returns it.
-        among: which ranks count; None for all.
-        error: the class of what is raised, which names the first fact that differs, and two ranks.
+        text: what this rank has, one fact a line, or a function that returns it: errors name a line that differs.
+        values: a value, or a fingerprint, of each rank; None for fingerprints of the text.
+        among: for each rank whether it counts; None: all do.
+        error: the class of what is raised.
     """
-    ranks = [rank for rank in range(len(values)) if among is None or among[rank]]
+    if values is None:
+        values = gather_objects(group, like, fingerprint(text if isinstance(text, str) else text()))
+    ranks = [rank for rank in range(group.size) if among is None or among[rank]]
     other = next((rank for rank in ranks if values[rank] != values[ranks[0]]), None)
     if other is None:
         return

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from sgdcore.distributed import _flat
 from sgdcore.distributed._checks import check_count, check_wire, integer
-from sgdcore.distributed._flat import all_finite, dtype_name, zero_nonfinite
 from sgdcore.distributed.anchor import Anchor
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.checkpoint import add_to_state, split_state
@@ -18,7 +18,6 @@ from sgdcore.distributed.header import (
     Headers,
     any_flags,
     checksum,
-    fingerprint,
     gather_objects,
     pack_flags,
     require_equal,
@@ -251,9 +250,7 @@ class LocalSGD(Wrapper):
         if outer is not None:
             outer.lrs = lrs
             values = outer.momenta()
-            sizes, wires = [len(each) for each in values], [dtype_name(m.dtype) for m in values]
-            runs = [[i] for i in range(len(values))]
-            Averager(runs, sizes, wires, like).broadcast(group, values, source)
+            Averager(values, [[i] for i in range(len(values))]).broadcast(group, values, source)
         is_new, averages = everyone[group.rank] == _NEW, self._options.momentum_sync == "average"
         if _NEW in everyone:
             # A rank that joins has neither momentum nor the learning rates that schedulers have changed.
@@ -402,7 +399,7 @@ class LocalSGD(Wrapper):
                 flags = pack_flags(self._parameters.momenta.present())
             if own.exclude_nonfinite:
                 values = *self._parameters.flats, *self._buffers.floats
-                nonfinite = not all(map(all_finite, values))
+                nonfinite = not all(map(_flat.all_finite, values))
         except Exception as error:  # noqa: BLE001 (raised below, on all ranks)
             failed = error
         headers = self._caller.exchange(
@@ -422,11 +419,9 @@ class LocalSGD(Wrapper):
             losses=counts.losses_count,
         )
         what = "parameters: the layout in memory changed on some ranks since they were wrapped"
-        require_equal(group, like, what, headers["layout"], lambda: self._parameters.layout)
-        period = headers["period"]
-        require_equal(
-            group, like, "the round's period", period, lambda: f"{counts.period} steps", period
-        )
+        require_equal(group, like, what, self._parameters.layout, headers["layout"])
+        period, text = headers["period"], f"{counts.period} steps"
+        require_equal(group, like, "the round's period", text, period, among=period)
         if all(headers["nonfinite"]):
             raise RuntimeError("no rank has parameters that are all finite")
         return headers
@@ -463,9 +458,8 @@ class LocalSGD(Wrapper):
             )
         if factor == 0:
             self._feedback.clear()
-            for momentum in self._parameters.momenta.all():
-                if momentum is not None:
-                    zero_nonfinite(momentum)
+            for momentum in self._parameters.momenta.existing():
+                _flat.zero_nonfinite(momentum)
         return factor
 
     def _average_all(self, ending: int) -> bool:
@@ -495,9 +489,8 @@ class LocalSGD(Wrapper):
         if group.size > 1 and self._outer and self._round.steps + steps > own.warmup_steps:
             self._take_outer_step(self._outer)
         if group.size > 1 and own.momentum_sync == "reset":
-            for momentum in momenta.all():
-                if momentum is not None:
-                    momentum[...] = 0
+            for momentum in momenta.existing():
+                momentum[...] = 0
         self._anchor.valid = self._feedback.renews  # any other is the last round's
         self._round.complete(steps, sum(headers["loss"]) / losses if losses else None)
 
@@ -512,28 +505,23 @@ class LocalSGD(Wrapper):
     # What an outer step, or a return to the last round, starts from
 
     def _verify(self, headers: Headers) -> None:
-        """Compare anchors and outer state, where a rank has loaded any since all were compared.
-
-        Raises:
-            RuntimeError: on all ranks, naming what differs.
-        """
+        """Compare what enters an outer step, and what ranks have loaded since that was compared; raise on all."""
         group, like, labels = self._group, self._like, self._parameters.labels
         what = "the learning rates of an outer step"
-        require_equal(group, like, what, headers["lrs"], self._learning_rates)
+        require_equal(group, like, what, self._learning_rates, headers["lrs"])
         if not any(headers["unverified"]) or not self._options.need_anchor:
             return
-        anchors, outer = zip(labels, self._anchor.values, strict=True), self._outer
-        lines = [f"the anchor of {label}: {checksum(values):x}" for label, values in anchors]
-        if outer is not None:
-            lines += [
-                f"the outer momentum of {label}: {'none' if m is None else hex(checksum(m))}"
-                for label, m in zip(labels, outer.saved(), strict=True)
-            ]
-            lines.append(f"the last learning rates {outer.lrs}")
-        text = "\n".join(lines)
+        kept = [("the anchor of", self._anchor.values)]
+        if self._outer is not None:
+            kept.append(("the outer momentum of", self._outer.saved()))
+        lines = [
+            f"{name} {label}: {'none' if value is None else hex(checksum(value))}"
+            for name, values in kept
+            for label, value in zip(labels, values, strict=True)
+        ]
+        lines.append(f"the last learning rates {self._outer and self._outer.lrs}")
         what = "the state before this round, which was loaded on some ranks only"
-        everyone = gather_objects(group, like, fingerprint(text))
-        require_equal(group, like, what, everyone, lambda: text)
+        require_equal(group, like, what, "\n".join(lines))
         self._anchor.verified = True
 
     def _make_sure_of_anchor(self, after_round: bool = False) -> None:

@@ -74,19 +74,11 @@ def _check_hyper(lr: float, momentum: float) -> None:
 
 
 class Outer:
-    """An outer optimizer and its state: a core optimizer whose parameters are the anchors.
-
-    Args:
-        spec: `OuterSGD` or `SlowMo`.
-        anchors: for each of the inner optimizer's groups, the flat anchors of its parameters.
-
-    Attributes:
-        lrs: for `SlowMo` the learning rate of each of the inner optimizer's groups in the last round; 0 before the
-            first.
-    """
+    """An outer optimizer and its state: a core optimizer whose parameters are the anchors, group by group."""
 
     def __init__(self, spec: OuterSGD | SlowMo, anchors: Sequence[Sequence[Any]]) -> None:
         self._spec = spec
+        # For SlowMo the learning rate of each of the inner optimizer's groups in the last round; 0 before the first.
         self.lrs = [0.0] * len(anchors)
         self._torch = any(is_torch(anchor) for each in anchors for anchor in each)
         cls: Any = SGD
@@ -107,12 +99,7 @@ class Outer:
         self.lrs.append(0.0)
 
     def step(self, differences: Sequence[Any], lrs: Sequence[float]) -> None:
-        """Update the anchors.
-
-        Args:
-            differences: for each anchor, in order, the anchor less the average.
-            lrs: the learning rate of each of the inner optimizer's groups.
-        """
+        """Update the anchors by anchor - average for each of them, and the learning rates of the inner groups."""
         if isinstance(self._spec, SlowMo):
             self._follow(lrs)
         if not self._torch:

@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sgdcore.distributed._flat import (
-    copied,
-    dtype_name,
-    element_strides,
-    flat,
-    is_torch,
-    overlap,
-    reorder,
-    runs,
-    shaped,
-    wire_name,
-    zeros_like,
-)
+from sgdcore.distributed import _flat
+from sgdcore.distributed._flat import dtype_name, element_strides, wire_name
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup
@@ -29,15 +18,10 @@ class Parameters:
     """An optimizer's parameters as flat memory, in the order of the groups.
 
     Attributes:
-        all: the parameters themselves.
-        group_of: for each, the position of its group.
-        names: for each, its name; an empty one where it has none.
-        labels: for each, what errors call it.
-        data: for each, its values as an array or a tensor outside of autograd.
-        flats: for each, its values as a flat view.
+        all, group_of, names, labels: each parameter, its group's position, its name or "", what errors call it.
+        data, flats: each parameter's values outside of autograd, in its shape and as a flat view.
         runs: the positions of those that lie side by side, together; never across groups.
-        layout: what has to be equal on all ranks, as text.
-        fingerprint: of the layout.
+        layout, fingerprint: what has to be equal on all ranks, as text, and a hash of it.
         momenta: their momentum.
     """
 
@@ -60,19 +44,14 @@ class Parameters:
         self.read()
 
     def read(self) -> None:
-        """Look where the parameters are; if that fails, what was known of them stays.
-
-        Raises:
-            TypeError, ValueError: if there are gaps in a parameter, or two overlap: averaged at once, they would hold
-                anything.
-        """
+        """Look where the parameters are; raise where there are gaps in one, or two overlap, and know what was known."""
         data = [p.data if isinstance(p, Parameter) else p.detach() for p in self.all]
-        flats = [flat(each, label) for each, label in zip(data, self.labels, strict=True)]
-        if pair := overlap(flats):
+        flats = [_flat.flat(each, label) for each, label in zip(data, self.labels, strict=True)]
+        if pair := _flat.overlap(flats):
             first, second = (self.labels[i] for i in pair)
             raise ValueError(f"params: {first} and {second} overlap in memory")
         self.data, self.flats = data, flats
-        self.runs = runs(flats, self.group_of)
+        self.runs = _flat.runs(flats, self.group_of)
         self._places = self._where()
         self._averagers: dict[str | None, Averager] = {}
         self.layout = self._describe()
@@ -81,7 +60,7 @@ class Parameters:
     def _where(self) -> list[int]:
         """Return what tells other memory from that in `data`: a tensor's address, an array's identity."""
         # Each average looks here, so that it has to be quick.
-        if is_torch(self.data[0]):
+        if _flat.is_torch(self.data[0]):
             return [parameter.data_ptr() for parameter in self.all]
         return [id(parameter.data) for parameter in self.all]
 
@@ -92,7 +71,7 @@ class Parameters:
     def shaped(self, values: Sequence[Any]) -> list[Any]:
         """Return flat arrays, one for each parameter or None, as views in the parameters' shapes."""
         pairs = zip(values, self.data, strict=False)
-        return [None if value is None else shaped(value, data) for value, data in pairs]
+        return [None if value is None else _flat.shaped(value, data) for value, data in pairs]
 
     def load(self, values: Sequence[Any], saved: Sequence[Any]) -> None:
         """Copy arrays in the parameters' shapes, or None, into flat ones."""
@@ -101,16 +80,11 @@ class Parameters:
                 target[...] = source
 
     def reorder(self, values: Sequence[Any], before: Sequence[Any]) -> None:
-        """Bring flat arrays, or None, into the parameters' order in memory.
-
-        Args:
-            values: the arrays, in the order of an earlier time; changed in place.
-            before: `data` of that time, of these parameters or the first of them.
-        """
+        """Bring flat arrays, or None, from the order in memory that `data` had before into that of now, in place."""
         for value, old, new in zip(values, before, self.data, strict=False):
             same = old.shape != new.shape or element_strides(old) == element_strides(new)
             if value is not None and not same:
-                reorder(value, old, new)
+                _flat.reorder(value, old, new)
 
     def _describe(self) -> str:
         lines = []
@@ -124,9 +98,8 @@ class Parameters:
     def averager(self, wire: str | None = None, feedback: ErrorFeedback | None = None) -> Averager:
         """Return what averages the parameters, as they are or rounded to a wire's dtype."""
         if wire not in self._averagers:
-            wires = [wire_name(dtype_name(view.dtype), wire) for view in self.flats]
-            sizes = [len(view) for view in self.flats]
-            self._averagers[wire] = Averager(self.runs, sizes, wires, self.flats[0], feedback)
+            averager = Averager(self.flats, self.runs, wire=wire, feedback=feedback)
+            self._averagers[wire] = averager
         return self._averagers[wire]
 
 
@@ -140,19 +113,14 @@ def momentum_of(optimizer: Any, parameter: Any) -> Any:
 def set_zero_momentum(optimizer: Any, parameter: Any, group: Mapping[str, Any]) -> Any:
     """Give a parameter a momentum buffer of zeros."""
     data = parameter.data if isinstance(parameter, Parameter) else parameter.detach()
-    momentum = zeros_like(data, group.get("momentum_dtype"))
+    momentum = _flat.zeros_like(data, group.get("momentum_dtype"))
     optimizer.state[parameter]["momentum_buffer"] = momentum
     # The optimizer may keep it in memory of its own.
     return optimizer.state[parameter]["momentum_buffer"]
 
 
 class Momenta:
-    """The momentum buffers of an optimizer's parameters, as far as they exist on some rank.
-
-    Args:
-        optimizer: the optimizer.
-        parameters: its parameters.
-    """
+    """The momentum buffers of an optimizer's parameters, as far as they exist on some rank."""
 
     def __init__(self, optimizer: Any, parameters: Parameters) -> None:
         self._optimizer, self._parameters = optimizer, parameters
@@ -161,6 +129,10 @@ class Momenta:
     def all(self) -> list[Any]:
         """Return each parameter's momentum buffer, or None."""
         return [momentum_of(self._optimizer, parameter) for parameter in self._parameters.all]
+
+    def existing(self) -> list[Any]:
+        """Return those momentum buffers that there are."""
+        return [momentum for momentum in self.all() if momentum is not None]
 
     def present(self) -> list[bool]:
         """Return for each parameter whether it has momentum."""
@@ -176,8 +148,7 @@ class Momenta:
         ]
         key = parameters.runs, wires
         if self._averager[0] != key:
-            sizes = [len(view) for view in parameters.flats]
-            self._averager = key, Averager(parameters.runs, sizes, wires, parameters.flats[0])
+            self._averager = key, Averager(parameters.flats, *key)
         averager: Averager = self._averager[1]
         return averager
 
@@ -191,15 +162,8 @@ class Momenta:
     def broadcast(
         self, group: ProcessGroup, wanted: Sequence[bool], source: int, keep: bool
     ) -> None:
-        """Give all ranks the momentum of one of them, and none where it has none.
-
-        Args:
-            group: the ranks.
-            wanted: for each parameter whether the rank `source` has momentum of it.
-            source: that rank.
-            keep: this rank keeps its own.
-        """
-        own = [copied(momentum) if keep else momentum for momentum in self.all()]
+        """Give all ranks the momentum of the rank `source`, where it has some; one that is to `keep` its own does."""
+        own = [_flat.copied(momentum) if keep else momentum for momentum in self.all()]
         if any(wanted):
             averager = self.averager()
             averager.broadcast(group, self._views(wanted), source, wanted)
@@ -214,7 +178,7 @@ class Momenta:
         """Return flat views of those that are wanted, which all exist afterwards, and None for the others."""
         labels = self._parameters.labels
         return [
-            flat(self._get(i), f"momentum of {labels[i]}") if each else None
+            _flat.flat(self._get(i), f"momentum of {labels[i]}") if each else None
             for i, each in enumerate(wanted)
         ]
 
@@ -226,7 +190,7 @@ class Momenta:
             return set_zero_momentum(self._optimizer, parameter, group)
         if element_strides(momentum) != element_strides(data):
             # A loaded one may be in another order, which the other ranks do not share.
-            ordered = zeros_like(data, momentum.dtype)
+            ordered = _flat.zeros_like(data, momentum.dtype)
             ordered[...] = momentum
             momentum = self._optimizer.state[parameter]["momentum_buffer"] = ordered
         return momentum

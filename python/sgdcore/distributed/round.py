@@ -12,34 +12,20 @@ from sgdcore.distributed.schedules import Progress, Schedule
 
 @dataclass
 class Round:
-    """Counts the steps of a round.
+    """Counts the steps of a round; all but `broken` is saved."""
 
-    Attributes:
-        number: the rounds completed; equal on all ranks.
-        steps: the steps taken when this round began; equal on all ranks.
-        active: this rank's own steps in this round.
-        position: the steps of this round that this rank has taken or passed over; 0 at its start.
-        period: the steps that this round is to have; 0 as long as that is unknown.
-        last_period: the steps of the last round.
-        losses: the sum of the losses of this round.
-        losses_count: their number.
-        last_loss: the mean loss of the last round that had losses; None before one had.
-        first_loss: that of the first round whose mean was finite.
-        broken: the parameters are in the middle of an average, or were left there. Set before they are overwritten,
-            cleared as the last thing that a round does, so that it holds wherever an exception, or an interrupt, ends
-            that.
-    """
-
-    number: int = 0
-    steps: int = 0
-    active: int = 0
-    position: int = 0
-    period: int = 0
-    last_period: int = 0
-    losses: Any = 0.0
+    number: int = 0  # the rounds completed; equal on all ranks
+    steps: int = 0  # taken when this round began; equal on all ranks
+    active: int = 0  # this rank's own steps in this round
+    position: int = 0  # the steps of this round that this rank has taken or passed over
+    period: int = 0  # the steps that this round is to have; 0 as long as that is unknown
+    last_period: int = 0  # the steps of the last round
+    losses: Any = 0.0  # of this round, added up
     losses_count: int = 0
-    last_loss: float | None = None
-    first_loss: float | None = None
+    last_loss: float | None = None  # the mean of the last round that had losses
+    first_loss: float | None = None  # that of the first round whose mean was finite
+    # The parameters are in the middle of an average, or were left there. Set before they are overwritten, and cleared
+    # as the last thing that a round does, so that it holds wherever an exception, or an interrupt, ends that.
     broken: bool = False
 
     def begin(self) -> None:
@@ -58,11 +44,7 @@ class Round:
         self.losses_count += 1
 
     def find_period(self, schedule: int | Schedule, warmup_steps: int, lr: float) -> None:
-        """Find out how many steps this round is to have.
-
-        Raises:
-            TypeError, ValueError: if the schedule's answer is no integer of at least 1.
-        """
+        """Find out how many steps this round is to have; raise if a schedule's answer is no integer of at least 1."""
         if self.steps < warmup_steps:
             self.period = 1
         elif isinstance(schedule, int):
@@ -73,12 +55,7 @@ class Round:
             self.period = check_count("the schedule's period", schedule.period(progress), 1)
 
     def complete(self, steps: int, loss: float | None) -> None:
-        """Begin the next round.
-
-        Args:
-            steps: the most steps that a rank has taken in this one.
-            loss: the mean loss; None if there was none.
-        """
+        """Begin the next round, after the most steps that a rank has taken in this one, and its mean loss if any."""
         self.last_period = steps
         self.steps += steps
         self.number += 1

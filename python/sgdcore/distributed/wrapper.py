@@ -6,8 +6,8 @@ import sys
 import weakref
 from collections import UserDict
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from functools import cache
+from typing import Any, NoReturn, Self, cast
 
 from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore.distributed._flat import is_torch
@@ -77,8 +77,7 @@ class Wrapper:
         """Return an instance that is a torch.optim.Optimizer around one."""
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(optimizer, torch.optim.Optimizer):
-            flavour: type[Self] = _torch_flavour(cls, torch.optim.Optimizer)
-            return object.__new__(flavour)
+            return cast(Self, object.__new__(_torch_flavour(cls)))  # type: ignore[arg-type]
         return object.__new__(cls)
 
     def _wrap(self, optimizer: Any, group: Any, model: Any, buffers: Any) -> None:
@@ -155,13 +154,8 @@ class Wrapper:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc is None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
             self.finish()
 
     def check_step_in_backward(self) -> None:
@@ -187,16 +181,14 @@ class Wrapper:
                 return inner.step(**kwargs)
             finally:
                 for name in ("found_inf", "grad_scale"):
-                    if hasattr(inner, name):
-                        delattr(inner, name)
+                    vars(inner).pop(name, None)
         if found_inf is not None and float(found_inf) != 0:
             return None
         if scale is not None:
             factor = scale.double().reciprocal().float()  # as GradScaler.unscale_ computes it
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(factor.to(parameter.grad.device))
+            for parameter in self._parameters.all:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor.to(parameter.grad.device))
         return inner.step(**kwargs)
 
     def _forget_scaling(self) -> None:
@@ -215,23 +207,18 @@ class Wrapper:
 
 
 def _step_supports_amp_scaling(_: Wrapper) -> bool:
+    # GradScaler would leave out `step` for an overflow on this rank alone, and the ranks would no longer agree on
+    # when a round ends; told that `step` knows about scaling, it always calls it.
     return asked_by_grad_scaler()
 
 
-_flavours: dict[type, type] = {}
-
-
-def _torch_flavour(cls: type, base: type) -> Any:
+@cache
+def _torch_flavour(cls: Any) -> Any:
     """Return the class's subclass that is a torch.optim.Optimizer, too."""
-    if issubclass(cls, base):
-        return cls
-    if cls not in _flavours:
-        # GradScaler would leave out `step` for an overflow on this rank alone, and the ranks would no longer agree on
-        # when a round ends; told that `step` knows about scaling, it always calls it.
-        supports = property(_step_supports_amp_scaling)
-        attributes = {"__module__": cls.__module__, "_step_supports_amp_scaling": supports}
-        _flavours[cls] = type(cls.__name__, (cls, base), attributes)
-    return _flavours[cls]
+    base = sys.modules["torch"].optim.Optimizer
+    supports = property(_step_supports_amp_scaling)
+    attributes = {"__module__": cls.__module__, "_step_supports_amp_scaling": supports}
+    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), attributes)
 
 
 def call_closure(closure: Callable[[], Any], parameter: Any) -> Any:
