@@ -1,13 +1,21 @@
 // Forks: which process this is, and who is still there.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <thread>
 
 namespace sgdcore {
 
+namespace detail {
+extern std::atomic<std::uint32_t> fork_count;
+}
+
 /// How many forks lie between the process that loaded the library and this one.
-std::uint32_t forks();
+inline std::uint32_t forks() { return detail::fork_count.load(std::memory_order_relaxed); }
+
+/// What tells the threads of a process apart, in one instruction where std::this_thread::get_id() calls libc. A thread
+/// that forks keeps it in the child.
+inline const void* this_thread() { return __builtin_thread_pointer(); }
 
 /// The mark of a thread that is in a place where there must be one only. A fork leaves in the child the thread that
 /// forked and no other, so a mark of another thread means nothing there.
@@ -22,14 +30,14 @@ class Occupant {
     void enter() {
         inside_ = true;
         forks_ = forks();
-        thread_ = std::this_thread::get_id();
+        thread_ = this_thread();
     }
     void leave() { inside_ = false; }
 
   private:
     bool inside_ = false;
     std::uint32_t forks_ = 0;
-    std::thread::id thread_;
+    const void* thread_ = nullptr;
 };
 
 }  // namespace sgdcore
