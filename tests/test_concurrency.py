@@ -543,6 +543,35 @@ def make():
     grad = np.ones(4_000_000, np.float64)
     return lambda: setattr(buffer["a"], "grad", grad)
 """,
+    "gradients that share themselves": """
+class Shared:
+    def __init__(self):
+        self.array = np.ones(10)
+
+    def __dlpack_device__(self):
+        time.sleep(0.001)
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **keywords):
+        time.sleep(0.001)
+        return self.array.__dlpack__(**keywords)
+
+def make():
+    made = sgdcore.SGD([np.zeros(10)], lr=0.1)
+    return lambda: made.step(grads=[Shared()])
+""",
+    "gradients that are asked for their unit": """
+import array
+
+class Quantity(array.array):
+    @property
+    def unit(self):
+        time.sleep(0.001)
+
+def make():
+    made = sgdcore.SGD([np.zeros(10)], lr=0.1)
+    return lambda: made.step(grads=[Quantity("d", [1.0] * 10)])
+""",
     "devices": ON_DEVICES
     + """
 def make():

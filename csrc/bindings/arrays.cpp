@@ -25,7 +25,7 @@ constexpr int numpy_float32 = 11, numpy_float64 = 12, numpy_void = 20, numpy_flo
 bool is_bfloat16(const py::dtype& dtype) {
     static int type_number = -1;  // guarded by the GIL
     if (dtype.num() < numpy_first_user_type) return false;
-    if (type_number < 0 && py::cast<std::string>(dtype.attr("name")) == "bfloat16") type_number = dtype.num();
+    if (type_number < 0 && py::cast<std::string>(attribute(dtype, "name")) == "bfloat16") type_number = dtype.num();
     return dtype.num() == type_number;
 }
 
@@ -85,7 +85,7 @@ constexpr const char* arithmetic_lost = "whose arithmetic is not NumPy's; pass n
 /// Astropy and yt say "unit", pint and unyt "units"; None stands for no unit.
 bool has_unit(py::handle object) {
     for (const char* name : {"unit", "units"}) {
-        if (!py::getattr(object, name, py::none()).is_none()) return true;
+        if (!attribute_or(object, name, py::none()).is_none()) return true;
     }
     return false;
 }
@@ -102,7 +102,8 @@ bool has_own_arithmetic(py::handle array) {
 /// Makes `ref` an ndarray over the buffer that an object exports; false if it exports none.
 bool read_buffer(py::handle object, ArrayRef& ref) {
     if (!PyObject_CheckBuffer(object.ptr()) || PyBytes_Check(object.ptr())) return false;
-    const auto view = py::reinterpret_steal<py::object>(PyMemoryView_FromObject(object.ptr()));
+    const auto view =
+        py::reinterpret_steal<py::object>(unless_python_ends([&] { return PyMemoryView_FromObject(object.ptr()); }));
     if (!view) {
         if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
         PyErr_Clear();  // there may be DLPack
@@ -117,8 +118,8 @@ bool read_buffer(py::handle object, ArrayRef& ref) {
 /// Makes `ref` an ndarray over the CPU's memory that an object shares.
 void read_shared(py::handle object, const Argument& argument, ArrayRef& ref) {
     if (!read_buffer(object, ref)) {
-        if (!py::hasattr(object, "__dlpack__")) {
-            const char* hint = py::hasattr(object, "to_numpy") ? "; pass its to_numpy()" : "";
+        if (!has_attribute(object, "__dlpack__")) {
+            const char* hint = has_attribute(object, "to_numpy") ? "; pass its to_numpy()" : "";
             throw py::type_error(argument.text() + ": expected a NumPy array, got " + type_name(object) + " " +
                                  repr_text(object, 80) + hint);
         }
@@ -137,7 +138,7 @@ void require_device_runtime(const Argument& argument) {
 
 /// An ndarray with the address, shape and strides that __cuda_array_interface__ tells, and the device.
 std::pair<py::array, int> from_cuda_array_interface(py::handle object, const Argument& argument) {
-    const py::dict interface = object.attr("__cuda_array_interface__");
+    const py::dict interface = attribute(object, "__cuda_array_interface__");
     const auto [address, read_only] = py::cast<std::pair<std::uintptr_t, bool>>(interface["data"]);
     const auto shape = py::cast<std::vector<py::ssize_t>>(interface["shape"]);
     const auto dtype = py::dtype::from_args(interface["typestr"]);
@@ -186,8 +187,8 @@ std::string dtype_hint(const py::dtype& dtype) {
 
 bool is_on_device(py::handle object) {
     if (py::isinstance<py::array>(object) || PyObject_CheckBuffer(object.ptr())) return false;
-    if (!py::hasattr(object, "__dlpack_device__")) return py::hasattr(object, "__cuda_array_interface__");
-    const int type = py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")()).first;
+    if (!has_attribute(object, "__dlpack_device__")) return has_attribute(object, "__cuda_array_interface__");
+    const int type = py::cast<std::pair<int, int>>(call(attribute(object, "__dlpack_device__"))).first;
     return type == device_cuda || type == device_cuda_managed;
 }
 
@@ -201,7 +202,7 @@ ArrayRef read_array(py::handle object, const Argument& argument) {
     } else {
         require_plain(object, argument);
         require_device_runtime(argument);
-        std::tie(ref.array, ref.device) = py::hasattr(object, "__dlpack__")
+        std::tie(ref.array, ref.device) = has_attribute(object, "__dlpack__")
                                               ? from_device_dlpack(object)
                                               : from_cuda_array_interface(object, argument);
         ref.on_device = py::reinterpret_borrow<py::object>(object);

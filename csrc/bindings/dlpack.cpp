@@ -133,14 +133,14 @@ bool may_be_written(const DLManagedTensorVersioned& managed) {
 }
 
 /// What `object.__dlpack__()` shares, wherever it is.
-template <class... Stream>
-py::array import_array(py::handle object, Stream... stream) {
+py::array import_array(py::handle object, const py::dict& keywords = py::dict()) {
+    const py::object share = attribute(object, "__dlpack__");
     py::object capsule;
     try {
-        capsule = object.attr("__dlpack__")(stream..., py::arg("max_version") = py::make_tuple(1, 0));
+        capsule = call(share, py::tuple(), py::dict(**keywords, py::arg("max_version") = py::make_tuple(1, 0)));
     } catch (py::error_already_set& error) {
         if (!error.matches(PyExc_TypeError)) throw;  // producers older than DLPack 1.0 take no max_version
-        capsule = object.attr("__dlpack__")(stream...);
+        capsule = call(share, py::tuple(), keywords);
     }
     if (PyCapsule_IsValid(capsule.ptr(), DLManagedTensorVersioned::fresh)) {
         const auto* managed = static_cast<DLManagedTensorVersioned*>(
@@ -155,7 +155,7 @@ py::array import_array(py::handle object, Stream... stream) {
 }
 
 std::pair<int, int> device_of(py::handle object) {
-    return py::cast<std::pair<int, int>>(object.attr("__dlpack_device__")());
+    return py::cast<std::pair<int, int>>(call(attribute(object, "__dlpack_device__")));
 }
 
 }  // namespace
@@ -180,7 +180,7 @@ py::array from_dlpack(py::handle object) {
 std::pair<py::array, int> from_device_dlpack(py::handle object) {
     constexpr int no_synchronization = -1;
     const auto [type, number] = device_of(object);
-    return {import_array(object, py::arg("stream") = no_synchronization), number};
+    return {import_array(object, py::dict(py::arg("stream") = no_synchronization)), number};
 }
 
 }  // namespace sgdcore::bindings

@@ -73,6 +73,25 @@ inline pybind11::object call(const pybind11::handle& callable, const pybind11::t
     return pybind11::reinterpret_steal<pybind11::object>(result);
 }
 
+/// object.name, where that may run Python code. To be used in the place of pybind11's attr, as `call` is.
+inline pybind11::object attribute(pybind11::handle object, const char* name) {
+    PyObject* const found = unless_python_ends([&] { return PyObject_GetAttrString(object.ptr(), name); });
+    if (found == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
+}
+
+/// True if object.name is there; an exception counts as a no.
+inline bool has_attribute(pybind11::handle object, const char* name) {
+    return unless_python_ends([&] { return PyObject_HasAttrString(object.ptr(), name); }) != 0;
+}
+
+/// object.name, or `otherwise` if that raises an exception.
+inline pybind11::object attribute_or(pybind11::handle object, const char* name, const pybind11::object& otherwise) {
+    PyObject* const found = unless_python_ends([&] { return PyObject_GetAttrString(object.ptr(), name); });
+    if (found == nullptr) PyErr_Clear();
+    return found == nullptr ? otherwise : pybind11::reinterpret_steal<pybind11::object>(found);
+}
+
 /// The attribute of a module, which is imported if it was not yet.
 inline pybind11::object attribute_of(const char* module, const char* name) {
     PyObject* const found = unless_python_ends([&] { return PyImport_ImportModule(module); });
