@@ -54,9 +54,11 @@ bool converts_by_item(const py::object& value) {
 
 /// group[key]: a float, whatever converts to one, or an array or tensor of one element. If there is a `place`, a number
 /// on a device stays there, and is NaN here.
-double number_of(PyObject* group, PyObject* key, std::size_t index, DeviceNumber* place = nullptr) {
+double number_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code,
+                 DeviceNumber* place = nullptr) {
     PyObject* const item = group_item(group, key, index);
     if (PyFloat_CheckExact(item)) return PyFloat_AS_DOUBLE(item);
+    if (!PyLong_CheckExact(item)) before_code();
     const auto value = py::reinterpret_borrow<py::object>(item);  // what follows may run code that changes the group
     if (place != nullptr && !PyLong_CheckExact(item) && is_on_device(value)) {
         const std::string text = hyper_text(key, index);
@@ -77,8 +79,11 @@ double number_of(PyObject* group, PyObject* key, std::size_t index, DeviceNumber
     return number;
 }
 
-bool flag_of(PyObject* group, PyObject* key, std::size_t index) {
-    const auto value = py::reinterpret_borrow<py::object>(group_item(group, key, index));
+bool flag_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code) {
+    PyObject* const item = group_item(group, key, index);
+    if (item == Py_False || item == Py_True) return item == Py_True;
+    before_code();
+    const auto value = py::reinterpret_borrow<py::object>(item);
     const int truth = unless_python_ends([&] { return PyObject_IsTrue(value.ptr()); });
     if (truth < 0) refuse(value, "True or False", key, index);
     return truth != 0;
@@ -127,7 +132,7 @@ PyObject* group_item(PyObject* group, PyObject* key, std::size_t index) {
 }
 
 void read_hypers(int rule, const py::list& param_groups, std::vector<Hyper>& hypers,
-                 std::vector<GroupScalars>* on_device) {
+                 std::vector<GroupScalars>* on_device, BeforeCode before_code) {
     const RuleInfo& info = rules()[static_cast<std::size_t>(rule)];
     PyObject* const* const keys = keys_of(rule);
     hypers.clear();
@@ -144,8 +149,9 @@ void read_hypers(int rule, const py::list& param_groups, std::vector<Hyper>& hyp
         for (const HyperSpec& spec : info.hypers) {
             PyObject* const key = keys[hyper];
             DeviceNumber* const place = spec.on_device ? next++ : nullptr;
-            values[hyper++] = spec.kind == HyperSpec::flag ? flag_of(group, key, i)
-                                                           : number_of(group, key, i, on_device ? place : nullptr);
+            values[hyper++] = spec.kind == HyperSpec::flag
+                                  ? flag_of(group, key, i, before_code)
+                                  : number_of(group, key, i, before_code, on_device ? place : nullptr);
             found_on_device |= place != nullptr && place->address != nullptr;
         }
         hypers.push_back(info.hyper(values));

@@ -34,12 +34,24 @@ struct GroupScalars {
     DeviceNumber numbers[max_device_hypers];
 };
 
+/// What is to be done before Python code runs; nothing where `function` is null.
+struct BeforeCode {
+    void (*function)(void* context) = nullptr;
+    void* context = nullptr;
+
+    void operator()() const {
+        if (function != nullptr) function(context);
+    }
+};
+
 /// Makes `hypers` the hyperparameters of the groups, in order, as the rule declares them. A number may be a float,
 /// whatever converts to one, or an array of one element. Raises TypeError or KeyError naming group and key.
 ///
 /// Numbers on devices are waited for if `on_device` is null. Else they stay there, NaN standing for them, and it lists
 /// them: empty if there are none, else one entry per group.
+///
+/// `before_code` is called before anything that may run Python code, if it is not empty; possibly more than once.
 void read_hypers(int rule, const py::list& param_groups, std::vector<Hyper>& hypers,
-                 std::vector<GroupScalars>* on_device);
+                 std::vector<GroupScalars>* on_device, BeforeCode before_code = {});
 
 }  // namespace sgdcore::bindings

@@ -1,6 +1,7 @@
 // Assigning arrays to parameters, and everything that can be wrong with them.
 #include "parameter.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "devices.hpp"
@@ -45,6 +46,20 @@ void copy_to_buffer(const ArrayRef& ref, const ArrayRef& buffer_grad) {
 }
 
 }  // namespace
+
+void Dependents::remove(Dependent* dependent) {
+    const auto found = std::ranges::find(all_, dependent);
+    if (found != all_.end()) all_.erase(found);
+}
+
+void Dependents::tell(void (Dependent::*function)()) {
+    // One at a time: what one does may end another, which then removes itself.
+    while (!all_.empty()) {
+        Dependent* const dependent = all_.back();
+        all_.pop_back();
+        (dependent->*function)();
+    }
+}
 
 Parameter::Parameter(const py::object& data, std::string name, py::object buffer, const py::object& buffer_grad)
     : data_(read_data(data)), name_(std::move(name)), buffer_(std::move(buffer)) {
@@ -137,34 +152,69 @@ void Parameter::clear() {
     buffer_ = py::none();
 }
 
-MomentumSlot::MomentumSlot(py::object parameter)
-    : parameter_object_(std::move(parameter)), parameter_(&py::cast<Parameter&>(parameter_object_)) {}
+MomentumSlot::MomentumSlot(const py::object& parameter) : parameter_(parameter) {}
 
-void MomentumSlot::set(const py::object& array) {
+void MomentumSlot::set(const py::object& array) { assign(array, !array.is_none()); }
+
+void MomentumSlot::reserve(const py::object& storage) {
+    if (!momentum_.empty()) return;  // another thread's step was faster
+    assign(storage, false);
+}
+
+void MomentumSlot::assign(const py::object& array, bool initialized) {
     ArrayRef ref;
     if (!array.is_none()) {
         ref = read_array(array, "momentum_buffer");
         require_updatable(ref, "momentum_buffer");
-        require_same_layout(ref, parameter_->data(), "momentum_buffer");
+        const py::object parameter = parameter_();
+        if (parameter.is_none()) {
+            PyErr_SetString(PyExc_ReferenceError, "momentum_buffer: the parameter that the state belonged to is gone");
+            throw py::error_already_set();
+        }
+        require_same_layout(ref, py::cast<Parameter&>(parameter).data(), "momentum_buffer");
     }
-    initialized = !ref.empty();
+    initialized_ = initialized;
     std::swap(momentum_, ref);  // the old one is released last, as in Parameter::set_data
     ++version;
+    update_kept();
 }
 
-void MomentumSlot::reserve(const py::object& storage) {
-    if (!momentum_.empty()) return;  // another thread's step was faster
-    set(storage);
-    initialized = false;
+void MomentumSlot::note_first_step() {
+    initialized_ = true;
+    update_kept();
+}
+
+void MomentumSlot::note_other_values(bool exist) {
+    has_other_values_ = exist;
+    update_kept();
+}
+
+void MomentumSlot::detach() {
+    is_attached_ = false;
+    dependents.tell(&Dependent::slot_is_detached);
+    update_kept();
+}
+
+void MomentumSlot::update_kept() {
+    py::object kept;
+    if (is_attached_ && (initialized_ || has_other_values_)) {
+        kept = parameter_();
+        if (kept.is_none()) kept = py::object();
+    }
+    std::swap(kept_, kept);  // the old one is released last: that may be the end of the parameter
 }
 
 int MomentumSlot::traverse(visitproc visit, void* arg) const {
-    Py_VISIT(parameter_object_.ptr());
+    Py_VISIT(kept_.ptr());
     Py_VISIT(momentum_.array.ptr());
     Py_VISIT(momentum_.on_device.ptr());
     return 0;
 }
 
-void MomentumSlot::clear() { momentum_ = {}; }
+void MomentumSlot::clear() {
+    ++version;  // since plans look at the momentum no more than they have to
+    const auto kept = std::move(kept_);
+    const auto momentum = std::exchange(momentum_, {});
+}
 
 }  // namespace sgdcore::bindings

@@ -11,6 +11,31 @@
 
 namespace sgdcore::bindings {
 
+/// Who relies on parameters and momentum slots without keeping the parameters alive.
+class Dependent {
+  public:
+    /// A parameter goes: its address means nothing from now on.
+    virtual void parameter_goes() = 0;
+    /// A slot no longer holds the momentum of its parameter in the optimizer.
+    virtual void slot_is_detached() = 0;
+
+  protected:
+    ~Dependent() = default;
+};
+
+/// Those that rely on one object, each as often as it was added.
+class Dependents {
+  public:
+    void add(Dependent* dependent) { all_.push_back(dependent); }
+    /// Does nothing if it is not there.
+    void remove(Dependent* dependent);
+    /// Calls a function of Dependent for each, after letting it go.
+    void tell(void (Dependent::*function)());
+
+  private:
+    std::vector<Dependent*> all_;
+};
+
 /// `data` and `grad` are checked when they are assigned, so that a step only reads pointers.
 ///
 /// A parameter of a ParameterBuffer has a fixed place for its gradient: assigning to `grad` copies into it.
@@ -19,6 +44,9 @@ class Parameter {
     /// Raises TypeError or ValueError if `data` cannot be updated in place. `buffer` and `buffer_grad` are None for a
     /// parameter of its own.
     Parameter(const py::object& data, std::string name, py::object buffer, const py::object& buffer_grad);
+    ~Parameter() { dependents.tell(&Dependent::parameter_goes); }
+    Parameter(const Parameter&) = delete;
+    Parameter& operator=(const Parameter&) = delete;
 
     /// Another array of the same shape, dtype and memory layout takes the old one's place.
     void set_data(const py::object& array);
@@ -41,6 +69,8 @@ class Parameter {
     std::uint32_t data_version = 0;
     std::uint32_t grad_version = 0;
 
+    Dependents dependents;
+
     /// "parameter 'w'", or `otherwise` if it has no name.
     std::string label(const std::string& otherwise) const {
         return name_.empty() ? otherwise : "parameter '" + name_ + "'";
@@ -61,30 +91,43 @@ class Parameter {
 /// The momentum of one parameter in one optimizer.
 ///
 /// Storage is reserved before the first step and holds nothing (`initialized` is false) until that step has succeeded.
+/// The parameter is kept alive only while the optimizer's state has something to say about it.
 class MomentumSlot {
   public:
-    explicit MomentumSlot(py::object parameter);
+    explicit MomentumSlot(const py::object& parameter);
 
     /// The momentum from now on: an array of the parameter's shape and memory layout, of any storage type; None removes
-    /// it.
+    /// it. Raises ReferenceError if the parameter is gone.
     void set(const py::object& array);
     /// Storage for the first step to fill, unless there is some already.
     void reserve(const py::object& storage);
+    /// The first step has succeeded.
+    void note_first_step();
+    /// Whether the state has other values for the parameter.
+    void note_other_values(bool exist);
+    /// Takes the slot out of the optimizer's state, with its momentum.
+    void detach();
 
     const ArrayRef& momentum() const { return momentum_; }
-    const py::object& parameter_object() const { return parameter_object_; }
-    Parameter& parameter() const { return *parameter_; }
+    bool initialized() const { return initialized_; }
 
-    bool initialized = false;
     std::uint32_t version = 0;
+    Dependents dependents;
 
     int traverse(visitproc visit, void* arg) const;
     void clear();
 
   private:
-    py::object parameter_object_;
-    Parameter* parameter_;
+    void assign(const py::object& array, bool initialized);
+    /// Keeps the parameter alive, or lets it go.
+    void update_kept();
+
+    py::weakref parameter_;
+    py::object kept_;  // the parameter; null where it is not kept alive
     ArrayRef momentum_;
+    bool initialized_ = false;
+    bool has_other_values_ = false;
+    bool is_attached_ = true;
 };
 
 /// Lets Python's garbage collector see the references that a bound class holds through its traverse() and clear().

@@ -52,14 +52,24 @@ TensorRef tensor_of(const ArrayRef& data, const ArrayRef& grad, std::span<const 
     return tensor;
 }
 
-/// A list or tuple as it is, what else is a sequence as a tuple.
-py::sequence as_list(const py::object& grads) {
-    if (py::isinstance<py::list>(grads) || py::isinstance<py::tuple>(grads)) return py::sequence(grads);
+bool is_sequence(const py::object& object) {
+    if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object)) return true;
+    if (py::isinstance<py::str>(object) || PyObject_CheckBuffer(object.ptr())) return false;
     const py::object sequence = attribute_of("collections.abc", "Sequence");
-    if (!py::isinstance(grads, sequence) || py::isinstance<py::str>(grads) || PyObject_CheckBuffer(grads.ptr())) {
+    const int answer = unless_python_ends([&] { return PyObject_IsInstance(object.ptr(), sequence.ptr()); });
+    if (answer < 0) throw py::error_already_set();
+    return answer != 0;
+}
+
+/// A list or tuple as it is, what else is a sequence as a tuple: its items come from Python code.
+py::sequence as_list(const py::object& grads) {
+    if (PyList_CheckExact(grads.ptr()) || PyTuple_CheckExact(grads.ptr())) return py::sequence(grads);
+    if (!is_sequence(grads)) {
         throw py::type_error("grads: expected a list, tuple or other sequence of arrays, got " + type_name(grads));
     }
-    return py::tuple(grads);
+    PyObject* const items = unless_python_ends([&] { return PySequence_Tuple(grads.ptr()); });
+    if (items == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::tuple>(items);
 }
 
 /// Runs its function when the scope is left, also by an exception.
@@ -75,27 +85,28 @@ AtExit(F) -> AtExit<F>;
 
 void Plan::build(const py::list& param_groups, const py::list& slots) {
     if (running_.is_inside()) throw std::runtime_error("the optimizer's parameters cannot change while it is stepping");
-    std::vector<py::object> group_params;
     std::vector<Entry> entries;
     std::size_t next = 0;
     for (std::size_t group = 0; group < param_groups.size(); ++group) {
         const py::list params = param_groups[group]["params"];
-        group_params.push_back(params);
-        for (const py::handle parameter : params) {
+        for (const py::handle object : params) {
             py::object slot_object = slots[next++];
             auto* slot = &py::cast<MomentumSlot&>(slot_object);
-            entries.push_back({std::move(slot_object), slot, &slot->parameter(), parameter.ptr(),
-                               static_cast<std::uint32_t>(group), slot->parameter().data_version, slot->version,
-                               slot->parameter().grad_version - 1});
+            auto* parameter = &py::cast<Parameter&>(object);
+            entries.push_back({std::move(slot_object), slot, parameter, object.ptr(), static_cast<std::uint32_t>(group),
+                               parameter->data_version, slot->version, parameter->grad_version - 1});
         }
     }
-    group_params_ = std::move(group_params);
-    entries_ = std::move(entries);
+    group_count_ = param_groups.size();
+    std::swap(entries_, entries);  // the old ones are released last, as in clear
+    stop_relying_on(entries);
+    rely_on(entries_);
+    outdated_ = false;
     disjoint_grads_checked_ = false;
     used_grads_.assign(entries_.size(), nullptr);
     tensors_.reserve(entries_.size());
     first_.reserve(entries_.size());
-    hypers_.reserve(group_params_.size());
+    hypers_.reserve(group_count_);
     try {
         collect_writes();
     } catch (...) {
@@ -105,13 +116,13 @@ void Plan::build(const py::list& param_groups, const py::list& slots) {
 }
 
 bool Plan::matches(const py::list& param_groups) const {
-    if (param_groups.size() != group_params_.size()) return false;
+    if (param_groups.size() != group_count_) return false;
     std::size_t next = 0;
-    for (std::size_t group = 0; group < group_params_.size(); ++group) {
+    for (std::size_t group = 0; group < group_count_; ++group) {
         PyObject* params = group_item(group_at(param_groups, group), params_key(), group);
-        if (params != group_params_[group].ptr()) return false;
+        if (!PyList_Check(params)) return false;
         const auto count = static_cast<std::size_t>(PyList_GET_SIZE(params));
-        if (count > entries_.size() - next) return false;
+        if (next + count > entries_.size()) return false;
         for (std::size_t i = 0; i < count; ++i, ++next) {
             const Entry& entry = entries_[next];
             if (PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)) != entry.parameter_object || entry.group != group) {
@@ -123,6 +134,7 @@ bool Plan::matches(const py::list& param_groups) const {
 }
 
 void Plan::read_given(const py::object& grads) {
+    hold_parameters();
     const py::sequence list = as_list(grads);
     if (list.size() != entries_.size()) {
         throw py::value_error("grads: expected " + std::to_string(entries_.size()) +
@@ -144,15 +156,24 @@ void Plan::read_given(const py::object& grads) {
 
 void Plan::forget_step() {
     for (GivenGrad& given : given_) given.ref = {};
+    // Releasing the last reference to a parameter clears the plan, which the step needs no more.
     held_.clear();
+    parameters_held_ = false;
+    if (outdated_) clear();
 }
 
-void Plan::require_reachable_grads() const {
+void Plan::hold_parameters() {
+    if (std::exchange(parameters_held_, true)) return;
+    for (const Entry& entry : entries_) held_.push_back(py::reinterpret_borrow<py::object>(entry.parameter_object));
+}
+
+void Plan::require_reachable_grads() {
     if (entries_.empty()) return;
+    hold_parameters();  // a class derived from Parameter may have a __getattr__
     for (const Entry& entry : entries_) {
         const py::handle parameter = entry.parameter_object;
         if (entry.parameter->grad_version != 0 ||
-            !py::cast<bool>(py::getattr(parameter, "_made_of_array", py::bool_(false))))
+            !py::cast<bool>(attribute_or(parameter, "_made_of_array", py::bool_(false))))
             return;
     }
     throw py::type_error(
@@ -172,7 +193,9 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
-    read_hypers(rule_, param_groups, hypers_, &scalars_);
+    read_hypers(rule_, param_groups, hypers_, &scalars_,
+                {[](void* plan) { static_cast<Plan*>(plan)->hold_parameters(); }, this});
+    if (hypers_.size() != group_count_) return false;  // Python code changed the groups
     const bool given = !grads.is_none();
     if (given) read_given(grads);
     const Listed listed = list_tensors(given);
@@ -206,7 +229,7 @@ Plan::Listed Plan::list_tensors(bool given) {
             if (momentum.empty()) missing_.push_back(i);
             tensor.states[0] = momentum.data;
             tensor.state_dtypes[0] = momentum.dtype;
-            tensor.first = !entry.slot->initialized;
+            tensor.first = !entry.slot->initialized();
             if (tensor.first) first_.push_back(i);
         }
         listed.on_device |= tensor.device != cpu_device;
@@ -255,7 +278,7 @@ void Plan::update(const py::list& param_groups, const Listed& listed, const Step
 void Plan::note_first_steps() {
     for (const std::size_t i : first_) {
         MomentumSlot& slot = *entries_[i].slot;
-        if (slot.version == entries_[i].momentum_version) slot.initialized = true;  // else it was replaced meanwhile
+        if (slot.version == entries_[i].momentum_version) slot.note_first_step();  // else it was replaced meanwhile
     }
 }
 
@@ -272,6 +295,7 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
 }
 
 void Plan::hold_arrays() {
+    hold_parameters();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         if (used_grads_[i] == nullptr) continue;
         held_.push_back(entries_[i].parameter->data().array);
@@ -396,16 +420,39 @@ std::string Plan::label(std::size_t entry) const {
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
-    for (const py::object& params : group_params_) Py_VISIT(params.ptr());
     for (const Entry& entry : entries_) Py_VISIT(entry.slot_object.ptr());
     return 0;
 }
 
 void Plan::clear() {
     // Deallocation may run Python code, which must find a plan that matches no groups.
-    const auto group_params = std::move(group_params_);
-    const auto entries = std::move(entries_);
+    const auto entries = std::exchange(entries_, {});
+    stop_relying_on(entries);
+    group_count_ = 0;
+    outdated_ = false;
     writes_.clear();
+}
+
+void Plan::outdate() {
+    if (running_.is_inside()) {
+        outdated_ = true;
+    } else {
+        clear();
+    }
+}
+
+void Plan::rely_on(const std::vector<Entry>& entries) {
+    for (const Entry& entry : entries) {
+        entry.parameter->dependents.add(this);
+        entry.slot->dependents.add(this);
+    }
+}
+
+void Plan::stop_relying_on(const std::vector<Entry>& entries) {
+    for (const Entry& entry : entries) {
+        entry.parameter->dependents.remove(this);
+        entry.slot->dependents.remove(this);
+    }
 }
 
 }  // namespace sgdcore::bindings

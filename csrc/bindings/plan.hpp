@@ -16,8 +16,13 @@
 
 namespace sgdcore::bindings {
 
-class Plan {
+class Plan : private Dependent {
   public:
+    Plan() = default;
+    ~Plan() { clear(); }
+    Plan(const Plan&) = delete;
+    Plan& operator=(const Plan&) = delete;
+
     /// Takes in the groups as they are now; `slots` holds a MomentumSlot for each parameter, in order.
     /// Raises ValueError if two parameters, or a parameter and a momentum buffer, overlap.
     void build(const py::list& param_groups, const py::list& slots);
@@ -32,15 +37,19 @@ class Plan {
     /// Positions of the parameters whose momentum buffer the last `run` found missing.
     const std::vector<std::size_t>& missing_momentum() const { return missing_; }
 
+    /// Has the plan built anew by the next step; one under way goes on with what it found.
+    void outdate();
+
     int traverse(visitproc visit, void* arg) const;
     void clear();
 
   private:
+    /// The parameter lives as long as the entry, which does not keep it alive: the plan is cleared when one goes.
     struct Entry {
         py::object slot_object;
         MomentumSlot* slot;
         Parameter* parameter;
-        PyObject* parameter_object;  // kept alive by the slot
+        PyObject* parameter_object;
         std::uint32_t group;
         // The versions whose memory was last checked for overlap.
         std::uint32_t data_version, momentum_version, grad_version;
@@ -66,11 +75,19 @@ class Plan {
         bool on_device = false;  // tensors or hyperparameters
     };
 
+    void parameter_goes() override { clear(); }
+    void slot_is_detached() override { outdate(); }
+    /// Starts or ends being told of what happens to the entries' parameters and slots.
+    void rely_on(const std::vector<Entry>& entries);
+    void stop_relying_on(const std::vector<Entry>& entries);
+
     /// Lets go what a step used.
     void forget_step();
     /// Raises TypeError if no parameter has ever had a gradient and the optimizer made them all of arrays: whoever gave
     /// it the arrays has no `grad` to assign to.
-    void require_reachable_grads() const;
+    void require_reachable_grads();
+    /// Keeps all parameters alive while Python code or other threads run during a step.
+    void hold_parameters();
     void read_given(const py::object& grads);
     /// Makes tensors_, first_ and used_grads_ those of a step, and missing_ the momentum buffers that it lacks.
     Listed list_tensors(bool given);
@@ -80,7 +97,8 @@ class Plan {
     void update(const py::list& param_groups, const Listed& listed, const StepOptions& options);
     void note_first_steps();
     void update_on_devices(const py::list& param_groups, const StepOptions& options);
-    /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays.
+    /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays or remove
+    /// parameters.
     void hold_arrays();
     void collect_writes();
     void check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const;
@@ -95,7 +113,7 @@ class Plan {
     std::string label(std::size_t entry) const;
 
     const int rule_ = 0;
-    std::vector<py::object> group_params_;  // each group's list of parameters
+    std::size_t group_count_ = 0;
     std::vector<Entry> entries_;
     std::vector<std::size_t> missing_;
 
@@ -113,6 +131,8 @@ class Plan {
     std::vector<Extent> runs_;
     DeviceSteps device_steps_;
     bool disjoint_grads_checked_ = false;
+    bool parameters_held_ = false;
+    bool outdated_ = false;  // during the step under way
     Occupant running_;
 };
 

@@ -38,10 +38,12 @@ void register_parameter(py::module_& module) {
         py::arg("param_groups"), py::arg("set_to_none"));
 
     py::class_<MomentumSlot>(module, "MomentumSlot", garbage_collected<MomentumSlot>())
-        .def(py::init<py::object>(), py::arg("parameter"))
+        .def(py::init<const py::object&>(), py::arg("parameter"))
         .def("set", &MomentumSlot::set, py::arg("array"))
         .def("reserve", &MomentumSlot::reserve, py::arg("storage"))
-        .def_readonly("initialized", &MomentumSlot::initialized)
+        .def("note_other_values", &MomentumSlot::note_other_values, py::arg("exist"))
+        .def("detach", &MomentumSlot::detach)
+        .def_property_readonly("initialized", &MomentumSlot::initialized)
         .def_property_readonly("momentum", [](const MomentumSlot& self) { return array_or_none(self.momentum()); });
 }
 

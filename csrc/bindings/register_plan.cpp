@@ -10,6 +10,7 @@ void register_plan(py::module_& module) {
     py::class_<Plan>(module, "Plan", garbage_collected<Plan>())
         .def(py::init<>())
         .def("build", &Plan::build, py::arg("param_groups"), py::arg("slots"))
+        .def("outdate", &Plan::outdate)
         .def("matches", &Plan::matches, py::arg("param_groups"))
         .def("run", &Plan::run, py::arg("param_groups"), py::arg("grads"), py::arg("zero_grad"))
         .def("missing_momentum", &Plan::missing_momentum);

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain, count
 from typing import Any, NamedTuple, Self, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -60,11 +61,16 @@ class HookHandle:
         self.remove()
 
 
+_REQUIRED: Any = object()  # stands for a default that was not given
+
+
 class ParameterState(MutableMapping[str, Any]):
     """What an optimizer remembers of one parameter: ``"momentum_buffer"``, and whatever users add.
 
     The momentum buffer may be read, changed in place, replaced by an array of the parameter's shape
-    (float64, float32, float16 or bfloat16), or deleted, which makes the next step a first one.
+    (float64, float32, float16 or bfloat16), or deleted, which makes the next step a first one. A state that was
+    taken out of the optimizer's keeps its values, and raises a ReferenceError when it is given another momentum buffer
+    after its parameter is gone.
     """
 
     __slots__ = ("_other", "slot")
@@ -83,12 +89,14 @@ class ParameterState(MutableMapping[str, Any]):
             self.slot.set(value)
         else:
             self._other[key] = value
+            self.slot.note_other_values(True)
 
     def __delitem__(self, key: str) -> None:
         if key == "momentum_buffer" and self.slot.initialized:
             self.slot.set(None)
         else:
             del self._other[key]
+            self.slot.note_other_values(bool(self._other))
 
     def __iter__(self) -> Iterator[str]:
         if self.slot.initialized:
@@ -103,18 +111,24 @@ class ParameterState(MutableMapping[str, Any]):
 
 
 class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
-    """Maps each parameter to its state; lists those that have any, and makes an empty one on demand."""
+    """Maps each parameter to its state; lists those that have any, and makes an empty one on demand.
+
+    Keeps alive the parameters that it lists, and no others.
+    """
 
     def __init__(self) -> None:
-        self._states: dict[Parameter, ParameterState] = {}
+        # A state that is not empty keeps its parameter alive, for as long as it is in here.
+        self._states: WeakKeyDictionary[Parameter, ParameterState] = WeakKeyDictionary()
+
+    def __del__(self) -> None:
+        for state in self._states.values():
+            state.slot.detach()
 
     def __getitem__(self, parameter: Parameter) -> ParameterState:
+        if not isinstance(parameter, Parameter):
+            raise TypeError(f"state: expected a Parameter as key, got {_core.repr_text(parameter)}")
         state = self._states.get(parameter)
         if state is None:
-            if not isinstance(parameter, Parameter):
-                raise TypeError(
-                    f"state: expected a Parameter as key, got {_core.repr_text(parameter)}"
-                )
             state = self._states[parameter] = ParameterState(parameter)
         return state
 
@@ -126,30 +140,33 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
         state.update(fresh)
 
     def __delitem__(self, parameter: Parameter) -> None:
-        if parameter not in self:
+        self.pop(parameter)
+
+    def pop(self, parameter: Parameter, default: Any = _REQUIRED) -> Any:
+        """Remove a parameter's state and return it as it is; `default` if there is none, else raise KeyError."""
+        if parameter in self:
+            state = self._states.pop(parameter)
+            state.slot.detach()
+            return state
+        if default is _REQUIRED:
             raise KeyError(parameter)
-        self[parameter].clear()
+        return default
 
     def __iter__(self) -> Iterator[Parameter]:
         return (parameter for parameter, state in self._states.items() if state)
 
     def __contains__(self, parameter: object) -> bool:
-        return bool(self._states.get(parameter))  # type: ignore[call-overload]
+        return isinstance(parameter, Parameter) and bool(self._states.get(parameter))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def clear(self) -> None:
-        """Empty the state of every parameter."""
-        # The inherited method looks for the next one from the first on each time, past all that are empty by now.
-        for state in self._states.values():
-            state.clear()
-
-    def forget_empty(self, parameters: Iterable[Parameter]) -> None:
-        """Let go of those of the parameters that have no state."""
-        for parameter in parameters:
-            if parameter not in self:
-                self._states.pop(parameter, None)
+        """Remove the state of every parameter."""
+        states = list(self._states.values())
+        self._states.clear()
+        for state in states:
+            state.slot.detach()
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -173,7 +190,7 @@ class Optimizer:
     def __init__(self, params: ParamsLike, defaults: dict[str, Any]) -> None:
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
-        self.state = OptimizerState()
+        self._state = OptimizerState()
         self._start()
 
         if not _may_list_parameters(params):
@@ -202,6 +219,19 @@ class Optimizer:
         self._state_dict_post_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._load_state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._load_state_dict_post_hooks: OrderedDict[int, Hook] = OrderedDict()
+
+    @property
+    def state(self) -> OptimizerState:
+        """Maps each parameter to its state. The values of a mapping that is assigned are taken over."""
+        return self._state
+
+    @state.setter
+    def state(self, state: Mapping[Parameter, MutableMapping[str, Any]]) -> None:
+        if not isinstance(state, OptimizerState):
+            values, state = state, OptimizerState()
+            state.update(values)
+        self._state = state
+        self._plan.outdate()
 
     # Parameter groups
 
@@ -241,11 +271,7 @@ class Optimizer:
                     f"some parameters appear in more than one parameter group, or twice: parameter {label}"
                 )
             known.add(_identity(parameter))
-        try:
-            self._build_plan([*self.param_groups, group])
-        except Exception:
-            self.state.forget_empty(group["params"])
-            raise
+        self._build_plan([*self.param_groups, group])
         self.param_groups.append(group)
 
     def _warn_of_near_keys(self, keys: Iterable[Any]) -> None:
@@ -472,7 +498,7 @@ class Optimizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.defaults = state["defaults"]
         self.param_groups = state["param_groups"]
-        self.state = OptimizerState()
+        self._state = OptimizerState()
         self._start()
         self._replace_state(state["state"])
         set_attributes(self, state.get("attributes"))  # which pickles of earlier versions lack
@@ -505,7 +531,7 @@ class _Own:
             "_step_pre_hooks",
             "defaults",
             "param_groups",
-            "state",
+            "_state",
         }
     )
 
