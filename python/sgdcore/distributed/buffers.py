@@ -84,16 +84,16 @@ def warn_of_batch_norm(parameters: Iterable[Any]) -> None:
     """Warn, once in a process, if a module with these parameters has batch norm."""
     global _warned
     batch_norm = sys.modules.get("torch.nn.modules.batchnorm")
-    if _warned or batch_norm is None:
+    own = {id(parameter) for parameter in parameters}
+    if _warned or batch_norm is None or not own:
         return
-    objects = gc.get_objects()
+    objects, norm = gc.get_objects(), batch_norm._NormBase
     kinds = set(map(type, objects))
-    if not any(issubclass(kind, batch_norm._NormBase) for kind in kinds):
+    if not any(issubclass(kind, norm) for kind in kinds):
         return
     kinds = {kind for kind in kinds if issubclass(kind, sys.modules["torch"].nn.Module)}
     modules = [each for each in objects if type(each) in kinds]
-    norms = {id(each) for each in modules if getattr(each, "running_mean", None) is not None}
-    own = {id(parameter) for parameter in parameters}
+    norms = {id(m) for m in modules if isinstance(m, norm) and m.running_mean is not None}
     for module in modules if norms else ():
         inside = list(module.modules())
         if any(id(each) in norms for each in inside) and any(
