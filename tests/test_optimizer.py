@@ -1598,3 +1598,29 @@ def test_large_momentum_keeps_the_layout_and_is_mapped_by_itself(order: Any) -> 
     assert (w.data == 0.5).all()
     if order == "C":
         assert momentum.ctypes.data % _core.huge_page < 1 << 15
+
+
+def test_many_groups_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer is made in a time that is linear in the number of its groups."""
+    built = []
+    build = sgdcore.SGD._build_plan
+
+    def noting(self: sgdcore.SGD, groups: list[dict[str, Any]]) -> None:
+        built.append(len(groups))
+        build(self, groups)
+
+    monkeypatch.setattr(sgdcore.SGD, "_build_plan", noting)
+    arrays = [np.ones(2, np.float32) for _ in range(50)]
+    groups = [{"params": [array]} for array in arrays]
+    optimizer = sgdcore.SGD(groups, lr=0.5)
+    assert built == [50]
+    optimizer.add_param_group({"params": [np.ones(2, np.float32)]})
+    assert built == [50, 51]
+    optimizer.step(grads=[np.ones(2, np.float32)] * 51)
+    assert all(array.tolist() == [0.5, 0.5] for array in arrays)
+    with pytest.raises(ValueError, match="appear in more than one parameter group, or twice"):
+        sgdcore.SGD([*groups, {"params": [arrays[0]]}], lr=0.5)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        sgdcore.SGD([*groups, {"params": [arrays[0][:1]]}], lr=0.5)
+    with pytest.raises(ValueError, match="with/without names"):
+        sgdcore.SGD([*groups, {"params": [("a", np.ones(2, np.float32))]}], lr=0.5)

@@ -205,14 +205,20 @@ class Optimizer:
         if not isinstance(groups[0], dict):
             whole = isinstance(params, ParameterBuffer | set | frozenset)
             groups = [{"params": params if whole else groups}]
+        # The plan is built once, of all groups: building it for each would take time that is quadratic in their number.
+        self._known = set()
         for group in groups:
             self.add_param_group(group)
+        self._known = None
+        self._build_plan(self.param_groups)
 
     def _start(self) -> None:
         """Set up what is not part of a checkpoint."""
         self._plan = _core.Plan()
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
+        # The identities of the parameters so far, while the constructor adds groups.
+        self._known: set[int] | None = None
         self._step_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._step_post_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -256,14 +262,17 @@ class Optimizer:
         names, group["params"] = _read_params(param_group["params"])
         if names is not None:
             group["param_names"] = names
-        if any(("param_names" in each) != ("param_names" in group) for each in self.param_groups):
-            which = "with names" if "param_names" in group else "without names"
+        # As torch, compared with the first group: a look at all groups for each one would take time that is quadratic.
+        if any(("param_names" in each) != (names is not None) for each in self.param_groups[:1]):
+            which = "without names" if names is None else "with names"
             raise ValueError(
                 "all optimizer param groups should be with/without names. "
                 f"cannot add param group {which} to the optimizer"
             )
         self._normalize_group(group)
-        known = {_identity(p) for each in self.param_groups for p in each["params"]}
+        known = self._known
+        if known is None:
+            known = {_identity(p) for each in self.param_groups for p in each["params"]}
         for position, parameter in enumerate(group["params"]):
             if _identity(parameter) in known:
                 label = repr(parameter.name) if parameter.name else f"at position {position}"
@@ -271,7 +280,8 @@ class Optimizer:
                     f"some parameters appear in more than one parameter group, or twice: parameter {label}"
                 )
             known.add(_identity(parameter))
-        self._build_plan([*self.param_groups, group])
+        if self._known is None:
+            self._build_plan([*self.param_groups, group])
         self.param_groups.append(group)
 
     def _warn_of_near_keys(self, keys: Iterable[Any]) -> None:
@@ -523,6 +533,7 @@ class _Own:
         {
             "_load_state_dict_post_hooks",
             "_load_state_dict_pre_hooks",
+            "_known",
             "_plan",
             "_run_plan",
             "_state_dict_post_hooks",
