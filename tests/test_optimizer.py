@@ -816,9 +816,9 @@ def test_modules_that_are_imported_when_used_are_there() -> None:
     assert found.split() == ["sgdcore.distributed", "sgdcore.reference", "sgdcore.torch"]
 
 
-def test_a_rule_without_a_step() -> None:
+def test_the_base_class_has_no_rule() -> None:
     with pytest.raises(NotImplementedError):
-        sgdcore.Optimizer([np.zeros(3)], {}).step()
+        sgdcore.Optimizer([np.zeros(3)], {})
 
 
 def test_repr_has_torch_shape() -> None:

@@ -18,7 +18,8 @@ namespace sgdcore::bindings {
 
 class Plan : private Dependent {
   public:
-    Plan() = default;
+    /// `rule` is the rule's number.
+    explicit Plan(int rule) : rule_(rule) {}
     ~Plan() { clear(); }
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
@@ -112,7 +113,7 @@ class Plan : private Dependent {
     std::string describe(const Range& range) const;
     std::string label(std::size_t entry) const;
 
-    const int rule_ = 0;
+    const int rule_;
     std::size_t group_count_ = 0;
     std::vector<Entry> entries_;
     std::vector<std::size_t> missing_;

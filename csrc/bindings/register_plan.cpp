@@ -1,6 +1,10 @@
 // The plan of a step.
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <string>
+
+#include "../engine/catalog.hpp"
 #include "module.hpp"
 #include "plan.hpp"
 
@@ -8,7 +12,8 @@ namespace sgdcore::bindings {
 
 void register_plan(py::module_& module) {
     py::class_<Plan>(module, "Plan", garbage_collected<Plan>())
-        .def(py::init<>())
+        .def(py::init([](const std::string& rule) { return std::make_unique<Plan>(rule_number(rule)); }),
+             py::arg("rule"))
         .def("build", &Plan::build, py::arg("param_groups"), py::arg("slots"))
         .def("outdate", &Plan::outdate)
         .def("matches", &Plan::matches, py::arg("param_groups"))

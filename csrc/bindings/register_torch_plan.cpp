@@ -1,4 +1,7 @@
 // The step over torch tensors.
+#include <string>
+
+#include "../engine/catalog.hpp"
 #include "module.hpp"
 #include "torch_plan.hpp"
 
@@ -6,17 +9,18 @@ namespace sgdcore::bindings {
 
 void register_torch_plan(py::module_& module) {
     py::class_<TorchPlan>(module, "TorchPlan", garbage_collected<TorchPlan>())
-        .def(py::init([](py::object exchange_api, py::object describe, py::object access, py::object increment_version,
-                         py::object increment_version_where_possible, py::object is_negated, py::object tensor_type,
-                         py::object parameter_type, py::object grad_descriptor, py::object requires_grad_descriptor,
-                         py::object current_stream) {
-                 return TorchPlan({std::move(exchange_api), std::move(describe), std::move(access),
-                                   std::move(increment_version), std::move(increment_version_where_possible),
-                                   std::move(is_negated), std::move(tensor_type), std::move(parameter_type),
-                                   std::move(grad_descriptor), std::move(requires_grad_descriptor),
-                                   std::move(current_stream)});
+        .def(py::init([](const std::string& rule, py::object exchange_api, py::object describe, py::object access,
+                         py::object increment_version, py::object increment_version_where_possible,
+                         py::object is_negated, py::object tensor_type, py::object parameter_type,
+                         py::object grad_descriptor, py::object requires_grad_descriptor, py::object current_stream) {
+                 return TorchPlan(
+                     rule_number(rule),
+                     {std::move(exchange_api), std::move(describe), std::move(access), std::move(increment_version),
+                      std::move(increment_version_where_possible), std::move(is_negated), std::move(tensor_type),
+                      std::move(parameter_type), std::move(grad_descriptor), std::move(requires_grad_descriptor),
+                      std::move(current_stream)});
              }),
-             py::kw_only(), py::arg("exchange_api"), py::arg("describe"), py::arg("access"),
+             py::kw_only(), py::arg("rule"), py::arg("exchange_api"), py::arg("describe"), py::arg("access"),
              py::arg("increment_version"), py::arg("increment_version_where_possible"), py::arg("is_negated"),
              py::arg("tensor_type"), py::arg("parameter_type"), py::arg("grad_descriptor"),
              py::arg("requires_grad_descriptor"), py::arg("current_stream"))

@@ -21,7 +21,8 @@ namespace sgdcore::bindings {
 
 class TorchPlan {
   public:
-    explicit TorchPlan(TorchInterface interface) : reader_(std::move(interface)) {}
+    /// `rule` is the rule's number.
+    TorchPlan(int rule, TorchInterface interface) : rule_(rule), reader_(std::move(interface)) {}
 
     /// One step over the groups' parameters that have a gradient, with momentum buffers from `state`. Returns false,
     /// with nothing changed, unless every tensor is as usual: of torch's own types, dense memory of a storage type
@@ -98,7 +99,7 @@ class TorchPlan {
     /// The flags of each tensor in the listing; empty if there are none at all.
     std::vector<std::uint8_t*> pending_of(const Memory& memory) const;
 
-    const int rule_ = 0;
+    const int rule_;
     TorchReader reader_;
     DeviceSteps device_steps_;
     std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending_;  // by momentum buffer

@@ -1,6 +1,9 @@
 // See catalog.hpp.
 #include "catalog.hpp"
 
+#include <stdexcept>
+#include <string>
+
 namespace sgdcore {
 namespace {
 
@@ -23,5 +26,15 @@ std::span<const RuleInfo> list(RuleList<R...>) {
 }  // namespace
 
 std::span<const RuleInfo> rules() { return list(Rules{}); }
+
+int rule_number(std::string_view name) {
+    std::string known;
+    for (int number = 0; number < Rules::size; ++number) {
+        const std::string_view candidate = rules()[static_cast<std::size_t>(number)].name;
+        if (candidate == name) return number;
+        known += (number == 0 ? "" : ", ") + std::string(candidate);
+    }
+    throw std::invalid_argument("rule: expected one of " + known + ", got '" + std::string(name) + "'");
+}
 
 }  // namespace sgdcore

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 #include "../rules/all.hpp"
 #include "../work.hpp"
@@ -21,5 +22,8 @@ struct RuleInfo {
 
 /// All rules; the position is a rule's number.
 std::span<const RuleInfo> rules();
+
+/// The number of the rule of that name. Throws std::invalid_argument, listing the names, if there is none.
+int rule_number(std::string_view name);
 
 }  // namespace sgdcore

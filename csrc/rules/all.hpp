@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sgd.hpp"
+#include "sgdw.hpp"
 
 namespace sgdcore {
 
@@ -10,7 +11,7 @@ struct RuleList {
     static constexpr int size = sizeof...(R);
 };
 
-using Rules = RuleList<Sgd>;
+using Rules = RuleList<Sgd, SgdW>;
 
 /// Names a rule in the argument of a function.
 template <class R>

@@ -21,6 +21,7 @@ from sgdcore.optimizer import Optimizer
 from sgdcore.parameter import Parameter, ParameterBuffer
 from sgdcore.runtime import build_info, get_isa, get_num_threads, set_isa, set_num_threads
 from sgdcore.sgd import SGD
+from sgdcore.sgdw import SGDW
 
 if TYPE_CHECKING:
     from sgdcore import distributed as distributed
@@ -43,6 +44,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SGD",
+    "SGDW",
     "DeviceArray",
     "Optimizer",
     "Parameter",

@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain, count
-from typing import Any, NamedTuple, Self, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -182,12 +182,19 @@ class Optimizer:
         defaults: the hyperparameters of groups that do not set their own.
 
     Attributes:
+        rule: the name of the core's rule; subclasses set it.
         param_groups: one dict per group; hyperparameters may be changed between steps.
         state: maps each parameter to its state.
         defaults: the default hyperparameters.
     """
 
+    rule: ClassVar[str]
+
     def __init__(self, params: ParamsLike, defaults: dict[str, Any]) -> None:
+        if not hasattr(self, "rule"):
+            raise NotImplementedError(
+                f"{type(self).__name__} has no rule; Optimizer is the base of the optimizers, such as sgdcore.SGD"
+            )
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self._state = OptimizerState()
@@ -214,7 +221,7 @@ class Optimizer:
 
     def _start(self) -> None:
         """Set up what is not part of a checkpoint."""
-        self._plan = _core.Plan()
+        self._plan = _core.Plan(self.rule)
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
         # The identities of the parameters so far, while the constructor adds groups.
@@ -318,12 +325,46 @@ class Optimizer:
     # The step
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(
+        self, closure: None = None, *, grads: Sequence[Any] | None = None, zero_grad: bool = False
+    ) -> None: ...
     @overload
-    def step(self, closure: Callable[[], Loss]) -> Loss: ...
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient; the subclasses say how."""
-        raise NotImplementedError
+    def step(
+        self,
+        closure: Callable[[], Loss],
+        *,
+        grads: Sequence[Any] | None = None,
+        zero_grad: bool = False,
+    ) -> Loss: ...
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grads: Sequence[Any] | None = None,
+        zero_grad: bool = False,
+    ) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: called first, if given, to compute loss and gradients; its value is returned.
+            grads: gradients to use instead of the parameters' own: a list, tuple or other sequence of one array or
+                None for each parameter, in order.
+            zero_grad: clear each gradient in the same pass, right after it was used.
+
+        Raises:
+            TypeError, ValueError: if a hyperparameter is not a number, a gradient does not fit, or arrays overlap
+                in memory; if there are no gradients and the optimizer was given arrays only.
+            KeyError: if a group lacks a hyperparameter.
+            RuntimeError: if the optimizer is stepping in another thread.
+
+        All of them are raised before anything is changed.
+        """
+        if closure is None and not self._step_pre_hooks and not self._step_post_hooks:
+            # The usual call: one call into the core and nothing else.
+            if not self._run_plan(self.param_groups, grads, zero_grad):
+                self._run(grads, zero_grad)
+            return None
+        return self._step_with_hooks(closure, {"grads": grads, "zero_grad": zero_grad})
 
     def _run(self, grads: Any, zero_grad: bool) -> None:
         """Update all parameters, after making what the plan lacks."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["ReferenceSGD", "compute_dtype", "fma", "sgd_update"]
+__all__ = ["ReferenceSGD", "compute_dtype", "fma", "sgd_update", "sgdw_update"]
 
 Array = NDArray[Any]
 
@@ -125,6 +125,83 @@ def sgd_update(
     those of ``torch.optim.SGD(foreach=False)`` for float32 and float64 on a processor with fused
     multiply-add.
     """
+    return _update(
+        param,
+        grad,
+        momentum_buffer,
+        decoupled_decay=0.0,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        momentum_dtype=momentum_dtype,
+    )
+
+
+def sgdw_update(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None = None,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    scale_decay_by_lr: bool = True,
+    **hyper: Any,
+) -> tuple[Array, Array | None]:
+    """One step of SGD with decoupled weight decay on one tensor: its new values, its new momentum.
+
+    Equations, for each element with parameter p: first ::
+
+        p = round((1 - lr * weight_decay) * p)  if weight_decay != 0 and scale_decay_by_lr
+        p = round((1 - weight_decay) * p)       if weight_decay != 0 and not scale_decay_by_lr
+
+    and then those of `sgd_update` without weight decay. The factor of p is formed in double precision and then rounded
+    to the compute dtype.
+
+    Args:
+        param: as in `sgd_update`, as are `grad` and `momentum_buffer`.
+        grad: see `param`.
+        momentum_buffer: see `param`.
+        lr: learning rate.
+        weight_decay: the part of the parameter that a step takes away. Default 0.
+        scale_decay_by_lr: whether that part is multiplied by the learning rate. Default True.
+        **hyper: the other keyword arguments of `sgd_update`, with its defaults.
+
+    Returns:
+        As `sgd_update`.
+
+    Raises:
+        TypeError: as `sgd_update`.
+        ValueError: as `sgd_update`.
+
+    Example:
+        >>> sgdw_update(np.array([1.0]), np.array([0.5]), lr=0.5, weight_decay=0.5)[0]
+        array([0.5])
+
+    Source: Loshchilov and Hutter (2019), "Decoupled Weight Decay Regularization", algorithm 1; the learning rate scales
+    the decay in timm's SGDW.
+    """
+    decay = (lr if scale_decay_by_lr else 1.0) * weight_decay
+    return _update(param, grad, momentum_buffer, lr=lr, decoupled_decay=decay, **hyper)
+
+
+def _update(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    decoupled_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    momentum_dtype: DTypeLike | None = None,
+) -> tuple[Array, Array | None]:
+    """`sgd_update`, whose parameter first loses the part `decoupled_decay` of itself."""
     if grad.shape != param.shape:
         raise ValueError(f"grad must have param's shape {param.shape}, got {grad.shape}")
     operand_dtypes = [param.dtype, grad.dtype]
@@ -147,6 +224,7 @@ def sgd_update(
         momentum_factor = compute.type(momentum)
         one_minus_dampening = compute.type(1.0 - float(dampening))
         weight_decay_factor = compute.type(weight_decay)
+        decay_factor = compute.type(1.0 - decoupled_decay)
 
         p = param.astype(compute)
         g = grad.astype(compute)
@@ -154,6 +232,8 @@ def sgd_update(
             g = -g
         # A term whose coefficient is zero is left out, not multiplied: 0 * inf would be nan. What
         # decides is the coefficient as given, even if it rounds to zero in the compute dtype.
+        if decoupled_decay != 0:
+            p = decay_factor * p
         if weight_decay != 0:
             g = fma(weight_decay_factor, p, g)
         if momentum != 0:

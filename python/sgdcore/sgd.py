@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
 from numpy.typing import DTypeLike
 
-from sgdcore import _core
-from sgdcore._arrays import Array, storage_dtype
-from sgdcore.optimizer import Loss, Optimizer, ParamsLike
+from sgdcore._arrays import Array
+from sgdcore._hyperparameters import normalize_sgd_group
+from sgdcore.optimizer import Optimizer, ParamsLike
 
-__all__ = ["SGD", "float_of"]
+__all__ = ["SGD"]
 
 
 class SGD(Optimizer):
@@ -66,6 +63,8 @@ class SGD(Optimizer):
     in the form that torch.optim.SGD gave it.
     """
 
+    rule = "sgd"
+
     def __init__(
         self,
         params: ParamsLike,
@@ -90,91 +89,5 @@ class SGD(Optimizer):
         self._normalize_group(defaults)
         super().__init__(params, defaults)
 
-    @overload
-    def step(
-        self, closure: None = None, *, grads: Sequence[Any] | None = None, zero_grad: bool = False
-    ) -> None: ...
-    @overload
-    def step(
-        self,
-        closure: Callable[[], Loss],
-        *,
-        grads: Sequence[Any] | None = None,
-        zero_grad: bool = False,
-    ) -> Loss: ...
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        grads: Sequence[Any] | None = None,
-        zero_grad: bool = False,
-    ) -> Any:
-        """Update all parameters that have a gradient.
-
-        Args:
-            closure: called first, if given, to compute loss and gradients; its value is returned.
-            grads: gradients to use instead of the parameters' own: a list, tuple or other sequence of one array or
-                None for each parameter, in order.
-            zero_grad: clear each gradient in the same pass, right after it was used.
-
-        Raises:
-            TypeError, ValueError: if a hyperparameter is not a number, a gradient does not fit, or arrays overlap
-                in memory; if there are no gradients and the optimizer was given arrays only.
-            KeyError: if a group lacks a hyperparameter.
-            RuntimeError: if the optimizer is stepping in another thread.
-
-        All of them are raised before anything is changed.
-        """
-        if closure is None and not self._step_pre_hooks and not self._step_post_hooks:
-            # The usual call: one call into the core and nothing else.
-            if not self._run_plan(self.param_groups, grads, zero_grad):
-                self._run(grads, zero_grad)
-            return None
-        return self._step_with_hooks(closure, {"grads": grads, "zero_grad": zero_grad})
-
     def _normalize_group(self, group: dict[str, Any]) -> None:
-        lr, momentum = float_of("lr", group["lr"]), float_of("momentum", group["momentum"])
-        dampening = float_of("dampening", group["dampening"])
-        weight_decay = float_of("weight_decay", group["weight_decay"])
-        if not lr >= 0:
-            raise ValueError(f"Invalid learning rate: {group['lr']}")
-        if not momentum >= 0:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
-        if not weight_decay >= 0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-        if math.isnan(dampening):
-            raise ValueError(f"Invalid dampening value: {group['dampening']}")
-        if group["nesterov"] and (momentum <= 0 or dampening != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        if group.get("momentum_dtype") is not None:
-            # By name: a checkpoint then needs neither NumPy nor ml_dtypes to be read.
-            group["momentum_dtype"] = storage_dtype(group["momentum_dtype"], "momentum_dtype").name
-
-
-def float_of(name: str, value: Any) -> float:
-    """Return a hyperparameter, a number or an array of one element, as a float.
-
-    Raises:
-        TypeError: if it is no number.
-        ValueError: if the array has another size, or a float cannot hold the number.
-    """
-    if isinstance(value, np.ndarray):
-        _core.require_plain(value, name)
-        if value.size != 1:
-            raise ValueError(
-                f"{name}: expected a number or an array of one element, got shape {value.shape}"
-            )
-        value = value.item()
-    try:
-        if not isinstance(value, str | bytes):  # which float() would parse, but a step does not
-            number = float(value)
-            if math.isfinite(number) or math.isnan(number) or value == number:
-                return number
-            raise OverflowError  # as a Decimal, which becomes infinite
-    except OverflowError:
-        raise ValueError(
-            f"{name}: expected a number that a float can hold, got {_core.repr_text(value)}"
-        ) from None
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(f"{name}: expected a number, got {_core.repr_text(value)}")
+        normalize_sgd_group(group)

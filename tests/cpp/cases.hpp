@@ -75,7 +75,7 @@ class Bench {
         tensor.grad_dtype = grad_dtype;
         tensor.state_dtypes[0] = momentum_dtype;
         tensor.first = test.first;
-        step_({&tensor, 1}, {&test.hyper, 1}, {.zero_grad = test.zero_grad});
+        step_({&tensor, 1}, {&test.hyper, 1}, {.rule = test.hyper.rule(), .zero_grad = test.zero_grad});
 
         compare(test, "param", param_dtype, param, expected_param_, false);
         // What is not computed has to be the same to the bit, NaNs too.
@@ -123,6 +123,10 @@ inline std::vector<Step> all_steps() {
         hyper.weight_decay = choice & 2 ? 0.01 : 0;
         hyper.nesterov = (choice & 4) != 0;
         hyper.maximize = (choice & 8) != 0;
+        steps.push_back({hyper, choice / 16 == 1});
+        if (hyper.weight_decay == 0) continue;
+        hyper.decoupled = true;
+        hyper.scale_decay_by_lr = hyper.dampening == 0;
         steps.push_back({hyper, choice / 16 == 1});
     }
     return steps;

@@ -112,7 +112,7 @@ struct DTypes {
     DType param, grad, momentum;
 };
 
-/// The rule of rules/sgd.hpp in the arithmetic of C, on words.
+/// The rules of rules/sgd.hpp and rules/sgdw.hpp in the arithmetic of C, on words.
 template <class C>
 void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad, Word& momentum,
                     double grad_factor) {
@@ -120,7 +120,12 @@ void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Wor
     C g = static_cast<C>(decode(dtypes.grad, grad));
     if (hyper.maximize) g = -g;
     if (grad_factor != 1) g *= static_cast<C>(grad_factor);
-    if (hyper.weight_decay != 0) g = std::fma(static_cast<C>(hyper.weight_decay), p, g);
+    if (hyper.weight_decay != 0 && hyper.decoupled) {
+        const double decay = (hyper.scale_decay_by_lr ? hyper.lr : 1) * hyper.weight_decay;
+        p = std::fma(static_cast<C>(1 - decay), p, static_cast<C>(-0.0));  // a product with a rounding of its own
+    } else if (hyper.weight_decay != 0) {
+        g = std::fma(static_cast<C>(hyper.weight_decay), p, g);
+    }
     if (hyper.momentum != 0) {
         const C mu = static_cast<C>(hyper.momentum);
         C b = g;
@@ -153,7 +158,8 @@ inline std::string describe(const SgdHyper& hyper, bool first) {
     return "lr=" + std::to_string(hyper.lr) + " momentum=" + std::to_string(hyper.momentum) +
            (first ? " (first)" : "") + " dampening=" + std::to_string(hyper.dampening) +
            " weight_decay=" + std::to_string(hyper.weight_decay) + (hyper.nesterov ? " nesterov" : "") +
-           (hyper.maximize ? " maximize" : "");
+           (hyper.maximize ? " maximize" : "") + (hyper.decoupled ? " decoupled" : "") +
+           (hyper.scale_decay_by_lr ? " scale_decay_by_lr" : "");
 }
 
 inline std::string describe(const DTypes& dtypes) {

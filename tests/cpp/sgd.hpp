@@ -1,4 +1,4 @@
-// SGD's hyperparameters with their names, and steps that take them.
+// The hyperparameters of SGD and SGDW with their names, and steps that take them.
 #pragma once
 
 #include <span>
@@ -12,6 +12,10 @@ namespace sgdcore::test {
 struct SgdHyper {
     double lr = 1e-3, momentum = 0, dampening = 0, weight_decay = 0;
     bool nesterov = false, maximize = false;
+    bool decoupled = false;  // SGDW's weight decay; all groups of a step have the same rule
+    bool scale_decay_by_lr = false;
+
+    int rule() const { return rule_number(decoupled ? "sgdw" : "sgd"); }
 };
 
 /// As the core takes them.
@@ -25,7 +29,8 @@ inline std::vector<Hyper> hypers_of(std::span<const SgdHyper> hypers) {
         values[Sgd::weight_decay] = hyper.weight_decay;
         values[Sgd::nesterov] = hyper.nesterov;
         values[Sgd::maximize] = hyper.maximize;
-        result.push_back(rules()[0].hyper(values));
+        if (hyper.decoupled) values[SgdW::scale_decay_by_lr] = hyper.scale_decay_by_lr;
+        result.push_back(rules()[static_cast<std::size_t>(hyper.rule())].hyper(values));
     }
     return result;
 }

@@ -80,7 +80,14 @@ TEST(kernels, unusual_hyperparameters) {
     Random random(4);
     const auto pick = [&] { return values[random.below(std::ssize(values))]; };
     for (int i = 0; i < (reduced ? 400 : 20000); ++i) {
-        const SgdHyper hyper{pick(), pick(), pick(), pick(), random.below(2) == 0, random.below(2) == 0};
+        const SgdHyper hyper{pick(),
+                             pick(),
+                             pick(),
+                             pick(),
+                             random.below(2) == 0,
+                             random.below(2) == 0,
+                             random.below(3) == 0,
+                             random.below(2) == 0};
         const auto dtype = [&] { return all_dtypes[random.below(std::ssize(all_dtypes))]; };
         const DTypes dtypes{dtype(), dtype(), dtype()};
         bench.run({dtypes, hyper, random.below(2) == 0, random.below(2) == 0, random.below(66), Placement::odd});

@@ -202,16 +202,18 @@ def _takes_lists(increment_version: Any) -> bool:
 _tensor_access = _access()
 
 
-def new_plan(api: Any) -> _core.TorchPlan:
+def new_plan(api: Any, rule: str = "sgd") -> _core.TorchPlan:
     """Return a plan that reads tensors through `api`, or through their Python attributes if it is None.
 
     Args:
         api: what `exchange_api` returned, or None.
+        rule: the rule's name.
     """
     increment_version = getattr(torch._C, "_increment_version", None)
     if increment_version is None or not _takes_lists(increment_version):
         increment_version = increment_versions
     return _core.TorchPlan(
+        rule=rule,
         exchange_api=api,
         describe=_describe,
         access=_tensor_access,
