@@ -23,7 +23,13 @@ TYPES = {
     "bfloat16": ml_dtypes.bfloat16,
 }
 HYPERS: list[Hyper] = [
-    {"lr": 0.1, "weight_decay": decay, "scale_decay_by_lr": scaled, "maximize": maximize, **momentum}
+    {
+        "lr": 0.1,
+        "weight_decay": decay,
+        "scale_decay_by_lr": scaled,
+        "maximize": maximize,
+        **momentum,
+    }
     for decay, scaled, maximize, momentum in itertools.product(
         [0.0, 0.01],
         [True, False],

@@ -37,7 +37,7 @@ ArrayRef read_data(const py::object& data) {
 /// Gives a buffer's gradient the values of an array of its shape, which for one on a device may also be on the CPU.
 void copy_to_buffer(const ArrayRef& ref, const ArrayRef& buffer_grad) {
     if (buffer_grad.device != cpu_device) {
-        call(attribute_of("sgdcore._devices", "assign"), py::make_tuple(buffer_grad.object(), ref.object()));
+        call(attribute_of("sgdcore.device_array", "assign"), py::make_tuple(buffer_grad.object(), ref.object()));
     } else {
         require_same_device(ref, buffer_grad, "grad");
         call(attribute_of("numpy", "copyto"), py::make_tuple(buffer_grad.array, ref.array),

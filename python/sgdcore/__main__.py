@@ -45,6 +45,14 @@ def _print_info(_: argparse.Namespace) -> int:
     return 0
 
 
+def _run_demo(args: argparse.Namespace) -> int:
+    if not args.distributed:
+        return demo.main(args)
+    from sgdcore import demo_distributed
+
+    return demo.main(args, demo_distributed.run)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
@@ -54,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo_parser = commands.add_parser("demo", help="train a network on handwritten digits")
     demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=demo.main)
+    demo_parser.set_defaults(run=_run_demo)
     bench_parser = commands.add_parser(
         "bench", help="time whole steps beside torch, NumPy and others"
     )

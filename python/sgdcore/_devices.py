@@ -8,7 +8,7 @@ from typing import Any
 
 from sgdcore import _core
 
-__all__ = ["CPU", "assign", "current_stream", "load_runtime", "reason_against", "status"]
+__all__ = ["CPU", "current_stream", "load_runtime", "reason_against", "status"]
 
 CPU = -1  # the CPU's number among devices, as in the core; CUDA's count from 0
 
@@ -77,10 +77,3 @@ def current_stream(array: Any, device: int) -> int:
         return int(module.cuda.current_stream(device).cuda_stream)
     with module.cuda.Device(device):
         return int(module.cuda.get_current_stream().ptr)
-
-
-def assign(target: Any, values: Any) -> None:
-    """Copy values into an array on a device, whichever library it is from."""
-    from sgdcore.device_array import DeviceArray
-
-    DeviceArray.of(target).assign(values)

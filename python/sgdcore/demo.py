@@ -25,22 +25,18 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 import sgdcore
 from sgdcore._hints import needs
-
-if TYPE_CHECKING:
-    from sgdcore.distributed import ProcessGroup
 
 Array = npt.NDArray[Any]
 LossFunction = Callable[[Array, Array], tuple[float, Array]]
@@ -713,8 +709,18 @@ def _resolve_nesterov(args: argparse.Namespace) -> bool:
     return defined if args.nesterov is None else bool(args.nesterov)
 
 
-def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
-    """Train and report, alone or with the other ranks of a group, and return the exit code."""
+@dataclass(frozen=True)
+class Workers:
+    """What differs where the demo trains on several ranks."""
+
+    rank: int
+    size: int
+    train: Callable[..., None]  # takes the place of `train`, with its arguments
+    averaged: str  # what is averaged when
+
+
+def run(args: argparse.Namespace, workers: Workers | None = None) -> int:
+    """Train and report, alone or as one of several ranks, and return the exit code."""
     options = {
         "lr": args.lr,
         "momentum": args.momentum,
@@ -738,9 +744,9 @@ def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
         )
 
     history = History()
-    finished = _run_training(args, group, model, optimizer, data, rng, history)
+    finished = _run_training(args, workers, model, optimizer, data, rng, history)
     _report_training(history, args.epochs, finished)
-    if group is None or group.rank == 0:
+    if workers is None or workers.rank == 0:
         if finished:
             try:
                 _report_steps(compare_steps(model.shapes, args.dtype, options, rng), what)
@@ -754,7 +760,7 @@ def run(args: argparse.Namespace, group: ProcessGroup | None = None) -> int:
 
 def _run_training(
     args: argparse.Namespace,
-    group: ProcessGroup | None,
+    workers: Workers | None,
     model: MLP,
     optimizer: sgdcore.SGD,
     data: Digits,
@@ -768,22 +774,12 @@ def _run_training(
     """
     samples = len(data.train_labels)
     train_function: Callable[..., None] = train
-    if group is not None:
-        from sgdcore import demo_distributed
-
-        samples = math.ceil(samples / group.size)
-        train_function = partial(
-            demo_distributed.train_on_shards,
-            group=group,
-            sync_every=args.sync_every,
-            seed=args.seed,
-        )
+    if workers is not None:
+        samples = math.ceil(samples / workers.size)
+        train_function = workers.train
         if not args.quiet:
-            averaged = f"parameters averaged every {args.sync_every} steps"
-            if args.sync_every == 1:
-                averaged = "gradients averaged in each step"
             _say(
-                f"{group.size} ranks, {averaged}; "
+                f"{workers.size} ranks, {workers.averaged}; "
                 f"each with {samples} digits in batches of {args.batch_size}"
             )
     steps = args.epochs * math.ceil(samples / args.batch_size)
@@ -845,7 +841,7 @@ def _report_plot(path: Path, history: History, network: str, loss: str) -> bool:
     return finished
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], int] = run) -> int:
     """Run the demo with the arguments that `add_arguments` declares, and return the exit code.
 
     0: done; 1: an extra is missing, the training diverged, or the output could not be written; 2:
@@ -853,10 +849,6 @@ def main(args: argparse.Namespace) -> int:
     """
     try:
         with _threads(args.threads):
-            if args.distributed:
-                from sgdcore import demo_distributed
-
-                return demo_distributed.run(args)
             return run(args)
     except DemoError as error:
         print(f"sgdcore demo: error: {error}", file=sys.stderr)

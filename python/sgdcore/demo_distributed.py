@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 
@@ -103,7 +104,8 @@ def train_on_shards(
 def run(args: argparse.Namespace) -> int:
     """Join the other ranks and run the demo with them, and return the exit code."""
     with _join(plot=args.plot is not None) as group:
-        code = demo.run(args, group) if group.rank == 0 else _run_silently(args, group)
+        workers = _workers(args, group)
+        code = demo.run(args, workers) if group.rank == 0 else _run_silently(args, workers)
         if code == demo.INTERRUPTED:
             # The others may be waiting for this rank, where no Ctrl-C gets through to them.
             if group.rank > 0:
@@ -112,11 +114,19 @@ def run(args: argparse.Namespace) -> int:
         return code
 
 
-def _run_silently(args: argparse.Namespace, group: ProcessGroup) -> int:
+def _workers(args: argparse.Namespace, group: ProcessGroup) -> demo.Workers:
+    averaged = f"parameters averaged every {args.sync_every} steps"
+    if args.sync_every == 1:
+        averaged = "gradients averaged in each step"
+    train = partial(train_on_shards, group=group, sync_every=args.sync_every, seed=args.seed)
+    return demo.Workers(group.rank, group.size, train, averaged)
+
+
+def _run_silently(args: argparse.Namespace, workers: demo.Workers) -> int:
     silent = argparse.Namespace(**{**vars(args), "quiet": True, "plot": None})
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         try:
-            return demo.run(silent, group)
+            return demo.run(silent, workers)
         except demo.DemoError as error:  # which the first rank reports
             return error.exit_code
 

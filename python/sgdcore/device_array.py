@@ -13,7 +13,7 @@ from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
 from sgdcore._devices import CPU, current_stream
 
-__all__ = ["DeviceArray", "device_number"]
+__all__ = ["DeviceArray", "assign", "device_number"]
 
 _KDLCUDA = 2  # DLPack's name for CUDA devices
 
@@ -267,6 +267,11 @@ class DeviceArray:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.numpy(), self.device)
+
+
+def assign(target: Any, values: Any) -> None:
+    """Copy values into an array on a device, whichever library it is from; the core calls this by name."""
+    DeviceArray.of(target).assign(values)
 
 
 def _restore(values: Array, device: int) -> DeviceArray:

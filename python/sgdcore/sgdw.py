@@ -40,7 +40,8 @@ class SGDW(Optimizer):
         lr: learning rate, >= 0; a number or an array of one element, read at each step. Default 1e-3.
         momentum: the part of the buffer that survives a step, >= 0. Default 0.
         dampening: the part of the gradient that an existing buffer does not receive; any number but NaN. Default 0.
-        weight_decay: the part of the parameter that a step takes away, times lr if `scale_decay_by_lr`; >= 0. Default 0.
+        weight_decay: the part of the parameter that a step takes away, times lr if `scale_decay_by_lr`; >= 0; default
+            0.
         nesterov: use Nesterov's momentum; needs momentum > 0 and dampening 0. Default False.
         maximize: ascend instead of descend. Default False.
         scale_decay_by_lr: scale the decay by the learning rate, as timm's SGDW and torch.optim.AdamW do. If False, the

@@ -18,9 +18,9 @@ from sgdcore._arrays import as_tensor
 from sgdcore._checkpoint import check_layout, refuse_other_optimizers
 from sgdcore._devices import CPU
 from sgdcore._grad_scaler import asked_by_grad_scaler
+from sgdcore._hyperparameters import float_of
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
-from sgdcore._hyperparameters import float_of
 from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
