@@ -44,9 +44,11 @@ inline bool may_overlap(std::span<const Axis> axes, std::size_t item) {
 /// The hyperparameters of one parameter group. `RuleInfo::hyper` makes one.
 struct Hyper {
     Values values;
-    std::uint32_t states = 0;  // those of the rule's states that take part: bit s is state s
+    std::uint32_t states = 0;       // those of the rule's states that take part: bit s is state s
+    std::uint8_t variants[2] = {};  // the rule's variant for a tensor's later steps, and for its first
 
     bool has_state(int state) const { return (states >> state & 1) != 0; }
+    int variant(bool first) const { return variants[first]; }
 };
 
 /// One tensor of the work list: where its arrays are and which hyperparameters apply.
@@ -71,15 +73,6 @@ struct TensorRef {
     /// happened, so a first one is followed by steps that may still be first.
     std::uint8_t* pending = nullptr;
 };
-
-/// True if the tensor's arithmetic is float64: an array that takes part is stored as float64. Otherwise it is float32.
-inline bool computes_in_float64(const TensorRef& tensor, const Hyper& hyper) {
-    bool wide = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64;
-    for (int state = 0; hyper.states >> state != 0; ++state) {
-        wide = wide || (hyper.has_state(state) && tensor.state_dtypes[state] == DType::float64);
-    }
-    return wide;
-}
 
 struct StepOptions {
     int rule = 0;            // the rule's number

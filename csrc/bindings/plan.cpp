@@ -14,42 +14,40 @@
 namespace sgdcore::bindings {
 namespace {
 
-std::byte* end_of(const TensorRef& tensor, std::byte* base, DType dtype) {
-    return base + tensor.size * static_cast<std::int64_t>(item_size(dtype));
-}
-
-bool continue_states(const TensorRef& tensor, const TensorRef& next) {
-    for (int state = 0; state < max_states; ++state) {
-        const DType dtype = tensor.state_dtypes[state];
-        if (tensor.states[state] == nullptr && next.states[state] == nullptr) continue;
-        if (tensor.states[state] == nullptr || dtype != next.state_dtypes[state] ||
-            end_of(tensor, tensor.states[state], dtype) != next.states[state]) {
-            return false;
-        }
-    }
-    return true;
-}
+/// What a step knows of one parameter. `momentum` is null where the group has none.
+struct Operands {
+    const ArrayRef &data, &grad;
+    const ArrayRef* momentum;
+    std::span<const Axis> grad_axes;
+    std::uint32_t group;
+    bool first;
+};
 
 /// True if `next` continues `tensor` in all arrays, so that both are one run of memory with one rule.
-bool continues(const TensorRef& tensor, const TensorRef& next) {
-    return end_of(tensor, tensor.param, tensor.param_dtype) == next.param &&
-           end_of(tensor, tensor.grad, tensor.grad_dtype) == next.grad && tensor.grad_axes.empty() &&
-           next.grad_axes.empty() && tensor.hyper == next.hyper && tensor.device == next.device &&
-           tensor.first == next.first && tensor.param_dtype == next.param_dtype &&
-           tensor.grad_dtype == next.grad_dtype && continue_states(tensor, next);
+bool continues(const TensorRef& tensor, const Operands& next) {
+    const auto ends_at = [&](const std::byte* base, DType dtype, const ArrayRef& array) {
+        return dtype == array.dtype && base + tensor.size * static_cast<std::int64_t>(item_size(dtype)) == array.data;
+    };
+    return ends_at(tensor.param, tensor.param_dtype, next.data) && ends_at(tensor.grad, tensor.grad_dtype, next.grad) &&
+           tensor.grad_axes.empty() && next.grad_axes.empty() && tensor.hyper == next.group &&
+           tensor.device == next.data.device && tensor.first == next.first &&
+           (next.momentum == nullptr || ends_at(tensor.states[0], tensor.state_dtypes[0], *next.momentum));
 }
 
-/// The part of the work list that arrays tell.
-TensorRef tensor_of(const ArrayRef& data, const ArrayRef& grad, std::span<const Axis> grad_axes) {
-    TensorRef tensor;
-    tensor.param = data.data;
-    tensor.grad = grad.data;
-    tensor.size = data.size;
-    tensor.grad_axes = grad_axes;
-    tensor.device = data.device;
-    tensor.param_dtype = data.dtype;
-    tensor.grad_dtype = grad.dtype;
-    return tensor;
+/// Fills an entry of the work list in place: what was just written in pieces is slow to copy.
+void fill(TensorRef& tensor, const Operands& operands) {
+    tensor.param = operands.data.data;
+    tensor.grad = operands.grad.data;
+    tensor.size = operands.data.size;
+    tensor.grad_axes = operands.grad_axes;
+    tensor.hyper = operands.group;
+    tensor.device = operands.data.device;
+    tensor.param_dtype = operands.data.dtype;
+    tensor.grad_dtype = operands.grad.dtype;
+    tensor.first = operands.first;
+    if (operands.momentum == nullptr) return;
+    tensor.states[0] = operands.momentum->data;
+    tensor.state_dtypes[0] = operands.momentum->dtype;
 }
 
 bool is_sequence(const py::object& object) {
@@ -222,23 +220,22 @@ Plan::Listed Plan::list_tensors(bool given) {
         used_grads_[i] = grad.empty() ? nullptr : &grad;
         if (grad.empty()) continue;
         listed.new_grads |= entry.grad_version != parameter.grad_version;
-        TensorRef tensor = tensor_of(parameter.data(), grad, given ? given_[i].axes : parameter.grad_axes());
-        tensor.hyper = entry.group;
-        if (hypers_[entry.group].has_state(0)) {
-            const ArrayRef& momentum = entry.slot->momentum();
-            if (momentum.empty()) missing_.push_back(i);
-            tensor.states[0] = momentum.data;
-            tensor.state_dtypes[0] = momentum.dtype;
-            tensor.first = !entry.slot->initialized();
-            if (tensor.first) first_.push_back(i);
-        }
-        listed.on_device |= tensor.device != cpu_device;
-        listed.elements += tensor.size;
-        if (tensor.size == 0) continue;
-        if (!tensors_.empty() && continues(tensors_.back(), tensor)) {
-            tensors_.back().size += tensor.size;
+        const bool has_momentum = hypers_[entry.group].has_state(0);
+        const Operands operands{parameter.data(),
+                                grad,
+                                has_momentum ? &entry.slot->momentum() : nullptr,
+                                given ? given_[i].axes : parameter.grad_axes(),
+                                entry.group,
+                                has_momentum && !entry.slot->initialized()};
+        if (has_momentum && operands.momentum->empty()) missing_.push_back(i);
+        if (operands.first) first_.push_back(i);
+        listed.on_device |= operands.data.device != cpu_device;
+        listed.elements += operands.data.size;
+        if (operands.data.size == 0) continue;
+        if (!tensors_.empty() && continues(tensors_.back(), operands)) {
+            tensors_.back().size += operands.data.size;
         } else {
-            tensors_.push_back(tensor);
+            fill(tensors_.emplace_back(), operands);
         }
     }
     return listed;

@@ -66,9 +66,10 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     const DType compute = wide ? DType::float64 : DType::float32;
     const DType grad = options.grad_factor == 1 ? tensor.grad_dtype : compute;
     const int direct = alike ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
-    const int blocks = direct_index.find({compute, compute, compute});
-    const int variant = R::variant(hyper.values, tensor.first);
-    return {kernels.find(direct >= 0 ? direct : blocks, variant), direct >= 0, wide, uses_of<R>.of[variant]};
+    const int variant = hyper.variant(tensor.first);
+    const Use* const uses = uses_of<R>.of[variant];
+    if (direct >= 0) return {kernels.find(direct, variant), true, wide, uses};
+    return {kernels.find(direct_index.find({compute, compute, compute}), variant), false, wide, uses};
 }
 
 struct Work {

@@ -8,18 +8,20 @@ namespace sgdcore {
 namespace {
 
 template <class R>
-std::uint32_t states_in_use(const Values& values) {
-    std::uint32_t states = 0;
-    const int variant = R::variant(values, false);
-    for (int state = 0; state < state_count<R>; ++state) {
-        if (R::use(R::variants[variant], state) != Use::none) states |= 1u << state;
+Hyper hyper(const Values& values) {
+    Hyper result{values};
+    for (const bool first : {false, true}) {
+        result.variants[first] = static_cast<std::uint8_t>(R::variant(values, first));
     }
-    return states;
+    for (int state = 0; state < state_count<R>; ++state) {
+        if (R::use(R::variants[result.variant(false)], state) != Use::none) result.states |= 1u << state;
+    }
+    return result;
 }
 
 template <class... R>
 std::span<const RuleInfo> list(RuleList<R...>) {
-    static constexpr RuleInfo infos[] = {{R::name, R::hypers, R::states, states_in_use<R>}...};
+    static constexpr RuleInfo infos[] = {{R::name, R::hypers, R::states, hyper<R>}...};
     return infos;
 }
 

@@ -14,10 +14,8 @@ struct RuleInfo {
     const char* name;
     std::span<const HyperSpec> hypers;
     std::span<const StateSpec> states;
-    /// The states that take part under these values: bit s is state s.
-    std::uint32_t (*states_in_use)(const Values& values);
-
-    Hyper hyper(const Values& values) const { return {values, states_in_use(values)}; }
+    /// A group's hyperparameters with what the rule makes of them.
+    Hyper (*hyper)(const Values& values);
 };
 
 /// All rules; the position is a rule's number.
