@@ -189,6 +189,8 @@ class Optimizer:
     """
 
     rule: ClassVar[str]
+    # The identities of the parameters so far, while the constructor adds groups.
+    _known: set[int] | None = None
 
     def __init__(self, params: ParamsLike, defaults: dict[str, Any]) -> None:
         if not hasattr(self, "rule"):
@@ -224,8 +226,6 @@ class Optimizer:
         self._plan = _core.Plan(self.rule)
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
-        # The identities of the parameters so far, while the constructor adds groups.
-        self._known: set[int] | None = None
         self._step_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._step_post_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
