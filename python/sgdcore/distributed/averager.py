@@ -34,8 +34,8 @@ class Sizes:
 # An operation of gloo's costs its threads more than it gains by being cut and overlapped (benchmarks/distributed.py).
 GLOO_SIZES = Sizes(256 << 20, 16 << 20)
 # MPICH allocates up to as much memory as a chunk has for each operation. What is small enough comes back from the last
-# operation; what is large comes from the system anew, page after page.
-MPI_SIZES = Sizes(28 << 20, 28 << 20, 2)
+# operation, if that is done; what is large comes from the system anew, page after page.
+MPI_SIZES = Sizes(28 << 20, 28 << 20, 1)
 # Rounding to a wire dtype costs the processor as much as a fast link takes to send: the sooner the first chunk leaves,
 # the better.
 WIRE_SIZES = Sizes(4 << 20, 4 << 20)
