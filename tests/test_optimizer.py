@@ -1624,3 +1624,16 @@ def test_many_groups_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> No
         sgdcore.SGD([*groups, {"params": [arrays[0][:1]]}], lr=0.5)
     with pytest.raises(ValueError, match="with/without names"):
         sgdcore.SGD([*groups, {"params": [("a", np.ones(2, np.float32))]}], lr=0.5)
+
+
+def test_get_and_setdefault_of_the_state_know_an_empty_one() -> None:
+    parameter = sgdcore.Parameter(np.ones(2))
+    optimizer = sgdcore.SGD([parameter], lr=0.1, momentum=0.9)
+    assert optimizer.state.get(parameter) is None
+    assert optimizer.state.get(parameter, 3) == 3
+    assert len(optimizer.state) == 0
+    assert optimizer.state.setdefault(parameter, {"count": 1}) == {"count": 1}
+    assert optimizer.state.setdefault(parameter, {"count": 2}) == {"count": 1}
+    optimizer.step(grads=[np.ones(2)])
+    assert optimizer.state.get(parameter) == optimizer.state[parameter]
+    assert optimizer.state.get(parameter)["momentum_buffer"].tolist() == [1, 1]

@@ -152,6 +152,17 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
             raise KeyError(parameter)
         return default
 
+    # The inherited methods would find the empty state that is made on demand.
+    def get(self, parameter: Parameter, default: Any = None) -> Any:
+        """Return a parameter's state; `default` if it has none."""
+        return self._states[parameter] if parameter in self else default
+
+    def setdefault(self, parameter: Parameter, default: Any = None) -> Any:
+        """Return a parameter's state, which takes the values of `default`, a mapping or None, if there is none."""
+        if parameter not in self:
+            self[parameter] = {} if default is None else default
+        return self[parameter]
+
     def __iter__(self) -> Iterator[Parameter]:
         return (parameter for parameter, state in self._states.items() if state)
 
