@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgdcore import _core
 from sgdcore.torch.sgd import SGD
 
 __all__ = ["Verification", "verify"]
@@ -117,9 +118,12 @@ def verify(
         the first difference, if any, and the time of both.
 
     Raises:
-        TypeError: if `batches` is neither iterable nor callable, or a batch needs a `loss_fn`.
+        TypeError: if `batches` is neither iterable nor callable, `steps` is no integer, or a batch needs a `loss_fn`.
         ValueError: if `steps` is not positive, or there is no batch.
     """
+    if not isinstance(steps, int):
+        hint = "; a function for the loss is passed as loss_fn=" if callable(batches) else ""
+        raise TypeError(f"steps: expected an integer, got {_core.repr_text(steps)}{hint}")
     if steps < 1:
         raise ValueError(f"steps: expected a positive number, got {steps}")
     loss_fn = loss_fn or _default_loss
