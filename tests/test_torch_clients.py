@@ -496,7 +496,7 @@ def test_verify_finds_equal_bits() -> None:
         assert_same_bits(p.detach(), kept)
     with pytest.raises(ValueError, match="steps: expected a positive number, got 0"):
         verify(model, batch, steps=0)
-    with pytest.raises(TypeError, match="steps: expected an integer, got .*; .* loss_fn="):
+    with pytest.raises(TypeError, match=r"steps: expected an integer, got .*; .* loss_fn="):
         verify(model, lambda model, batch: torch.zeros(()), [batch(0)])  # type: ignore[arg-type]
 
 
