@@ -15,30 +15,15 @@
 
 namespace sgdcore {
 
-struct SgdW {
+/// What is not declared here is SGD's.
+struct SgdW : Sgd {
     static constexpr const char* name = "sgdw";
-    enum : int {  // SGD's, which read the same values, come first
-        lr = Sgd::lr,
-        momentum = Sgd::momentum,
-        dampening = Sgd::dampening,
-        weight_decay = Sgd::weight_decay,
-        nesterov = Sgd::nesterov,
-        maximize = Sgd::maximize,
-        scale_decay_by_lr,
-    };
+    enum : int { scale_decay_by_lr = maximize + 1 };
     static constexpr HyperSpec hypers[] = {
         {HyperSpec::number, "lr", true},           {HyperSpec::number, "momentum"}, {HyperSpec::number, "dampening"},
         {HyperSpec::number, "weight_decay", true}, {HyperSpec::flag, "nesterov"},   {HyperSpec::flag, "maximize"},
         {HyperSpec::flag, "scale_decay_by_lr"},
     };
-    static constexpr StateSpec states[] = {{"momentum_buffer", "momentum_dtype"}};
-
-    using Variant = Sgd::Variant;
-    static constexpr const auto& variants = Sgd::variants;
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const Values& values, bool first) {
-        return Sgd::variant(values, first);
-    }
-    SGDCORE_HOST_DEVICE static constexpr Use use(Variant variant, int state) { return Sgd::use(variant, state); }
 
     template <class C>
     struct Coefficients : Sgd::Coefficients<C> {
