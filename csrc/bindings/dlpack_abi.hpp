@@ -18,7 +18,7 @@ struct DLDataType {
     std::uint8_t code, bits;
     std::uint16_t lanes;
 };
-inline constexpr std::uint8_t code_float = 2, code_bfloat = 4;
+inline constexpr std::uint8_t code_int = 0, code_float = 2, code_bfloat = 4;
 
 /// The storage type, if it is one of ours.
 constexpr std::optional<DType> storage_type(const DLDataType& type) {

@@ -12,20 +12,25 @@ void register_torch_plan(py::module_& module) {
         .def(py::init([](const std::string& rule, py::object exchange_api, py::object describe, py::object access,
                          py::object increment_version, py::object increment_version_where_possible,
                          py::object is_negated, py::object tensor_type, py::object parameter_type,
-                         py::object grad_descriptor, py::object requires_grad_descriptor, py::object current_stream) {
+                         py::object grad_descriptor, py::object requires_grad_descriptor, py::object kind_of,
+                         py::object sparse_indices, py::object sparse_values, py::object current_stream) {
                  return TorchPlan(
                      rule_number(rule),
                      {std::move(exchange_api), std::move(describe), std::move(access), std::move(increment_version),
                       std::move(increment_version_where_possible), std::move(is_negated), std::move(tensor_type),
                       std::move(parameter_type), std::move(grad_descriptor), std::move(requires_grad_descriptor),
+                      std::move(kind_of), std::move(sparse_indices), std::move(sparse_values),
                       std::move(current_stream)});
              }),
              py::kw_only(), py::arg("rule"), py::arg("exchange_api"), py::arg("describe"), py::arg("access"),
              py::arg("increment_version"), py::arg("increment_version_where_possible"), py::arg("is_negated"),
              py::arg("tensor_type"), py::arg("parameter_type"), py::arg("grad_descriptor"),
-             py::arg("requires_grad_descriptor"), py::arg("current_stream"))
+             py::arg("requires_grad_descriptor"), py::arg("kind_of"), py::arg("sparse_indices"),
+             py::arg("sparse_values"), py::arg("current_stream"))
         .def("run", &TorchPlan::run, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
              py::arg("grad_factor"), py::arg("scaling") = py::none())
+        .def("run_beside", &TorchPlan::run_beside, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
+             py::arg("grad_factor"), py::arg("scaling"), py::arg("left_out"), py::arg("momenta"), py::arg("items"))
         .def("run_items", &TorchPlan::run_items, py::arg("param_groups"), py::arg("items"), py::arg("grad_factor"),
              py::arg("dry_run"), py::arg("scaling") = py::none())
         .def("set_pending", &TorchPlan::set_pending, py::arg("flags"))

@@ -22,6 +22,25 @@ bool same_strides(const TorchView& a, const TorchView& b) {
 
 std::uintptr_t address_of(const std::byte* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
 
+/// A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does not
+/// tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and momentum
+/// buffers were, once.
+bool may_be_negated(const TorchView& param, const TorchView& grad, std::int64_t size) {
+    return size == 1 || (size > 0 && !same_strides(param, grad));
+}
+
+Extent extent_of(const std::byte* data, std::int64_t size, DType dtype) {
+    return {address_of(data), address_of(data) + static_cast<std::uintptr_t>(size) * item_size(dtype)};
+}
+
+Extent grad_extent(const TensorRef& tensor) {
+    const auto item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
+    std::int64_t reach = item;  // from the first element to behind the last
+    for (const Axis& axis : tensor.grad_axes) reach += (axis.length - 1) * axis.stride;
+    if (tensor.grad_axes.empty()) reach = tensor.size * item;
+    return {address_of(tensor.grad), address_of(tensor.grad) + static_cast<std::uintptr_t>(reach)};
+}
+
 }  // namespace
 
 bool memory_order(const TorchView& view, int* order) {
@@ -58,9 +77,9 @@ TorchListing::Answer TorchListing::add(const TorchReader& reader, std::size_t po
                                        const TorchViews& views, std::uint32_t group, bool first) {
     if (next_ < tensors_.size()) {
         const Found& found = found_[next_];
-        if (found.position == position && tensors_[next_].hyper == group && tensors_[next_].first == first &&
-            matches(next_, views)) {
+        if (found.position == position && tensors_[next_].hyper == group && matches(next_, views)) {
             if (found.may_be_negated && reader.is_negated(grad)) return Answer::refused;
+            tensors_[next_].first = first;
             return update(next_, views);
         }
     }
@@ -117,6 +136,16 @@ TorchListing::Answer TorchListing::update(std::size_t index, const TorchViews& v
     return Answer::listed;
 }
 
+bool TorchListing::takes(const TorchReader& reader, PyObject* grad, const TorchViews& views) const {
+    const TorchView &p = views.param, &g = views.grad;
+    if (!same_shape(p, g) || p.device != g.device) return false;
+    const std::int64_t size = size_of(p);
+    if (size > 0 && (p.data == nullptr || g.data == nullptr)) return false;
+    int order[max_dimensions];
+    if (size > 0 && !memory_order(p, order)) return false;
+    return !(may_be_negated(p, g, size) && reader.is_negated(grad));
+}
+
 TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t position, PyObject* grad,
                                           const TorchViews& views, std::uint32_t group, bool first) {
     const TorchView &p = views.param, &g = views.grad, &m = views.momentum;
@@ -136,12 +165,9 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
     tensor.device = p.device;
     tensor.first = first;
     if (tensor.size > 0 && (p.data == nullptr || g.data == nullptr)) return Answer::refused;
-    // A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does
-    // not tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and
-    // momentum buffers were, once.
+    const bool ask = may_be_negated(p, g, tensor.size);
+    if (ask && reader.is_negated(grad)) return Answer::refused;
     const bool reordered = tensor.size > 0 && !same_strides(p, g);
-    const bool may_be_negated = reordered || tensor.size == 1;
-    if (may_be_negated && reader.is_negated(grad)) return Answer::refused;
     int order[max_dimensions];
     if (tensor.size > 0 && !memory_order(p, order)) return Answer::refused;
     const std::size_t axes_start = axes_.size();
@@ -153,7 +179,7 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
         }
     }
     found_.push_back(
-        {position, layouts_.size(), axes_.size(), p.dimensions, views.has_momentum, may_be_negated, p.shape, g.shape});
+        {position, layouts_.size(), axes_.size(), p.dimensions, views.has_momentum, ask, p.shape, g.shape});
     for (const std::int64_t* part : {p.shape, p.strides, g.strides}) {
         layouts_.insert(layouts_.end(), part, part + p.dimensions);
     }
@@ -188,7 +214,7 @@ void TorchListing::truncate(std::size_t count) {
     relisted_ = moved_writes_ = true;
 }
 
-bool TorchListing::finish(bool zero_grad) {
+void TorchListing::finish() {
     truncate(next_);
     if (relisted_) {
         on_device_ = std::ranges::any_of(tensors_, [](const TensorRef& t) { return t.device != cpu_device; });
@@ -198,35 +224,77 @@ bool TorchListing::finish(bool zero_grad) {
             start = found_[i].axes;
         }
     }
-    if (moved_writes_) {
-        if (!writes_are_disjoint()) return false;
-        for (const TensorRef& tensor : tensors_) {
-            if (!apart_from_writes(tensor)) return false;
-        }
-    } else {
-        for (const std::size_t index : moved_grads_) {
-            if (!apart_from_writes(tensors_[index])) return false;
-        }
-    }
     if (relisted_ || !moved_grads_.empty()) disjoint_grads_ = false;
-    if (zero_grad && !disjoint_grads_) {
-        if (!grads_are_disjoint()) return false;
-        disjoint_grads_ = true;
+    if (!is_disjoint()) {
+        std::vector<Claim> all = claims();
+        std::vector<bool> marked(tensors_.size());
+        mark_conflicts(all, marked);
+        for (std::size_t i = 0; i < marked.size(); ++i) {
+            if (marked[i]) entangled_.push_back(i);
+        }
     }
     complete_ = true;
-    return true;
+}
+
+/// False if there may be entangled tensors, which are to be found then. Looks at what has moved only.
+bool TorchListing::is_disjoint() {
+    const bool again = !entangled_.empty();  // any that moved may have come apart
+    if (!moved_writes_ && moved_grads_.empty()) return true;
+    if (moved_writes_ || again) {
+        entangled_.clear();
+        return writes_are_disjoint() &&
+               std::ranges::all_of(tensors_, [&](const TensorRef& tensor) { return apart_from_writes(tensor); });
+    }
+    return std::ranges::all_of(moved_grads_, [&](std::size_t index) { return apart_from_writes(tensors_[index]); });
+}
+
+bool TorchListing::can_take_turns() const {
+    return std::ranges::all_of(entangled_, [&](std::size_t index) {
+        const TensorRef& tensor = tensors_[index];
+        const Extent param = extent_of(tensor.param, tensor.size, tensor.param_dtype);
+        if (found_[index].has_momentum &&
+            overlap(param, extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0]))) {
+            return false;
+        }
+        return tensor.device == cpu_device && (tensor.grad_axes.empty() || !is_own_gradient(index));
+    });
+}
+
+bool TorchListing::is_own_gradient(std::size_t index) const {
+    const TensorRef& tensor = tensors_[index];
+    const Extent grad = grad_extent(tensor);
+    return overlap(grad, extent_of(tensor.param, tensor.size, tensor.param_dtype)) ||
+           (found_[index].has_momentum &&
+            overlap(grad, extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0])));
+}
+
+bool TorchListing::can_clear() {
+    if (!disjoint_grads_) disjoint_grads_ = grads_are_disjoint();
+    return disjoint_grads_;
+}
+
+std::vector<Claim> TorchListing::claims() const {
+    std::vector<Claim> claims;
+    claims.reserve(3 * tensors_.size());
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+        const TensorRef& tensor = tensors_[i];
+        if (tensor.size == 0) continue;
+        claims.push_back({extent_of(tensor.param, tensor.size, tensor.param_dtype), i, true});
+        if (found_[i].has_momentum) {
+            claims.push_back({extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0]), i, true});
+        }
+        claims.push_back({grad_extent(tensor), i, false});
+    }
+    return claims;
 }
 
 bool TorchListing::writes_are_disjoint() {
     writes_.clear();
-    const auto add = [&](const std::byte* data, std::int64_t size, DType dtype) {
-        writes_.push_back({address_of(data), address_of(data) + static_cast<std::uintptr_t>(size) * item_size(dtype)});
-    };
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
         const TensorRef& tensor = tensors_[i];
         if (tensor.size == 0) continue;
-        add(tensor.param, tensor.size, tensor.param_dtype);
-        if (found_[i].has_momentum) add(tensor.states[0], tensor.size, tensor.state_dtypes[0]);
+        writes_.push_back(extent_of(tensor.param, tensor.size, tensor.param_dtype));
+        if (found_[i].has_momentum) writes_.push_back(extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0]));
     }
     sort_by_address(writes_);
     return find_overlap(writes_) == writes_.end();
@@ -243,14 +311,6 @@ bool TorchListing::grads_are_disjoint() {
     }
     sort_by_address(grads_);
     return find_overlap(grads_) == grads_.end();
-}
-
-Extent TorchListing::grad_extent(const TensorRef& tensor) {
-    const auto item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
-    std::int64_t reach = item;  // from the first element to behind the last
-    for (const Axis& axis : tensor.grad_axes) reach += (axis.length - 1) * axis.stride;
-    if (tensor.grad_axes.empty()) reach = tensor.size * item;
-    return {address_of(tensor.grad), address_of(tensor.grad) + static_cast<std::uintptr_t>(reach)};
 }
 
 }  // namespace sgdcore::bindings

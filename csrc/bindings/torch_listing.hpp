@@ -31,11 +31,25 @@ class TorchListing {
     Answer add(const TorchReader& reader, std::size_t position, PyObject* grad, const TorchViews& views,
                std::uint32_t group, bool first);
 
-    /// Ends the pass. Returns false if memory that a step writes overlaps other memory of the list; gradients may
-    /// overlap each other unless they are cleared.
-    bool finish(bool zero_grad);
+    /// True if `add` would list a tensor like that, whose momentum buffer is to be made yet.
+    bool takes(const TorchReader& reader, PyObject* grad, const TorchViews& views) const;
+
+    /// Ends the pass: finds the tensors that are entangled.
+    void finish();
+    /// Indices of the tensors whose memory, where a step writes it, overlaps other memory of the list; sorted.
+    /// Gradients may overlap each other.
+    const std::vector<std::size_t>& entangled() const { return entangled_; }
+    /// True if the entangled tensors can be stepped one after the other: on the CPU, no parameter overlaps its own
+    /// momentum buffer, and no gradient out of the parameter's order what its own step writes.
+    bool can_take_turns() const;
+    /// True if a tensor's gradient overlaps what its own step writes.
+    bool is_own_gradient(std::size_t index) const;
+    /// True if no gradients overlap, so that each can be cleared as soon as it was used.
+    bool can_clear();
 
     std::span<const TensorRef> tensors() const { return tensors_; }
+    /// What the tensors read and write, by index.
+    std::vector<Claim> claims() const;
     /// True if the last pass listed other parameters than the one before, or others with momentum.
     bool relisted() const { return relisted_; }
     /// Of the tensor with this index: the position of its parameter, and whether it has a momentum buffer.
@@ -69,8 +83,8 @@ class TorchListing {
     void truncate(std::size_t count);
     bool writes_are_disjoint();
     bool apart_from_writes(const TensorRef& tensor) const;
+    bool is_disjoint();
     bool grads_are_disjoint();
-    static Extent grad_extent(const TensorRef& tensor);
 
     std::vector<TensorRef> tensors_;
     std::vector<Found> found_;  // parallel to tensors_
@@ -78,6 +92,7 @@ class TorchListing {
     std::vector<Axis> axes_;
     std::vector<Extent> writes_;  // parameters and momentum buffers, sorted by address
     std::vector<Extent> grads_;   // used while they are compared
+    std::vector<std::size_t> entangled_;
     std::int64_t elements_ = 0;
     bool on_device_ = false;
     bool complete_ = false;        // the last pass came to its end

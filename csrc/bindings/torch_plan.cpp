@@ -2,10 +2,13 @@
 #include "torch_plan.hpp"
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <utility>
 
+#include "../rules/sgd.hpp"
 #include "gil.hpp"
 #include "hypers.hpp"
 #include "text.hpp"
@@ -31,6 +34,11 @@ PyObject* lookup_hashed(PyObject* mapping, PyObject* key, [[maybe_unused]] Py_ha
 #else
     return lookup(mapping, key);
 #endif
+}
+
+/// True if p - lr * 0 is p for every element whose gradient is a zero. A maximizing step turns the zero negative.
+bool leaves_rows_without_gradient(const Hyper& hyper) {
+    return hyper.states == 0 && hyper.values[Sgd::weight_decay] == 0 && hyper.values[Sgd::maximize] == 0;
 }
 
 /// The groups as a list; torch takes whatever can be iterated more than once.
@@ -69,7 +77,7 @@ class TorchPlan::Lease {
 
 void TorchPlan::References::release() {
     // Deallocation may run Python code, so nothing of ours may be in an intermediate state.
-    for (std::vector<PyObject*>* references : {&params, &grads, &momenta}) {
+    for (std::vector<PyObject*>* references : {&params, &grads, &momenta, &parts}) {
         while (!references->empty()) {
             PyObject* const reference = references->back();
             references->pop_back();
@@ -94,50 +102,308 @@ class TorchPlan::Momenta {
         } else {
             values = lookup_hashed(state_, parameter, hash);
         }
-        if (values == nullptr || !PyDict_Check(values)) return nullptr;
+        is_unusual_ = values != nullptr && !PyDict_Check(values);
+        if (values == nullptr || is_unusual_) return nullptr;
         PyObject* buffer;
         Py_ssize_t first = 0;
         if (PyDict_Next(values, &first, &next_key, &buffer) && next_key == key) return buffer;
         return lookup(values, key);
     }
 
+    /// True if what the state has of the last parameter is no dict.
+    bool is_unusual() const { return is_unusual_; }
+
   private:
     PyObject* state_;
     Py_ssize_t position_ = 0;
+    bool is_unusual_ = false;
 };
+
+/// What a step does beside the parameters that are as usual: see `run_beside`.
+struct TorchPlan::Beside {
+    std::vector<std::size_t> left_out;                            // positions, sorted
+    bool everything_left_out = false;                             // whatever the groups are
+    std::vector<std::pair<std::size_t, py::object>> new_momenta;  // by position, sorted
+
+    // The items.
+    TorchListing listing, apart;  // of those that step, and of the others; the position of each is its index
+    std::vector<std::uint8_t*> pending;
+    std::vector<bool> is_apart, overlaps;
+    std::vector<Claim> claims;  // by index
+
+    // Where the pass has come to.
+    std::size_t next_left_out = 0, next_momentum = 0;
+
+    /// True if the parameter at this position is left out; asked in order.
+    bool leaves_out(std::size_t position) {
+        if (next_left_out >= left_out.size() || left_out[next_left_out] != position) return false;
+        ++next_left_out;
+        return true;
+    }
+    /// The new momentum buffer of the parameter at this position, borrowed, or null; asked in order.
+    PyObject* new_momentum(std::size_t position) {
+        while (next_momentum < new_momenta.size() && new_momenta[next_momentum].first < position) ++next_momentum;
+        const bool found = next_momentum < new_momenta.size() && new_momenta[next_momentum].first == position;
+        return found ? new_momenta[next_momentum].second.ptr() : nullptr;
+    }
+    void read_items(const TorchReader& reader, const py::list& items);
+};
+
+void TorchPlan::Beside::read_items(const TorchReader& reader, const py::list& items) {
+    overlaps.resize(items.size());
+    std::vector<std::int64_t> layouts[3];
+    listing.start();
+    apart.start();
+    for (std::size_t i = 0; i < items.size(); ++i) {
+        const auto [parameter, grad, momentum, group, first, flags, memory, stands_apart] = py::cast<
+            std::tuple<py::object, py::object, py::object, std::uint32_t, bool, std::uintptr_t, py::object, bool>>(
+            items[i]);
+        is_apart.push_back(stands_apart);
+        TorchViews views;
+        views.has_momentum = views.momentum_is_read = !momentum.is_none();
+        const bool listed = reader.view(parameter.ptr(), views.param, layouts[0]) &&
+                            reader.view(grad.ptr(), views.grad, layouts[1]) &&
+                            (!views.has_momentum || reader.view(momentum.ptr(), views.momentum, layouts[2])) &&
+                            (stands_apart ? apart : listing).add(reader, i, grad.ptr(), views, group, first) ==
+                                TorchListing::Answer::listed;
+        if (!listed) {
+            overlaps[i] = !stands_apart;  // to be refused by its name
+            continue;
+        }
+        if (!stands_apart) pending.push_back(pointer_of<std::uint8_t>(flags));
+        if (memory.is_none()) continue;
+        for (const py::handle range : memory) {
+            const auto [address, bytes, written] = py::cast<std::tuple<std::uintptr_t, std::uintptr_t, bool>>(range);
+            claims.push_back({{address, address + bytes}, i, written});
+        }
+    }
+    // What has no list of its memory shows it.
+    std::vector<bool> is_given(items.size());
+    for (const Claim& claim : claims) is_given[claim.owner] = true;
+    listing.finish();
+    apart.finish();
+    for (const TorchListing* each : {&listing, &apart}) {
+        for (Claim claim : each->claims()) {
+            claim.owner = each->position(claim.owner);
+            if (!is_given[claim.owner]) claims.push_back(claim);
+        }
+    }
+}
 
 /// What listing the parameters one after the other works with.
 struct TorchPlan::Pass {
     Memory& memory;
     Momenta momenta;
     const bool zero_grad;
+    Beside* const beside;
+    bool only_looks = false;   // lists nothing
     std::size_t position = 0;  // of the parameter among all
+    std::uint32_t group = 0;
     TorchViews views = {};
     std::vector<std::int64_t> layouts[3] = {};  // of the views, where torch does not lend them
+    std::vector<std::size_t> group_starts = {};
+    std::vector<Place> odd = {}, missing = {}, overlapping = {}, left_out = {};
+    TorchRows rows = {};
+    std::vector<std::pair<std::size_t, std::uint32_t>> rows_of = {};  // position and group of each parameter in `rows`
+
+    Place place(std::size_t of, std::size_t in_group) const { return {of, in_group, of - group_starts[in_group]}; }
+    Place place_in_listing(std::size_t index) const {
+        return place(memory.listing.position(index), memory.listing.tensors()[index].hyper);
+    }
+    bool is_complete() const { return odd.empty() && missing.empty() && overlapping.empty(); }
+    py::object report(bool clearable) const {
+        const auto places = [](std::vector<Place> all) {
+            std::ranges::sort(all, {}, &Place::position);
+            py::list list;
+            for (const Place& each : all) list.append(py::make_tuple(each.position, each.group, each.index));
+            return list;
+        };
+        py::list items;
+        for (std::size_t i = 0; beside != nullptr && i < beside->overlaps.size(); ++i) {
+            if (beside->overlaps[i]) items.append(i);
+        }
+        return py::make_tuple(places(odd), places(missing), places(overlapping), items, clearable);
+    }
 };
 
-bool TorchPlan::run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
-                    const py::object& scaling) {
+py::object TorchPlan::run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
+                          const py::object& scaling) {
+    return attempt(groups, state, zero_grad, grad_factor, scaling, nullptr);
+}
+
+py::object TorchPlan::run_beside(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
+                                 const py::object& scaling, const py::object& left_out, const py::list& momenta,
+                                 const py::list& items) {
+    Beside beside;
+    beside.everything_left_out = left_out.is_none();
+    if (!left_out.is_none()) {
+        for (const py::handle position : left_out) beside.left_out.push_back(py::cast<std::size_t>(position));
+    }
+    for (const py::handle each : momenta) {
+        beside.new_momenta.push_back(py::cast<std::pair<std::size_t, py::object>>(each));
+    }
+    beside.read_items(reader_, items);
+    return attempt(groups, state, zero_grad, grad_factor, scaling, &beside);
+}
+
+py::object TorchPlan::attempt(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
+                              const py::object& scaling, Beside* beside) {
     const py::list param_groups = list_of(groups);
     const Lease lease(*this);
     Memory& memory = *lease;
     const bool complete = std::exchange(memory.complete, false);
     read_hypers(rule_, param_groups, memory.hypers, &memory.scalars);
-    if (!PyDict_Check(state.ptr())) return false;
+    const bool everything_left_out = beside != nullptr && beside->everything_left_out;
+    if (!everything_left_out && !PyDict_Check(state.ptr())) return py::bool_(false);
+    Pass pass{memory, Momenta(state.ptr()), zero_grad, beside};
+    if (beside == nullptr && complete && finds_as_expected(pass, param_groups)) {
+        memory.complete = true;
+        return pass.report(true);
+    }
     memory.listing.start();
     // A step that was left to Python may have given parameters other momentum buffers.
     if (!complete) {
         for (Entry& entry : memory.entries) entry.momentum = Known();
     }
-    Pass pass{memory, Momenta(state.ptr()), zero_grad};
-    const bool listed = list(pass, param_groups);
-    if (!listed || !memory.listing.finish(zero_grad)) return false;
+    if (!everything_left_out && !list(pass, param_groups)) return py::bool_(false);
+    TorchListing& listing = memory.listing;
+    listing.finish();
     memory.complete = true;
+    const std::vector<std::size_t>& entangled = listing.entangled();
+    const bool takes_turns =
+        !entangled.empty() && !zero_grad && scaling.is_none() && memory.scalars.empty() && listing.can_take_turns();
+    if (find_overlaps(pass, beside) || !pass.is_complete() || (!entangled.empty() && !takes_turns)) {
+        for (const std::size_t index : entangled) pass.overlapping.push_back(pass.place_in_listing(index));
+        return pass.report(true);
+    }
+    if (zero_grad && !listing.can_clear()) return pass.report(false);
 
-    update(memory, param_groups, {.rule = rule_, .zero_grad = zero_grad, .grad_factor = grad_factor}, scaling,
-           pending_of(memory));
+    const StepOptions options{.rule = rule_, .grad_factor = grad_factor};
+    if (beside != nullptr && !beside->listing.tensors().empty()) {
+        update(memory, beside->listing.tensors(), beside->listing.elements(), beside->listing.on_device(), param_groups,
+               options, scaling, beside->pending);
+    }
+    if (!pass.rows.tensors().empty()) {
+        update(memory, pass.rows.tensors(), pass.rows.elements(), false, param_groups, options, scaling, {});
+    }
+    if (takes_turns) {
+        take_turns(memory, options);
+    } else {
+        // Last, since it may clear gradients that others read.
+        update(memory, listing.tensors(), listing.elements(), listing.on_device(), param_groups,
+               {.rule = rule_, .zero_grad = zero_grad, .grad_factor = grad_factor}, scaling, pending_of(memory));
+    }
     increment_versions(memory.held, state_exposed, zero_grad);
-    return true;
+    const bool any_apart = beside != nullptr && std::ranges::find(beside->is_apart, true) != beside->is_apart.end();
+    memory.expected.clear();
+    if (!any_apart && !everything_left_out) std::swap(memory.expected, pass.left_out);
+    std::swap(memory.group_starts, pass.group_starts);
+    return py::bool_(true);
+}
+
+bool TorchPlan::finds_as_expected(Pass& pass, const py::list& param_groups) {
+    Memory& memory = pass.memory;
+    if (memory.expected.empty() || memory.group_starts.size() != memory.hypers.size()) return false;
+    pass.only_looks = true;
+    for (const std::size_t start : memory.group_starts) {
+        if (start != pass.position) return false;
+        const std::size_t index = pass.group_starts.size();
+        const py::object params =
+            py::reinterpret_borrow<py::object>(group_item(group_at(param_groups, index), params_key(), index));
+        if (!PyList_Check(params.ptr())) return false;
+        pass.group_starts.push_back(start);
+        pass.position += static_cast<std::size_t>(PyList_GET_SIZE(params.ptr()));
+    }
+    bool found = true;
+    for (const Place& place : memory.expected) {
+        const py::object group = py::reinterpret_borrow<py::object>(group_at(param_groups, place.group));
+        const py::object params =
+            py::reinterpret_borrow<py::object>(group_item(group.ptr(), params_key(), place.group));
+        if (!PyList_Check(params.ptr()) || static_cast<std::size_t>(PyList_GET_SIZE(params.ptr())) <= place.index) {
+            found = false;
+            break;
+        }
+        pass.position = place.position;
+        pass.group = static_cast<std::uint32_t>(place.group);
+        pass.views.has_momentum = memory.hypers[place.group].has_state(0);
+        const std::size_t counts[] = {memory.held.params.size(), memory.held.grads.size(), memory.held.momenta.size()};
+        PyObject* const parameter = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(place.index));
+        found = list_parameter(pass, parameter, group.ptr()) == Outcome::odd;
+        leave_out(pass, Outcome::odd, counts);
+        if (!found) break;
+    }
+    pass.only_looks = false;
+    pass.position = 0;
+    if (found) return true;
+    pass.odd.clear();
+    pass.group_starts.clear();
+    pass.rows = TorchRows();
+    pass.rows_of.clear();
+    return false;
+}
+
+void TorchPlan::take_turns(const Memory& memory, const StepOptions& options) const {
+    const std::span<const TensorRef> tensors = memory.listing.tensors();
+    const std::vector<std::size_t>& entangled = memory.listing.entangled();
+    std::vector<TensorRef> others;
+    std::int64_t elements = 0;
+    auto next = entangled.begin();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+        if (next != entangled.end() && *next == i) {
+            ++next;
+            continue;
+        }
+        others.push_back(tensors[i]);
+        elements += tensors[i].size;
+    }
+    step_on_cpu(others, elements, memory.hypers, options);
+    for (const std::size_t index : entangled) {
+        TensorRef tensor = tensors[index];
+        std::vector<std::byte> copy;
+        if (memory.listing.is_own_gradient(index)) {
+            copy.assign(tensor.grad,
+                        tensor.grad + tensor.size * static_cast<std::int64_t>(item_size(tensor.grad_dtype)));
+            tensor.grad = copy.data();
+        }
+        step_on_cpu({&tensor, 1}, tensor.size, memory.hypers, options);
+    }
+}
+
+bool TorchPlan::find_overlaps(Pass& pass, Beside* beside) const {
+    const TorchListing& listing = pass.memory.listing;
+    std::vector<Claim> claims = pass.rows.claims();
+    const std::size_t row_count = pass.rows.count();
+    if (beside != nullptr) {
+        for (Claim claim : beside->claims) {
+            claim.owner += row_count;
+            claims.push_back(claim);
+        }
+    }
+    bool found = false;
+    if (claims.empty()) {
+        return beside != nullptr && std::ranges::find(beside->overlaps, true) != beside->overlaps.end();
+    }
+    std::vector<bool> marked(row_count + (beside == nullptr ? 0 : beside->overlaps.size())),
+        marked_tensors(listing.tensors().size());
+    mark_conflicts(claims, marked);
+    mark_conflicts_between(claims, listing.claims(), marked, marked_tensors);
+    for (std::size_t i = 0; i < marked_tensors.size(); ++i) {
+        if (!marked_tensors[i]) continue;
+        pass.overlapping.push_back(pass.place_in_listing(i));
+        found = true;
+    }
+    for (std::size_t i = 0; i < row_count; ++i) {
+        if (!marked[i]) continue;
+        const auto [position, group] = pass.rows_of[i];
+        pass.odd.push_back(pass.place(position, group));
+        found = true;
+    }
+    for (std::size_t i = row_count; i < marked.size(); ++i) {
+        const std::size_t item = i - row_count;
+        if (marked[i] && !beside->is_apart[item]) beside->overlaps[item] = true;
+        found |= beside->overlaps[item];
+    }
+    return found;
 }
 
 void TorchPlan::increment_versions(const References& held, bool with_momenta, bool with_grads) const {
@@ -168,70 +434,182 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
         const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), params_key(), index));
         if (!PyList_Check(params.ptr())) return false;
         pass.views.has_momentum = pass.memory.hypers[index].has_state(0);
+        pass.group = static_cast<std::uint32_t>(index);
+        pass.group_starts.push_back(pass.position);
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++pass.position) {
-            PyObject* const parameter = PyList_GET_ITEM(params.ptr(), i);
-            if (!list_parameter(pass, parameter, static_cast<std::uint32_t>(index))) return false;
+            if (pass.beside != nullptr && pass.beside->leaves_out(pass.position)) {
+                pass.left_out.push_back(pass.place(pass.position, index));
+                continue;
+            }
+            const std::size_t counts[] = {pass.memory.held.params.size(), pass.memory.held.grads.size(),
+                                          pass.memory.held.momenta.size()};
+            const Outcome outcome = list_parameter(pass, PyList_GET_ITEM(params.ptr(), i), group.ptr());
+            if (outcome != Outcome::done) leave_out(pass, outcome, counts);
         }
     }
     return true;
 }
 
-bool TorchPlan::list_parameter(Pass& pass, PyObject* parameter, std::uint32_t group) {
+void TorchPlan::leave_out(Pass& pass, Outcome outcome, const std::size_t (&counts)[3]) {
+    if (pass.position < pass.memory.entries.size()) pass.memory.entries[pass.position].momentum = Known();
+    (outcome == Outcome::odd ? pass.odd : pass.missing).push_back(pass.place(pass.position, pass.group));
+    std::vector<PyObject*>* const all[] = {&pass.memory.held.params, &pass.memory.held.grads,
+                                           &pass.memory.held.momenta};
+    for (std::size_t i = 0; i < std::size(all); ++i) {
+        while (all[i]->size() > counts[i]) {
+            PyObject* const reference = all[i]->back();
+            all[i]->pop_back();
+            Py_DECREF(reference);
+        }
+    }
+}
+
+TorchPlan::Outcome TorchPlan::list_parameter(Pass& pass, PyObject* parameter, PyObject* group) {
     Memory& memory = pass.memory;
-    TorchViews& views = pass.views;
-    const std::size_t position = pass.position;
     memory.listing.prefetch();
-    if (!reader_.is_tensor_or_parameter(parameter)) return false;
+    const TensorKind kind = reader_.kind(parameter);
+    if (kind == TensorKind::other) return Outcome::odd;
     memory.held.params.push_back(Py_NewRef(parameter));
     PyObject* const grad = reader_.grad(parameter);
     if (grad == Py_None) {
         memory.held.params.pop_back();
         Py_DECREF(parameter);
         Py_DECREF(grad);
-        return true;
+        return Outcome::done;
     }
     memory.held.grads.push_back(grad);
-    if (!reader_.is_tensor(grad)) return false;
     // Clearing also takes a gradient out of the graph that computed it, which Python code does.
-    if (pass.zero_grad && reader_.requires_grad(grad)) return false;
-    if (position >= memory.entries.size()) memory.entries.resize(position + 1);
-    Entry& entry = memory.entries[position];
-    if (entry.parameter.identity.object != parameter) {
+    if (pass.zero_grad && reader_.requires_grad(grad)) return Outcome::odd;
+    if (pass.position >= memory.entries.size()) memory.entries.resize(pass.position + 1);
+    Entry& entry = memory.entries[pass.position];
+    if (entry.object != parameter) {
         entry = Entry();
+        entry.object = parameter;
         entry.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
         if (entry.hash == -1) throw py::error_already_set();
     }
-    views.momentum_is_read = false;
-    if (views.has_momentum && !state_exposed && entry.momentum.identity.object != nullptr) {
-        // It lives: the state refers to it, and nobody can have changed that.
-        memory.held.momenta.push_back(Py_NewRef(entry.momentum.identity.object));
-    } else if (views.has_momentum && !read_momentum(pass, parameter)) {
-        return false;
+    if (kind == TensorKind::plain && reader_.is_tensor(grad)) {
+        if (reader_.view(grad, pass.views.grad, pass.layouts[1])) return list_dense(pass, parameter, grad, kind);
+        return reader_.is_sparse_coo(grad) ? list_rows(pass, parameter, grad, group) : Outcome::odd;
     }
-    if (!read(parameter, entry.parameter, views.param, pass.layouts[0]) ||
-        !reader_.view(grad, views.grad, pass.layouts[1])) {
-        return false;
+    if (kind != TensorKind::distributed || Py_TYPE(grad) != Py_TYPE(parameter) || !pending_.empty()) {
+        return Outcome::odd;
     }
-    using Answer = TorchListing::Answer;
-    const auto add = [&] { return memory.listing.add(reader_, position, grad, views, group, false); };
-    Answer answer = add();
-    if (answer == Answer::read_momentum) answer = read_momentum(pass, parameter) ? add() : Answer::refused;
-    return answer == Answer::listed;
+    PyObject* const part = reader_.local_part(grad);
+    if (part == nullptr) return Outcome::odd;
+    memory.held.parts.push_back(part);
+    if (!reader_.placed_alike(parameter, grad) || !reader_.view(part, pass.views.grad, pass.layouts[1])) {
+        return Outcome::odd;
+    }
+    return list_dense(pass, parameter, part, kind);
 }
 
-bool TorchPlan::read_momentum(Pass& pass, PyObject* parameter) {
-    Entry& entry = pass.memory.entries[pass.position];
-    PyObject* const momentum = pass.momenta.find(parameter, entry.hash);
-    if (momentum == nullptr || !reader_.is_tensor(momentum)) {
-        entry.momentum = Known();
-        return false;
+TorchPlan::Outcome TorchPlan::list_dense(Pass& pass, PyObject* parameter, PyObject* grad, TensorKind kind) {
+    Memory& memory = pass.memory;
+    TorchViews& views = pass.views;
+    Entry& entry = memory.entries[pass.position];
+    views.momentum_is_read = false;
+    bool first = false;
+    Outcome momentum = Outcome::done;
+    if (views.has_momentum) {
+        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_momentum(pass.position);
+        if (fresh != nullptr) {
+            first = true;
+            momentum = read_new_momentum(pass, fresh, kind);
+        } else if (!state_exposed && entry.momentum.identity.object != nullptr) {
+            // It lives: the state refers to it, and nobody can have changed that.
+            memory.held.momenta.push_back(Py_NewRef(entry.momentum.identity.object));
+        } else {
+            momentum = read_momentum(pass, parameter, kind);
+        }
     }
+    if (momentum == Outcome::odd ||
+        !read(parameter, kind, memory.held, entry.parameter, views.param, pass.layouts[0])) {
+        return Outcome::odd;
+    }
+    if (momentum == Outcome::missing) {
+        return memory.listing.takes(reader_, grad, views) ? Outcome::missing : Outcome::odd;
+    }
+    if (pass.only_looks) return memory.listing.takes(reader_, grad, views) ? Outcome::done : Outcome::odd;
+    using Answer = TorchListing::Answer;
+    const auto add = [&] { return memory.listing.add(reader_, pass.position, grad, views, pass.group, first); };
+    Answer answer = add();
+    if (answer == Answer::read_momentum) {
+        answer = read_momentum(pass, parameter, kind) == Outcome::done ? add() : Answer::refused;
+    }
+    return answer == Answer::listed ? Outcome::done : Outcome::odd;
+}
+
+TorchPlan::Outcome TorchPlan::list_rows(Pass& pass, PyObject* parameter, PyObject* grad, PyObject* group) {
+    static PyObject* const mode_key = interned("sparse_mode");
+    Memory& memory = pass.memory;
+    TorchViews& views = pass.views;
+    if (pass.zero_grad || !memory.scalars.empty()) return Outcome::odd;
+    PyObject* const mode = lookup(group, mode_key);
+    const bool lazy = mode != nullptr && PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "lazy") == 0;
+    const bool rows_only = lazy || leaves_rows_without_gradient(memory.hypers[pass.group]);
+    if (!read(parameter, TensorKind::plain, memory.held, memory.entries[pass.position].parameter, views.param,
+              pass.layouts[0])) {
+        return Outcome::odd;
+    }
+    bool first = false;
+    Outcome found = Outcome::done;
+    if (views.has_momentum) {
+        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_momentum(pass.position);
+        found = fresh == nullptr ? read_momentum(pass, parameter, TensorKind::plain)
+                                 : read_new_momentum(pass, fresh, TensorKind::plain);
+        first = fresh != nullptr;
+    }
+    if (found == Outcome::odd) return Outcome::odd;
+    IndexView indices;
+    std::array<py::object, 2> parts;
+    const bool is_read = reader_.sparse_view(grad, indices, views.grad, parts);
+    for (py::object& part : parts) {
+        if (part) memory.held.parts.push_back(part.release().ptr());
+    }
+    const TorchView* const momentum = views.has_momentum && found == Outcome::done ? &views.momentum : nullptr;
+    if (!is_read || !pass.rows.add(views.param, momentum, indices, views.grad, pass.group, first,
+                                   rows_only ? TorchRows::Others::stay : TorchRows::Others::have_zeros)) {
+        return Outcome::odd;
+    }
+    pass.rows_of.emplace_back(pass.position, pass.group);
+    return found;
+}
+
+TorchPlan::Outcome TorchPlan::read_new_momentum(Pass& pass, PyObject* momentum, TensorKind kind) {
+    Known unknown;  // nor is it known to the next step, which finds it in the state if this one comes to its end
     pass.memory.held.momenta.push_back(Py_NewRef(momentum));
     pass.views.momentum_is_read = true;
-    return read(momentum, entry.momentum, pass.views.momentum, pass.layouts[2]);
+    const bool is_read = read(momentum, kind, pass.memory.held, unknown, pass.views.momentum, pass.layouts[2]);
+    return is_read ? Outcome::done : Outcome::odd;
 }
 
-bool TorchPlan::read(PyObject* tensor, Known& known, TorchView& view, std::vector<std::int64_t>& layout) const {
+TorchPlan::Outcome TorchPlan::read_momentum(Pass& pass, PyObject* parameter, TensorKind kind) {
+    Entry& entry = pass.memory.entries[pass.position];
+    PyObject* const momentum = pass.momenta.find(parameter, entry.hash);
+    const auto not_read = [&](Outcome outcome) {
+        entry.momentum = Known();
+        return outcome;
+    };
+    if (momentum == nullptr || momentum == Py_None) {
+        return not_read(pass.momenta.is_unusual() ? Outcome::odd : Outcome::missing);
+    }
+    const bool is_usual =
+        kind == TensorKind::plain ? reader_.is_tensor(momentum) : Py_TYPE(momentum) == Py_TYPE(parameter);
+    if (!is_usual) return not_read(Outcome::odd);
+    pass.memory.held.momenta.push_back(Py_NewRef(momentum));
+    pass.views.momentum_is_read = true;
+    const bool is_read = read(momentum, kind, pass.memory.held, entry.momentum, pass.views.momentum, pass.layouts[2]);
+    return is_read ? Outcome::done : Outcome::odd;
+}
+
+bool TorchPlan::read(PyObject* tensor, TensorKind kind, References& held, Known& known, TorchView& view,
+                     std::vector<std::int64_t>& layout) const {
+    if (kind == TensorKind::distributed) {
+        tensor = reader_.local_part(tensor);
+        if (tensor == nullptr) return false;
+        held.parts.push_back(tensor);
+    }
     const TensorIdentity identity = reader_.identity(tensor);
     const bool again = known.identity == identity;
     if (!(again ? reader_.view_again(tensor, view, layout) : reader_.view(tensor, view, layout))) {
@@ -263,16 +641,17 @@ void TorchPlan::set_pending(const py::list& flags) {
     std::swap(pending_, pending);
 }
 
-void TorchPlan::update(const Memory& memory, const py::list& param_groups, const StepOptions& options,
-                       const py::object& scaling, const std::vector<std::uint8_t*>& pending) {
+void TorchPlan::update(const Memory& memory, std::span<const TensorRef> work, std::int64_t elements, bool on_device,
+                       const py::list& param_groups, const StepOptions& options, const py::object& scaling,
+                       const std::vector<std::uint8_t*>& pending) {
     // Numbers on a device make a step on the CPU wait for them.
-    if (memory.listing.on_device() || !memory.scalars.empty() || !scaling.is_none()) {
-        std::vector<TensorRef> tensors(memory.listing.tensors().begin(), memory.listing.tensors().end());
+    if (on_device || !memory.scalars.empty() || !scaling.is_none()) {
+        std::vector<TensorRef> tensors(work.begin(), work.end());
         for (std::size_t i = 0; i < pending.size(); ++i) tensors[i].pending = pending[i];
         const DeviceInterface interface{.stream = reader_.current_stream(), .scaling = scaling};
         device_steps_.step(tensors, param_groups, memory.hypers, memory.scalars, options, interface);
     } else {
-        step_on_cpu(memory.listing.tensors(), memory.listing.elements(), memory.hypers, options);
+        step_on_cpu(work, elements, memory.hypers, options);
     }
 }
 
@@ -298,8 +677,12 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
             return false;
         }
     }
-    if (!memory.listing.finish(false)) return false;
-    if (!dry_run) update(memory, param_groups, {.rule = rule_, .grad_factor = grad_factor}, scaling, pending);
+    memory.listing.finish();
+    if (!memory.listing.entangled().empty()) return false;
+    if (!dry_run) {
+        update(memory, memory.listing.tensors(), memory.listing.elements(), memory.listing.on_device(), param_groups,
+               {.rule = rule_, .grad_factor = grad_factor}, scaling, pending);
+    }
     return true;
 }
 
@@ -312,10 +695,11 @@ bool TorchPlan::is_dense(const py::object& tensor) {
 
 int TorchPlan::traverse(visitproc visit, void* arg) const {
     for (const auto& [momentum, flags] : pending_) Py_VISIT(momentum);
-    return 0;
+    return reader_.traverse(visit, arg);
 }
 
 void TorchPlan::clear() {
+    reader_.clear();
     const auto pending = std::move(pending_);  // whose deallocation may run Python code
 }
 

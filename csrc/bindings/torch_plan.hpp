@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "parameter.hpp"
 #include "torch_listing.hpp"
 #include "torch_reader.hpp"
+#include "torch_rows.hpp"
 
 namespace sgdcore::bindings {
 
@@ -24,12 +26,30 @@ class TorchPlan {
     /// `rule` is the rule's number.
     TorchPlan(int rule, TorchInterface interface) : rule_(rule), reader_(std::move(interface)) {}
 
-    /// One step over the groups' parameters that have a gradient, with momentum buffers from `state`. Returns false,
-    /// with nothing changed, unless every tensor is as usual: of torch's own types, dense memory of a storage type
-    /// on the CPU or a CUDA device, each momentum buffer there already and laid out as its parameter, and nothing
-    /// overlapping. `grad_factor` multiplies every gradient; `scaling` is DeviceInterface's, or None.
-    bool run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
-             const py::object& scaling);
+    /// One step over the groups' parameters that have a gradient, with momentum buffers from `state`. Returns True if
+    /// every tensor is as usual: of torch's own types or part of a DTensor, dense memory of a storage type on the CPU
+    /// or a CUDA device, each momentum buffer there already and laid out as its parameter, and nothing overlapping but
+    /// whole tensors on the CPU; or the gradient is sparse (COO) and all is in C order on the CPU. `grad_factor`
+    /// multiplies every gradient; `scaling` is DeviceInterface's, or None.
+    ///
+    /// Else nothing is changed. Returns a tuple of what is in the way: lists of the parameters that are unusual, that
+    /// lack only a momentum buffer, and that overlap others in memory, each as a tuple (position among all, index of
+    /// the group, position in the group); a list that is empty here; and whether gradients overlap, so that they cannot
+    /// be cleared. Returns False if the groups themselves are unusual.
+    py::object run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
+                   const py::object& scaling);
+
+    /// The same beside what is unusual: without the parameters at the positions `left_out`, a sorted list, or without
+    /// all of them if it is None; with new momentum buffers for those of `momenta`, a sorted list of tuples (position,
+    /// tensor), zeros where the gradient is sparse; and with `items`, tuples (parameter, gradient, momentum or None,
+    /// index of the group, first, address of TensorRef's pending flags or 0, memory, apart). `memory` lists tuples
+    /// (address, bytes, written) that the item stands for, or is None if that is what its tensors show. An item that is
+    /// `apart` does not step; its memory is only compared with what does. The list that `run` leaves empty has the
+    /// items that overlap something or that cannot be read, by index. Does not increment versions for items, which are
+    /// never cleared.
+    py::object run_beside(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
+                          const py::object& scaling, const py::object& left_out, const py::list& momenta,
+                          const py::list& items);
 
     /// One step over `items`, tuples (parameter, gradient, momentum or None, index of the group, first, address of
     /// TensorRef's pending flags or 0). False as above; `dry_run` goes no further than that. Does not increment
@@ -60,14 +80,20 @@ class TorchPlan {
     };
     /// What is remembered of one parameter, by its position; a cache.
     struct Entry {
+        PyObject* object = nullptr;  // the parameter; `parameter` is its part in this process if it is a DTensor
         Known parameter, momentum;
         Py_hash_t hash = 0;  // of the parameter: a Python call otherwise
     };
     /// References that a step holds.
     struct References {
         std::vector<PyObject*> params, grads, momenta;
+        std::vector<PyObject*> parts;  // of DTensors and sparse gradients
 
         void release();
+    };
+    /// Where a parameter is: its position among all, the index of its group, its position in that.
+    struct Place {
+        std::size_t position, group, index;
     };
     /// What is kept from step to step. A step takes it away from the plan for its time, so that another one, in another
     /// thread or from code that this one calls, finds none and makes its own.
@@ -76,26 +102,52 @@ class TorchPlan {
         std::vector<Hyper> hypers;
         std::vector<GroupScalars> scalars;
         TorchListing listing;
-        References held;        // those of a step, which releases them at its end
+        References held;  // those of a step, which releases them at its end
+        /// The parameters that the last step left to Python as unusual, and where the groups began.
+        std::vector<Place> expected;
+        std::vector<std::size_t> group_starts;
         bool complete = false;  // the last step found everything as usual
     };
     class Lease;
     class Momenta;
+    struct Beside;
     struct Pass;
+    /// What became of a parameter in a pass: it is listed, or skipped without a gradient; it is unusual; it lacks a
+    /// momentum buffer only.
+    enum class Outcome { done, odd, missing };
 
-    /// Makes the memory's listing the work list of a step; false if something is unusual. The pass's position is then
-    /// that of the parameter it came to.
+    py::object attempt(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
+                       const py::object& scaling, Beside* beside);
+    /// Makes the memory's listing the work list of a step; false if a group is unusual.
     bool list(Pass& pass, const py::list& param_groups);
-    /// Lists the parameter at the pass's position if it has a gradient; false if something is unusual.
-    bool list_parameter(Pass& pass, PyObject* parameter, std::uint32_t group);
-    /// Reads the momentum buffer of the parameter at the pass's position; false if it is missing or unusual.
-    bool read_momentum(Pass& pass, PyObject* parameter);
-    /// Reads a tensor; false if it is unusual.
-    bool read(PyObject* tensor, Known& known, TorchView& view, std::vector<std::int64_t>& layout) const;
+    /// Takes the parameter at the pass's position, and what was held for it, out of the pass again; `counts` are those
+    /// of the references before.
+    void leave_out(Pass& pass, Outcome outcome, const std::size_t (&counts)[3]);
+    /// Lists the parameter at the pass's position if it has a gradient.
+    Outcome list_parameter(Pass& pass, PyObject* parameter, PyObject* group);
+    /// The same where the gradient, or this process's part of it, was read.
+    Outcome list_dense(Pass& pass, PyObject* parameter, PyObject* grad, TensorKind kind);
+    /// The same for a sparse gradient.
+    Outcome list_rows(Pass& pass, PyObject* parameter, PyObject* grad, PyObject* group);
+    /// Reads the momentum buffer of the parameter at the pass's position.
+    Outcome read_momentum(Pass& pass, PyObject* parameter, TensorKind kind);
+    /// Reads one that is not in the state yet.
+    Outcome read_new_momentum(Pass& pass, PyObject* momentum, TensorKind kind);
+    /// Reads a tensor, or this process's part of a DTensor; false if it is unusual.
+    bool read(PyObject* tensor, TensorKind kind, References& held, Known& known, TorchView& view,
+              std::vector<std::int64_t>& layout) const;
+    /// True if what the last step left to Python is unusual still. A pass over all the others would find no more.
+    bool finds_as_expected(Pass& pass, const py::list& param_groups);
+    /// Steps the listed tensors that are entangled, each seeing what those before it wrote, as in torch's loop.
+    void take_turns(const Memory& memory, const StepOptions& options) const;
+    /// Notes the parameters and items that overlap others; true if there are any. Says nothing of parameters that only
+    /// overlap each other.
+    bool find_overlaps(Pass& pass, Beside* beside) const;
     /// Tells autograd of what a step has written.
     void increment_versions(const References& held, bool with_momenta, bool with_grads) const;
-    void update(const Memory& memory, const py::list& param_groups, const StepOptions& options,
-                const py::object& scaling, const std::vector<std::uint8_t*>& pending);
+    void update(const Memory& memory, std::span<const TensorRef> tensors, std::int64_t elements, bool on_device,
+                const py::list& param_groups, const StepOptions& options, const py::object& scaling,
+                const std::vector<std::uint8_t*>& pending);
     /// The flags of each tensor in the listing; empty if there are none at all.
     std::vector<std::uint8_t*> pending_of(const Memory& memory) const;
 

@@ -24,7 +24,7 @@ const PyGetSetDef* getter_of(const py::object& descriptor) {
 
 TensorAccess access_of(const py::object& description) {
     const auto [offset, addresses, codes] =
-        py::cast<std::tuple<std::size_t, std::array<std::uintptr_t, 8>, std::array<std::int32_t, dtype_count + 2>>>(
+        py::cast<std::tuple<std::size_t, std::array<std::uintptr_t, 9>, std::array<std::int32_t, dtype_count + 4>>>(
             description);
     TensorAccess access;
     access.offset = offset;
@@ -37,14 +37,26 @@ TensorAccess access_of(const py::object& description) {
     take(access.dtype);
     take(access.device_type);
     take(access.device_index);
+    take(access.layout);
     take(access.bump_version);
     std::copy_n(codes.begin(), dtype_count, access.dtypes.begin());
     access.cpu = codes[dtype_count];
     access.cuda = codes[dtype_count + 1];
+    access.strided = codes[dtype_count + 2];
+    access.sparse_coo = codes[dtype_count + 3];
     return access;
 }
 
 }  // namespace
+
+bool in_c_order(const TorchView& view) {
+    std::int64_t expected = 1;
+    for (int axis = view.dimensions; axis-- > 0;) {
+        if (view.shape[axis] != 1 && view.strides[axis] != expected) return false;
+        expected *= view.shape[axis];
+    }
+    return true;
+}
 
 TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interface)) {
     if (!interface_.exchange_api.is_none()) {
@@ -60,15 +72,19 @@ TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interf
     requires_grad_getter_ = getter_of(interface_.requires_grad_descriptor);
 }
 
+bool TorchReader::exchange(PyObject* tensor, DLTensor& dl) const {
+    if (exchange_->dltensor_from_py_object_no_sync(tensor, &dl) == 0) return true;
+    // Quantized or such: not an error, only not for this path.
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+    PyErr_Clear();
+    return false;
+}
+
 bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
     if (exchange_ == nullptr) return described(tensor, view, layout);
+    if (access_ && !has_usual_elements(tensor)) return false;
     DLTensor dl;
-    if (exchange_->dltensor_from_py_object_no_sync(tensor, &dl) != 0) {
-        // Sparse, conjugated or such: not an error, only not for this path.
-        if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
-        PyErr_Clear();
-        return false;
-    }
+    if (!exchange(tensor, dl)) return false;
     if (dl.ndim > max_dimensions || (dl.strides == nullptr && dl.ndim > 0)) return false;
     view.device = cpu_device;
     if (dl.device.type != device_cpu) {
@@ -84,6 +100,97 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
     view.dtype = dtype.value_or(DType::float32);
     return dtype.has_value();
 }
+
+/// False for a sparse or complex tensor. The exchange function throws for it, or for its conjugate, in C++, which costs
+/// as much as a thousand tensors: torch notes the stack each time.
+bool TorchReader::has_usual_elements(PyObject* tensor) const {
+    void* const handle = reinterpret_cast<std::byte*>(tensor) + access_->offset;
+    std::int32_t layout, dtype;
+    return access_->layout(handle, &layout) == 0 && layout == access_->strided && access_->dtype(handle, &dtype) == 0 &&
+           std::ranges::find(access_->dtypes, dtype) != access_->dtypes.end();
+}
+
+bool TorchReader::is_sparse_coo(PyObject* tensor) const {
+    if (!access_) return false;
+    std::int32_t layout;
+    return access_->layout(reinterpret_cast<std::byte*>(tensor) + access_->offset, &layout) == 0 &&
+           layout == access_->sparse_coo;
+}
+
+bool TorchReader::sparse_view(PyObject* tensor, IndexView& indices, TorchView& values,
+                              std::array<py::object, 2>& parts) const {
+    const auto part = [&](const py::object& method) {
+        PyObject* result = unless_python_ends([&] { return PyObject_CallOneArg(method.ptr(), tensor); });
+        if (result == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(result);
+    };
+    parts = {part(interface_.sparse_indices), part(interface_.sparse_values)};
+    DLTensor dl;
+    std::vector<std::int64_t> unused;  // torch lends shapes and strides
+    if (!is_tensor(parts[0].ptr()) || !is_tensor(parts[1].ptr()) || !exchange(parts[0].ptr(), dl) ||
+        dl.device.type != device_cpu || dl.dtype.code != code_int || dl.dtype.bits != 64 || dl.ndim != 2 ||
+        dl.strides == nullptr || !view(parts[1].ptr(), values, unused) || values.device != cpu_device ||
+        values.dimensions < 1 || values.shape[0] != dl.shape[1]) {
+        return false;
+    }
+    indices.data = reinterpret_cast<const std::int64_t*>(static_cast<const std::byte*>(dl.data) + dl.byte_offset);
+    indices.dimensions = dl.shape[0];
+    indices.entries = dl.shape[1];
+    indices.dimension_stride = dl.strides[0];
+    indices.entry_stride = dl.strides[1];
+    if (is_negated(parts[1].ptr())) return false;
+    if (in_c_order(values)) return true;
+    PyObject* copy = unless_python_ends([&] { return PyObject_CallMethod(parts[1].ptr(), "contiguous", nullptr); });
+    if (copy == nullptr) throw py::error_already_set();
+    parts[1] = py::reinterpret_steal<py::object>(copy);
+    return is_tensor(copy) && view(copy, values, unused);
+}
+
+TensorKind TorchReader::kind_of_other(PyObject* object) const {
+    PyTypeObject* const type = Py_TYPE(object);
+    for (const auto& [known, kind] : kinds_) {
+        if (known.ptr() == reinterpret_cast<PyObject*>(type)) return kind;
+    }
+    auto held = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
+    const auto kind = static_cast<TensorKind>(py::cast<int>(call(interface_.kind_of, py::make_tuple(held))));
+    kinds_.emplace_back(std::move(held), kind);
+    return kind;
+}
+
+PyObject* TorchReader::local_part(PyObject* tensor) const {
+    static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
+    PyObject* const local = PyObject_GetAttr(tensor, name);
+    if (local == nullptr) throw py::error_already_set();
+    if (is_tensor(local)) return local;
+    Py_DECREF(local);
+    return nullptr;
+}
+
+bool TorchReader::placed_alike(PyObject* a, PyObject* b) const {
+    static PyObject* const spec = PyUnicode_InternFromString("_spec");
+    static PyObject* const parts[] = {PyUnicode_InternFromString("mesh"), PyUnicode_InternFromString("placements")};
+    const auto get = [](PyObject* object, PyObject* name) {
+        PyObject* const value = PyObject_GetAttr(object, name);
+        if (value == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(value);
+    };
+    const py::object one = get(a, spec), other = get(b, spec);
+    if (one.is(other)) return true;
+    for (PyObject* part : parts) {
+        const py::object x = get(one.ptr(), part), y = get(other.ptr(), part);
+        const int equal = unless_python_ends([&] { return PyObject_RichCompareBool(x.ptr(), y.ptr(), Py_EQ); });
+        if (equal < 0) throw py::error_already_set();
+        if (equal == 0) return false;
+    }
+    return true;
+}
+
+int TorchReader::traverse(visitproc visit, void* arg) const {
+    for (const auto& [type, kind] : kinds_) Py_VISIT(type.ptr());
+    return 0;
+}
+
+void TorchReader::clear() { const auto kinds = std::move(kinds_); }
 
 TensorIdentity TorchReader::identity(PyObject* tensor) const {
     if (!access_) return {.object = tensor};

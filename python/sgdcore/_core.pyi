@@ -112,6 +112,9 @@ class TorchPlan:
         parameter_type: type,
         grad_descriptor: Any,
         requires_grad_descriptor: Any,
+        kind_of: Any,
+        sparse_indices: Any,
+        sparse_values: Any,
         current_stream: Any,
     ) -> None: ...
     def run(
@@ -121,7 +124,18 @@ class TorchPlan:
         zero_grad: bool,
         grad_factor: float,
         scaling: Any = None,
-    ) -> bool: ...
+    ) -> Any: ...
+    def run_beside(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        state: Any,
+        zero_grad: bool,
+        grad_factor: float,
+        scaling: Any,
+        left_out: list[int] | None,
+        momenta: list[tuple[int, Any]],
+        items: list[Any],
+    ) -> Any: ...
     def run_items(
         self,
         param_groups: Sequence[dict[str, Any]],

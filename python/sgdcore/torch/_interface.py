@@ -6,6 +6,7 @@ The only place that depends on which version of torch is installed.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,7 +47,7 @@ def dtype_of(value: Any) -> Any:
 
 def device_index(tensor: torch.Tensor) -> int | None:
     """Return the number of the tensor's device, as `sgdcore.Parameter.device`; None if the core cannot read it."""
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return CPU
     # What torch calls cuda is another company's device in its builds for ROCm.
     if tensor.device.type == "cuda" and torch.version.hip is None:
@@ -68,7 +69,10 @@ def is_capturing() -> bool:
 
 def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Return new memory laid out like a parameter: on huge pages where the core uses them, which torch does not."""
-    memory = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    # Without arguments where none are needed: one call for each parameter of an optimizer's first step.
+    memory = (
+        torch.empty_like(parameter) if dtype is None else torch.empty_like(parameter, dtype=dtype)
+    )
     if memory.nbytes >= 2 * _core.huge_page and _has_addresses(memory):
         _core.advise_huge_pages(memory.data_ptr(), memory.nbytes)
     return memory
@@ -76,12 +80,19 @@ def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tens
 
 def collapse_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
     """Put tensors on the CPU on huge pages where they are, values and addresses unchanged, if the system can."""
+    # Most are too small, which is seen at once: an optimizer of a thousand small parameters is made as fast as torch's.
+    own = [t for t in tensors if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    if sum(tensor.numel() * tensor.element_size() for tensor in own) < _core.huge_page:
+        return
     _core.collapse_huge_pages(
         [
             (tensor.data_ptr(), tensor.nbytes)
-            for tensor in tensors
+            for tensor in own
             # What other processes share is not ours alone to arrange.
-            if _has_addresses(tensor) and _is_dense(tensor) and not tensor.is_shared()  # type: ignore[no-untyped-call]
+            if _has_addresses(tensor)
+            and tensor.untyped_storage().nbytes() >= _core.huge_page
+            and _is_dense(tensor)
+            and not tensor.is_shared()  # type: ignore[no-untyped-call]
         ]
     )
 
@@ -90,7 +101,7 @@ def _has_addresses(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is no more than memory on the CPU."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and device_index(tensor) == CPU
+        and tensor.is_cpu
         and tensor.layout is torch.strided
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
@@ -141,11 +152,13 @@ def exchange_api() -> Any:
 
 
 # Names in torch's libraries, as TensorAccess has them.
-_GETTERS = ("data_ptr", "sizes", "strides", "dim", "dtype", "device_type", "device_index")
+_GETTERS = ("data_ptr", "sizes", "strides", "dim", "dtype", "device_type", "device_index", "layout")
 _CODES = (
     *(f"dtype_{name}" for name in STORAGE_TYPES.values()),
     "device_type_cpu",
     "device_type_cuda",
+    "layout_strided",
+    "layout_sparse_coo",
 )
 
 
@@ -202,7 +215,24 @@ def _takes_lists(increment_version: Any) -> bool:
 _tensor_access = _access()
 
 
+<<<<<<< HEAD
 def new_plan(api: Any, rule: str = "sgd") -> _core.TorchPlan:
+=======
+def _kind_of(kind: Any) -> int:
+    """Return the core's TensorKind of a type that is none of torch's two own: 0, or 1 for plain memory, or 2."""
+    if not issubclass(kind, torch.Tensor) or kind.grad is not torch.Tensor.grad:
+        return 0
+    # A type with operations of its own may be anything; the step would run its code.
+    if kind.__torch_function__ is not torch._C._disabled_torch_function_impl:
+        return 0
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and kind is distributed.DTensor:
+        return 2
+    return int(kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__)
+
+
+def new_plan(api: Any) -> _core.TorchPlan:
+>>>>>>> 4fb859a (Unusual torch parameters cost their own time: usual ones beside them, sparse gradients, parts of DTensors and first steps go to the core)
     """Return a plan that reads tensors through `api`, or through their Python attributes if it is None.
 
     Args:
@@ -224,5 +254,8 @@ def new_plan(api: Any, rule: str = "sgd") -> _core.TorchPlan:
         parameter_type=torch.nn.Parameter,
         grad_descriptor=torch.Tensor.grad,
         requires_grad_descriptor=torch.Tensor.requires_grad,
+        kind_of=_kind_of,
+        sparse_indices=torch.Tensor._indices,
+        sparse_values=torch.Tensor._values,
         current_stream=current_stream,
     )

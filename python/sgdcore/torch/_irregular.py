@@ -1,17 +1,19 @@
 """Steps over tensors that the core does not read by itself: turned into such as it does.
 
-The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose momentum is there already.
-Everything else comes here: first steps, sparse and complex tensors, views with gaps, tensor subclasses, shared memory.
-Each parameter is prepared as a `_Update` whose tensors the core can read (aliases of the user's memory, or copies that
-are written back); nothing is changed before all are prepared and found acceptable.
+The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose momentum is there already, also as
+parts of a DTensor, and sparse gradients where the rows without one stay as they are. Everything else comes here: first
+steps, complex tensors, views with gaps, tensor subclasses with operations of their own, shared memory. The parameters
+that are as usual go to the core the usual way, together with what was made of the others. Each of the others is
+prepared as a `_Update` whose tensors the core can read (aliases of the user's memory, or copies that are written back);
+nothing is changed before all are prepared and found acceptable.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -93,16 +95,201 @@ class _Update:
         flags = 0 if self.pending is None else self.pending.data_ptr()
         return (*self.arguments, self.group, self.first, flags)
 
+    def memory(self) -> list[tuple[int, int, bool]] | None:
+        """Return the ranges of memory behind copies: address, bytes, and whether it is written; None without copies."""
+        if not self.write_back:
+            return None
+        tensors = (
+            (self.parameter, True),
+            (self.momentum, True),
+            (self.parameter.grad, False),
+        )
+        return [
+            (plain.data_ptr(), _reach(plain), written)
+            for tensor, written in tensors
+            if tensor is not None
+            and (plain := _elements(_plain(tensor, self.label))).layout is torch.strided
+            and plain.numel() > 0
+        ]
+
+
+# A parameter's position among all, the index of its group, and its position in that.
+_Place = tuple[int, int, int]
+
+
+class _Step:
+    """A step of which the core leaves a part to Python.
+
+    Attributes:
+        updates: what is prepared, by the parameter's position among all.
+        new: the parameters that lack only a momentum buffer, each with a new one, by position.
+        in_sequence: positions of the updates that overlap others in memory: they step one after the other, at last.
+        left_out: positions of the parameters that are not for the core to find; None for all.
+    """
+
+    def __init__(
+        self,
+        plan: _core.TorchPlan,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        grad_factor: float,
+        scaling: Scaling | None,
+        pending: Mapping[Tensor, Tensor],
+        place: tuple[int, int],
+    ) -> None:
+        self.plan = plan
+        self.groups = groups
+        self.state = state
+        self.grad_factor = grad_factor
+        self.scaling = scaling
+        self.pending = pending
+        self.place = place
+        self.updates: dict[int, _Update] = {}
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.in_sequence: set[int] = set()
+        self.left_out: set[int] | None = set()
+
+    def all_places(self) -> list[_Place]:
+        """Return where all parameters are: position among all, index of the group, position in it."""
+        counts = (len(group["params"]) for group in self.groups)
+        places = ((i, j) for i, count in enumerate(counts) for j in range(count))
+        return [(position, i, j) for position, (i, j) in enumerate(places)]
+
+    def prepare(self, places: Iterable[_Place]) -> None:
+        """Prepare the parameters that have a gradient; the core leaves all of these alone."""
+        for position, index, at in places:
+            if self.left_out is not None:
+                self.left_out.add(position)
+            self.new.pop(position, None)
+            group = self.groups[index]
+            parameter = group["params"][at]
+            if position not in self.updates and parameter.grad is not None:
+                self.updates[position] = _prepare(
+                    self.plan,
+                    group,
+                    index,
+                    at,
+                    self.place,
+                    parameter,
+                    self.state.get(parameter, {}),
+                )
+
+    def make_momenta(self, places: list[_Place]) -> None:
+        """Make the momentum buffers of parameters that lack only them."""
+        if not places:
+            return
+        _, index, at = places[0]
+        _require_no_capture(_label_at(self.groups[index], index, at, self.place))
+        empty_like, dtype_of = _interface.empty_like, _interface.dtype_of
+        dtypes: dict[int, torch.dtype | None] = {}
+        for position, index, at in places:
+            group = self.groups[index]
+            if index not in dtypes:
+                dtypes[index] = dtype_of(group.get("momentum_dtype"))
+            parameter = group["params"][at]
+            momentum = empty_like(parameter, dtypes[index])
+            if parameter.grad.layout is not torch.strided:
+                momentum.zero_()  # for the rows that a lazy step leaves out
+            self.new[position] = parameter, momentum
+
+    def step_by_torch(self) -> None:
+        """Step the parameters that have operations of their own."""
+        positions = [position for position, update in self.updates.items() if update.by_torch]
+        updates = [self.updates.pop(position) for position in sorted(positions)]
+        _step_by_torch(self.groups, updates, self.state, self.grad_factor, self.scaling)
+
+    def finish(self, overlapping: list[_Place], zero_grad: bool) -> bool:
+        """Step all that is left. Return False if gradients are still to be set to zeros."""
+        self.separate({place[0] for place in overlapping})
+        cleared = self.run(zero_grad)
+        self.note_updates()
+        if not zero_grad:
+            return True
+        return cleared and self.left_out is not None and _clear(self.groups, self.left_out)
+
+    def separate(self, positions: set[int]) -> None:
+        """Have these updates step in sequence, or raise if one of them cannot be stepped at all."""
+        for position in sorted(positions - self.in_sequence):
+            update = self.updates.get(position)
+            if update is not None and update.arguments is not None:
+                self.in_sequence.add(position)
+                _require_apart(self.plan, self.groups, update, self.grad_factor)
+
+    def run(self, zero_grad: bool) -> bool:
+        """Step the core's part and the updates. Return whether the core's gradients are cleared if they are to be."""
+        clears = zero_grad
+        while True:
+            real = self._real()
+            items = [
+                (*update.item(), update.memory(), position in self.in_sequence)
+                for position, update in real
+            ]
+            clears = clears and not self.in_sequence
+            found = self.plan.run_beside(
+                self.groups,
+                self.state,
+                clears,
+                self.grad_factor,
+                self.scaling,
+                None if self.left_out is None else sorted(self.left_out),
+                [(position, momentum) for position, (_, momentum) in self.new.items()],
+                items,
+            )
+            if found is True:
+                break
+            if found is False:
+                self.left_out = None
+                self.prepare(self.all_places())
+                continue
+            odd, missing, overlapping, indices, clearable = found
+            clears = clears and clearable
+            self.prepare([*odd, *missing, *overlapping])
+            self.separate({place[0] for place in overlapping} | {real[i][0] for i in indices})
+        self._note_new()
+        for position, update in real:
+            if position not in self.in_sequence:
+                for write in update.write_back:
+                    write()
+        for position in sorted(self.in_sequence):
+            _step_alone(
+                self.plan, self.groups, self.updates[position], self.grad_factor, self.scaling
+            )
+        return clears
+
+    def _real(self) -> list[tuple[int, _Update]]:
+        """Return the updates that have anything to compute, in the order of the parameters."""
+        real = [(i, update) for i, update in sorted(self.updates.items()) if update.arguments]
+        for _, update in real:
+            _await_device(update, self.scaling, self.pending)
+        return real
+
+    def _note_new(self) -> None:
+        for parameter, momentum in self.new.values():
+            self.state.setdefault(parameter, {})["momentum_buffer"] = momentum
+
+    def note_updates(self) -> None:
+        """Put new momentum buffers into the state, and tell autograd of what was written."""
+        changed = []
+        for update in self.updates.values():
+            changed.append(update.parameter)
+            if update.momentum is not None:
+                self.state.setdefault(update.parameter, {})["momentum_buffer"] = update.momentum
+                changed.append(update.momentum)
+        _interface.increment_versions(changed)
+
 
 def step(
     plan: _core.TorchPlan,
     groups: list[dict[str, Any]],
     state: dict[Any, Any],
     grad_factor: float,
+    found: Any,
+    *,
     scaling: Scaling | None = None,
     pending: Mapping[Tensor, Tensor] | None = None,
     place: tuple[int, int] = (0, 0),
-) -> None:
+    zero_grad: bool = False,
+) -> bool:
     """Update all parameters that have a gradient, of whatever kind they are.
 
     Args:
@@ -110,49 +297,37 @@ def step(
         groups: the optimizer's, or a part of one of them.
         state: the optimizer's.
         grad_factor: multiplies every gradient.
-        scaling: what takes its place on devices.
+        found: what ``plan.run`` returned: what it found unusual.
+        scaling: what takes the place of `grad_factor` on devices.
         pending: the flags of momentum buffers that earlier steps may have left empty. New ones go to
             `scaling.pending`.
         place: where `groups` begins in the optimizer's: the index of the group, and of the parameter in it.
+        zero_grad: whether to set all gradients to zeros, too.
+
+    Returns:
+        False if gradients are still to be set to zeros.
 
     Raises:
         TypeError, ValueError: naming the parameter that cannot be updated; before anything is changed.
     """
+    work = _Step(plan, groups, state, grad_factor, scaling, pending or {}, place)
+    overlapping: list[_Place] = []
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        updates = [
-            _prepare(plan, group, index, position, place, parameter, state.get(parameter, {}))
-            for index, group in enumerate(groups)
-            for position, parameter in enumerate(group["params"])
-            if parameter.grad is not None
-        ]
-    by_torch = [update for update in updates if update.by_torch]
-    if (
-        by_torch
-    ):  # first: an operation that the subclass lacks is found before anything else is changed
-        _step_by_torch(groups, by_torch, state, grad_factor, scaling)
-        updates = [update for update in updates if not update.by_torch]
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        real = [update for update in updates if update.arguments is not None]
-        for update in real:
-            _await_device(update, scaling, pending or {})
-        items = [update.item() for update in real]
-        # Copies of memory that others share would miss what is written to it meanwhile.
-        copies_are_current = not any(update.write_back for update in real) or _all_apart(real)
-        if copies_are_current and plan.run_items(
-            groups, items, grad_factor, dry_run=False, scaling=scaling
-        ):
-            for update in real:
-                for write in update.write_back:
-                    write()
+        if found is False:
+            work.left_out = None
+            work.prepare(work.all_places())
         else:
-            _step_in_sequence(plan, groups, real, grad_factor, scaling)
-        changed = []
-        for update in updates:
-            changed.append(update.parameter)
-            if update.momentum is not None:
-                state.setdefault(update.parameter, {})["momentum_buffer"] = update.momentum
-                changed.append(update.momentum)
-        _interface.increment_versions(changed)
+            odd, missing, overlapping, _, _ = found
+            if scaling is not None:  # whose first steps the device may leave out
+                odd, missing = [*odd, *missing], []
+            work.prepare([*odd, *overlapping])
+            work.make_momenta(missing)
+        if not any(update.by_torch for update in work.updates.values()):
+            return work.finish(overlapping, zero_grad)
+    # First: an operation that a subclass lacks is found before anything else is changed.
+    work.step_by_torch()
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        return work.finish(overlapping, zero_grad)
 
 
 def _step_by_torch(
@@ -188,33 +363,57 @@ def _step_by_torch(
                 state.setdefault(parameter, {})["momentum_buffer"] = momentum
 
 
-def _step_in_sequence(
+def _require_apart(
+    plan: _core.TorchPlan, groups: list[dict[str, Any]], update: _Update, grad_factor: float
+) -> None:
+    """Raise if an update cannot be computed whatever other parameters do."""
+    item = update.item()
+    if plan.run_items(groups, [item], grad_factor, dry_run=True):
+        return
+    parameter, grad, *others = item
+    item = (parameter, grad.clone(), *others)
+    if not plan.run_items(groups, [item], grad_factor, dry_run=True):
+        raise ValueError(
+            f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
+        )
+
+
+def _step_alone(
     plan: _core.TorchPlan,
     groups: list[dict[str, Any]],
-    updates: list[_Update],
+    update: _Update,
     grad_factor: float,
     scaling: Scaling | None,
 ) -> None:
-    """Step one parameter after the other, each seeing what those before it wrote, as torch's loop does.
+    """Step a parameter that shares memory with others or with gradients: it sees what those before it wrote.
 
-    For parameters that share memory with each other or with gradients.
+    One after the other, such parameters do what torch's loop does.
     """
-    for update in updates:
-        parameter, grad, *others = update.item()
-        item = (parameter, grad.clone(), *others)
-        if not plan.run_items(groups, [item], grad_factor, dry_run=True):
-            raise ValueError(
-                f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
-            )
-    for update in updates:
-        if update.write_back:  # copies of what it was before the others
-            update.write_back.clear()
-            _arrange(plan, groups[update.group], update)
-        parameter, grad, *others = update.item()
-        item = (parameter, grad.clone(), *others)
+    if update.write_back:  # copies of what it was before the others
+        update.write_back.clear()
+        _arrange(plan, groups[update.group], update)
+    item = update.item()
+    if not plan.run_items(groups, [item], grad_factor, dry_run=False, scaling=scaling):
+        parameter, grad, *others = item
+        item = (parameter, grad.clone(), *others)  # which overlaps the parameter or its momentum
         plan.run_items(groups, [item], grad_factor, dry_run=False, scaling=scaling)
-        for write in update.write_back:
-            write()
+    for write in update.write_back:
+        write()
+
+
+def _clear(groups: list[dict[str, Any]], positions: Iterable[int]) -> bool:
+    """Set the gradients of the parameters at these positions among all to zeros, as torch's zero_grad does."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for position in positions:
+        grad = parameters[position].grad
+        if grad is None:
+            continue
+        if grad.grad_fn is not None:
+            grad.detach_()
+        else:
+            grad.requires_grad_(False)
+        grad.zero_()
+    return True
 
 
 def _await_device(
@@ -233,20 +432,18 @@ def _await_device(
         scaling.pending[update.momentum] = update.pending
 
 
-def _all_apart(updates: list[_Update]) -> bool:
-    """Return False if some tensors may share memory: if they have the same storage."""
-    seen = set()
-    for update in updates:
-        for tensor in (update.parameter, update.parameter.grad, update.momentum):
-            if tensor is None:
-                continue
-            tensor = _plain(tensor, update.label)
-            if tensor.layout is torch.strided and tensor.numel() > 0:
-                address = tensor.untyped_storage().data_ptr()
-                if address in seen:
-                    return False
-                seen.add(address)
-    return True
+def _elements(tensor: Tensor) -> Tensor:
+    """Return the tensor that holds the elements: the values of a sparse one."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    compressed = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+    return tensor.values() if tensor.layout in compressed else tensor
+
+
+def _reach(tensor: Tensor) -> int:
+    """Return the number of bytes from a tensor's first element to behind its last one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)  # none of torch's are negative
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
 
 
 def _prepare(
@@ -258,7 +455,7 @@ def _prepare(
     parameter: Tensor,
     values: Any,
 ) -> _Update:
-    label = label_of(group, position, (place[0] + index, place[1] + position))
+    label = _label_at(group, index, position, place)
     if parameter.layout is not torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got one of layout {parameter.layout}")
     by_torch = has_own_operations(parameter)
@@ -293,6 +490,10 @@ def has_own_operations(tensor: Tensor) -> bool:
     return bool(type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__)
 
 
+def _label_at(group: dict[str, Any], index: int, position: int, place: tuple[int, int]) -> str:
+    return label_of(group, position, (place[0] + index, place[1] + position))
+
+
 def label_of(group: dict[str, Any], position: int, place: tuple[int, int]) -> str:
     """Return what error messages call a parameter: its name, else its group's index and its position there."""
     names = group.get("param_names")
@@ -312,23 +513,19 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
     p = _plain(parameter, label)
     g = _plain(_placed_like(parameter, grad, label), f"the gradient of {label}")
     b = None if momentum is None else _plain(momentum, f"the momentum buffer of {label}")
-    for tensor, what in _named(label, p, g, b):
-        _require_usable_device(tensor, what)
-    if b is not None and b.device != p.device:
-        raise ValueError(
-            f"the momentum buffer of {label}: expected a tensor on {p.device}, where its parameter is now, got one on "
-            f"{b.device}. Move a model before its optimizer takes a step; afterwards, "
-            "optimizer.load_state_dict(optimizer.state_dict()) moves the state to where the parameters are"
-        )
-    for tensor, what in _named(label, p, g, b):
-        if tensor.shape != p.shape:
+    tensors = (p, g) if b is None else (p, g, b)
+    if any(_interface.device_index(tensor) != CPU for tensor in tensors):
+        for tensor, what in _named(label, p, g, b):
+            _require_usable_device(tensor, what)
+        if b is not None and b.device != p.device:
             raise ValueError(
-                f"{what}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(tensor.shape)}"
+                f"the momentum buffer of {label}: expected a tensor on {p.device}, where its parameter is now, got one "
+                f"on {b.device}. Move a model before its optimizer takes a step; afterwards, "
+                "optimizer.load_state_dict(optimizer.state_dict()) moves the state to where the parameters are"
             )
-        if _was_freed(tensor):
-            raise ValueError(
-                f"{what}: expected a tensor with memory, got one whose memory was freed"
-            )
+    shape = p.shape
+    if any(tensor.shape != shape or _was_freed(tensor) for tensor in tensors):
+        _refuse_shape(label, p, g, b)
     if g.layout is not torch.strided:
         if g.layout is torch.sparse_coo and g.sparse_dim() > 0 and _only_rows(group):
             _prepare_rows(update, p, g, b)
@@ -336,10 +533,9 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
         else:
             g = g.to_dense()
     p, g, b = _real(update, p, g, b)
-    for tensor, what in _named(label, p, g, b):
-        if tensor.dtype not in STORAGE_TYPES:
-            expected = ", ".join(STORAGE_TYPES.values())
-            raise TypeError(f"{what}: expected one of {expected} or complex, got {tensor.dtype}")
+    tensors = (p, g) if b is None else (p, g, b)
+    if any(tensor.dtype not in STORAGE_TYPES for tensor in tensors):
+        _refuse_dtype(label, p, g, b)
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(
             f"{label}: expected elements with memory of their own, got an expanded tensor"
@@ -349,6 +545,27 @@ def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> N
     if b is not None and (b.is_neg() or b.stride() != p.stride()):
         b = _staged(update, b, torch.empty_like(p, dtype=b.dtype).copy_(b))
     update.arguments = (p, g.resolve_neg(), b)
+
+
+def _refuse_shape(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> NoReturn:
+    """Raise for a tensor of another shape than its parameter's, or without memory."""
+    for tensor, what in _named(label, p, g, b):
+        if tensor.shape != p.shape:
+            raise ValueError(
+                f"{what}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(tensor.shape)}"
+            )
+        if _was_freed(tensor):
+            break
+    raise ValueError(f"{what}: expected a tensor with memory, got one whose memory was freed")
+
+
+def _refuse_dtype(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> NoReturn:
+    """Raise for a tensor that has none of the core's types."""
+    tensor, what = next(
+        each for each in _named(label, p, g, b) if each[0].dtype not in STORAGE_TYPES
+    )
+    expected = ", ".join(STORAGE_TYPES.values())
+    raise TypeError(f"{what}: expected one of {expected} or complex, got {tensor.dtype}")
 
 
 def _named(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> Iterator[tuple[Tensor, str]]:
@@ -388,13 +605,17 @@ def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tenso
                 f"momentum_dtype: expected float32 or float64 for the complex {label}, got {dtype}"
             )
         dtype = _COMPLEX_MOMENTUM[dtype]
+    _require_no_capture(label)
+    # Zeros, for the rows that a lazy step leaves out.
+    return _interface.empty_like(parameter, dtype).zero_()
+
+
+def _require_no_capture(label: str) -> None:
     if _interface.is_capturing():
         raise RuntimeError(
             f"{label} has no momentum buffer yet, and a graph would start with its first step at each replay: take a "
             "step before the capture"
         )
-    # Zeros, for the rows that a lazy step leaves out.
-    return _interface.empty_like(parameter, dtype).zero_()
 
 
 def _placed_like(parameter: Tensor, grad: Tensor, label: str) -> Tensor:

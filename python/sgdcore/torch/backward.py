@@ -211,8 +211,9 @@ class StepInBackward:
         if group is None:
             return  # it was removed, and keeps its gradient
         optimizer = self._optimizer
-        if not self._plan.run([group], optimizer._state, False, 1.0):
-            optimizer._update_part(self._plan, [group], hook.place)
+        found = self._plan.run([group], optimizer._state, False, 1.0)
+        if found is not True:
+            optimizer._update_part(self._plan, [group], found, hook.place)
         try:
             hook.replace_grad(parameter, grad)
         except BaseException:

@@ -273,10 +273,9 @@ class SGD(torch.optim.SGD):
         )
         if closure is None and not (observed or self._of_one_step or self._in_backward):
             # What `_update` does in the usual case; the call to it would be a tenth of the time of a small step.
-            if not self._run(self.param_groups, self._state, zero_grad, 1.0, None):
-                self._update_irregular(1.0)
-                if zero_grad:
-                    self.zero_grad(set_to_none=False)
+            found = self._run(self.param_groups, self._state, zero_grad, 1.0, None)
+            if found is not True and not self._update_irregular(found, zero_grad, 1.0):
+                self.zero_grad(set_to_none=False)
             return None
         try:
             if self._observed_outside or (closure is None and not observed):
@@ -348,17 +347,21 @@ class SGD(torch.optim.SGD):
                     grad_factor = _irregular.factor_of(scale)
         # What the device decides not to do would not clear the gradients either.
         clear_later = zero_grad and scaling is not None
-        if not self._run(
-            self.param_groups, self._state, zero_grad and not clear_later, grad_factor, scaling
-        ):
-            self._update_irregular(grad_factor, scaling)
-            clear_later = zero_grad
+        clear_now = zero_grad and not clear_later
+        found = self._run(self.param_groups, self._state, clear_now, grad_factor, scaling)
+        if found is not True:
+            clear_later |= not self._update_irregular(found, clear_now, grad_factor, scaling)
         if clear_later:
             self.zero_grad(set_to_none=False)
 
     def _update_irregular(
-        self, grad_factor: float, scaling: _irregular.Scaling | None = None
-    ) -> None:
+        self,
+        found: Any,
+        zero_grad: bool,
+        grad_factor: float,
+        scaling: _irregular.Scaling | None = None,
+    ) -> bool:
+        """Step where the plan found something unusual. Return False if gradients are still to be set to zeros."""
         if scaling is not None and any(
             p.grad is not None and p.grad.layout is not torch.strided
             for group in self.param_groups
@@ -368,20 +371,28 @@ class SGD(torch.optim.SGD):
             left_out, grad_factor = scaling.on_host()
             scaling = None
             if left_out:
-                return
+                return not zero_grad
         if _any_differentiable(self.param_groups):
             # Written by torch, and recorded by autograd as a graph of tensor operations.
             step = torch.optim.SGD.step
             if getattr(step, "hooked", False):  # by torch, which would call our hooks a second time
                 step = step.__wrapped__  # type: ignore[attr-defined]
             step(self)
-        else:
-            _irregular.step(
-                self._plan, self.param_groups, self._state, grad_factor, scaling, self._pending
-            )
-            if scaling is not None and scaling.pending:
-                self._pending.update(scaling.pending)
-                self._set_pending()
+            return not zero_grad
+        cleared = _irregular.step(
+            self._plan,
+            self.param_groups,
+            self._state,
+            grad_factor,
+            found,
+            scaling=scaling,
+            pending=self._pending,
+            zero_grad=zero_grad,
+        )
+        if scaling is not None and scaling.pending:
+            self._pending.update(scaling.pending)
+            self._set_pending()
+        return cleared
 
     def _set_pending(self) -> None:
         self._plan.set_pending([(b, flags.data_ptr()) for b, flags in self._pending.items()])
@@ -398,10 +409,14 @@ class SGD(torch.optim.SGD):
         self._set_pending()
 
     def _update_part(
-        self, plan: _core.TorchPlan, groups: list[dict[str, Any]], place: tuple[int, int]
+        self,
+        plan: _core.TorchPlan,
+        groups: list[dict[str, Any]],
+        found: Any,
+        place: tuple[int, int],
     ) -> None:
-        """Step a part of a group that `plan.run` refused."""
-        _irregular.step(plan, groups, self._state, 1.0, place=place)
+        """Step a part of a group in which `plan.run` found something unusual."""
+        _irregular.step(plan, groups, self._state, 1.0, found, place=place)
 
     # Checkpoints
 
@@ -507,7 +522,7 @@ def _listed(params: Any) -> Any:
         return params
     entries = list(params)
     for i, entry in enumerate(entries):
-        if isinstance(entry, dict):  # a group
+        if isinstance(entry, Tensor | dict):  # a parameter, or a group
             continue
         value = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
         hint = _hint_for(value)
@@ -521,6 +536,8 @@ def _listed(params: Any) -> Any:
 
 def _hint_for(value: Any) -> str:
     """Say what to pass instead of what is no parameter of torch's; empty if there is nothing to say."""
+    if isinstance(value, Tensor):  # at once: one call for each parameter
+        return ""
     if isinstance(value, torch.nn.Module):
         return "; pass its parameters, as model.parameters()"
     if isinstance(value, np.ndarray | Parameter | ParameterBuffer | DeviceArray):
