@@ -14,13 +14,12 @@ void register_torch_plan(py::module_& module) {
                          py::object is_negated, py::object tensor_type, py::object parameter_type,
                          py::object grad_descriptor, py::object requires_grad_descriptor, py::object kind_of,
                          py::object sparse_indices, py::object sparse_values, py::object current_stream) {
-                 return TorchPlan(
-                     rule_number(rule),
-                     {std::move(exchange_api), std::move(describe), std::move(access), std::move(increment_version),
-                      std::move(increment_version_where_possible), std::move(is_negated), std::move(tensor_type),
-                      std::move(parameter_type), std::move(grad_descriptor), std::move(requires_grad_descriptor),
-                      std::move(kind_of), std::move(sparse_indices), std::move(sparse_values),
-                      std::move(current_stream)});
+                 return TorchPlan(rule_number(rule),
+                                  {std::move(exchange_api), std::move(describe), std::move(access),
+                                   std::move(increment_version), std::move(increment_version_where_possible),
+                                   std::move(is_negated), std::move(tensor_type), std::move(parameter_type),
+                                   std::move(grad_descriptor), std::move(requires_grad_descriptor), std::move(kind_of),
+                                   std::move(sparse_indices), std::move(sparse_values), std::move(current_stream)});
              }),
              py::kw_only(), py::arg("rule"), py::arg("exchange_api"), py::arg("describe"), py::arg("access"),
              py::arg("increment_version"), py::arg("increment_version_where_possible"), py::arg("is_negated"),

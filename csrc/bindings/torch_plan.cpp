@@ -41,6 +41,19 @@ bool leaves_rows_without_gradient(const Hyper& hyper) {
     return hyper.states == 0 && hyper.values[Sgd::weight_decay] == 0 && hyper.values[Sgd::maximize] == 0;
 }
 
+/// The position, among all, of each group's first parameter; of so many groups as have lists of parameters.
+std::vector<std::size_t> starts_of(const py::list& param_groups) {
+    std::vector<std::size_t> starts;
+    std::size_t position = 0;
+    for (std::size_t index = 0; index < param_groups.size(); ++index) {
+        starts.push_back(position);
+        PyObject* const params = group_item(group_at(param_groups, index), params_key(), index);
+        if (!PyList_Check(params)) break;
+        position += static_cast<std::size_t>(PyList_GET_SIZE(params));
+    }
+    return starts;
+}
+
 /// The groups as a list; torch takes whatever can be iterated more than once.
 py::list list_of(const py::object& param_groups) {
     if (PyList_Check(param_groups.ptr())) return py::reinterpret_borrow<py::list>(param_groups);
@@ -201,17 +214,31 @@ struct TorchPlan::Pass {
     std::uint32_t group = 0;
     TorchViews views = {};
     std::vector<std::int64_t> layouts[3] = {};  // of the views, where torch does not lend them
-    std::vector<std::size_t> group_starts = {};
-    std::vector<Place> odd = {}, missing = {}, overlapping = {}, left_out = {};
-    TorchRows rows = {};
-    std::vector<std::pair<std::size_t, std::uint32_t>> rows_of = {};  // position and group of each parameter in `rows`
+    std::size_t group_start = 0;                // the position of the group's first parameter
+    /// What most passes have none of.
+    struct Unusual {
+        std::vector<Place> odd, missing, overlapping, left_out;
+        TorchRows rows;
+        std::vector<Place> rows_of;  // of the parameters in `rows`
+    };
+    std::unique_ptr<Unusual> made = {};
 
-    Place place(std::size_t of, std::size_t in_group) const { return {of, in_group, of - group_starts[in_group]}; }
-    Place place_in_listing(std::size_t index) const {
-        return place(memory.listing.position(index), memory.listing.tensors()[index].hyper);
+    Unusual& unusual() {
+        if (!made) made = std::make_unique<Unusual>();
+        return *made;
     }
-    bool is_complete() const { return odd.empty() && missing.empty() && overlapping.empty(); }
-    py::object report(bool clearable) const {
+    Place place() const { return {position, group, position - group_start}; }
+    bool is_complete() const {
+        return !made || (made->odd.empty() && made->missing.empty() && made->overlapping.empty());
+    }
+    void add_overlapping(const py::list& param_groups, const std::vector<std::size_t>& indices) {
+        const std::vector<std::size_t> starts = starts_of(param_groups);
+        for (const std::size_t index : indices) {
+            const std::size_t of = memory.listing.position(index), in_group = memory.listing.tensors()[index].hyper;
+            unusual().overlapping.push_back({of, in_group, of - starts[in_group]});
+        }
+    }
+    py::object report(bool clearable) {
         const auto places = [](std::vector<Place> all) {
             std::ranges::sort(all, {}, &Place::position);
             py::list list;
@@ -222,7 +249,8 @@ struct TorchPlan::Pass {
         for (std::size_t i = 0; beside != nullptr && i < beside->overlaps.size(); ++i) {
             if (beside->overlaps[i]) items.append(i);
         }
-        return py::make_tuple(places(odd), places(missing), places(overlapping), items, clearable);
+        Unusual& found = unusual();
+        return py::make_tuple(places(found.odd), places(found.missing), places(found.overlapping), items, clearable);
     }
 };
 
@@ -272,8 +300,8 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     const std::vector<std::size_t>& entangled = listing.entangled();
     const bool takes_turns =
         !entangled.empty() && !zero_grad && scaling.is_none() && memory.scalars.empty() && listing.can_take_turns();
-    if (find_overlaps(pass, beside) || !pass.is_complete() || (!entangled.empty() && !takes_turns)) {
-        for (const std::size_t index : entangled) pass.overlapping.push_back(pass.place_in_listing(index));
+    if (find_overlaps(pass, param_groups) || !pass.is_complete() || (!entangled.empty() && !takes_turns)) {
+        pass.add_overlapping(param_groups, entangled);
         return pass.report(true);
     }
     if (zero_grad && !listing.can_clear()) return pass.report(false);
@@ -283,8 +311,9 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
         update(memory, beside->listing.tensors(), beside->listing.elements(), beside->listing.on_device(), param_groups,
                options, scaling, beside->pending);
     }
-    if (!pass.rows.tensors().empty()) {
-        update(memory, pass.rows.tensors(), pass.rows.elements(), false, param_groups, options, scaling, {});
+    if (pass.made && !pass.made->rows.tensors().empty()) {
+        update(memory, pass.made->rows.tensors(), pass.made->rows.elements(), false, param_groups, options, scaling,
+               {});
     }
     if (takes_turns) {
         take_turns(memory, options);
@@ -296,24 +325,18 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     increment_versions(memory.held, state_exposed, zero_grad);
     const bool any_apart = beside != nullptr && std::ranges::find(beside->is_apart, true) != beside->is_apart.end();
     memory.expected.clear();
-    if (!any_apart && !everything_left_out) std::swap(memory.expected, pass.left_out);
-    std::swap(memory.group_starts, pass.group_starts);
+    if (pass.made && !any_apart && !everything_left_out) {
+        std::swap(memory.expected, pass.made->left_out);
+        memory.group_starts = starts_of(param_groups);
+    }
     return py::bool_(true);
 }
 
 bool TorchPlan::finds_as_expected(Pass& pass, const py::list& param_groups) {
     Memory& memory = pass.memory;
     if (memory.expected.empty() || memory.group_starts.size() != memory.hypers.size()) return false;
+    if (memory.group_starts != starts_of(param_groups)) return false;
     pass.only_looks = true;
-    for (const std::size_t start : memory.group_starts) {
-        if (start != pass.position) return false;
-        const std::size_t index = pass.group_starts.size();
-        const py::object params =
-            py::reinterpret_borrow<py::object>(group_item(group_at(param_groups, index), params_key(), index));
-        if (!PyList_Check(params.ptr())) return false;
-        pass.group_starts.push_back(start);
-        pass.position += static_cast<std::size_t>(PyList_GET_SIZE(params.ptr()));
-    }
     bool found = true;
     for (const Place& place : memory.expected) {
         const py::object group = py::reinterpret_borrow<py::object>(group_at(param_groups, place.group));
@@ -325,6 +348,7 @@ bool TorchPlan::finds_as_expected(Pass& pass, const py::list& param_groups) {
         }
         pass.position = place.position;
         pass.group = static_cast<std::uint32_t>(place.group);
+        pass.group_start = place.position - place.index;
         pass.views.has_momentum = memory.hypers[place.group].has_state(0);
         const std::size_t counts[] = {memory.held.params.size(), memory.held.grads.size(), memory.held.momenta.size()};
         PyObject* const parameter = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(place.index));
@@ -334,12 +358,8 @@ bool TorchPlan::finds_as_expected(Pass& pass, const py::list& param_groups) {
     }
     pass.only_looks = false;
     pass.position = 0;
-    if (found) return true;
-    pass.odd.clear();
-    pass.group_starts.clear();
-    pass.rows = TorchRows();
-    pass.rows_of.clear();
-    return false;
+    if (!found) pass.made.reset();
+    return found;
 }
 
 void TorchPlan::take_turns(const Memory& memory, const StepOptions& options) const {
@@ -369,10 +389,13 @@ void TorchPlan::take_turns(const Memory& memory, const StepOptions& options) con
     }
 }
 
-bool TorchPlan::find_overlaps(Pass& pass, Beside* beside) const {
+bool TorchPlan::find_overlaps(Pass& pass, const py::list& param_groups) const {
+    Beside* const beside = pass.beside;
+    const std::size_t row_count = pass.made ? pass.made->rows.count() : 0;
+    if (beside == nullptr && row_count == 0) return false;
     const TorchListing& listing = pass.memory.listing;
-    std::vector<Claim> claims = pass.rows.claims();
-    const std::size_t row_count = pass.rows.count();
+    std::vector<Claim> claims = pass.unusual().rows.claims();
+    std::vector<bool> marked(row_count + (beside == nullptr ? 0 : beside->overlaps.size()));
     if (beside != nullptr) {
         for (Claim claim : beside->claims) {
             claim.owner += row_count;
@@ -380,22 +403,20 @@ bool TorchPlan::find_overlaps(Pass& pass, Beside* beside) const {
         }
     }
     bool found = false;
-    if (claims.empty()) {
-        return beside != nullptr && std::ranges::find(beside->overlaps, true) != beside->overlaps.end();
-    }
-    std::vector<bool> marked(row_count + (beside == nullptr ? 0 : beside->overlaps.size())),
-        marked_tensors(listing.tensors().size());
-    mark_conflicts(claims, marked);
-    mark_conflicts_between(claims, listing.claims(), marked, marked_tensors);
-    for (std::size_t i = 0; i < marked_tensors.size(); ++i) {
-        if (!marked_tensors[i]) continue;
-        pass.overlapping.push_back(pass.place_in_listing(i));
-        found = true;
+    if (!claims.empty()) {
+        std::vector<bool> marked_tensors(listing.tensors().size());
+        mark_conflicts(claims, marked);
+        mark_conflicts_between(claims, listing.claims(), marked, marked_tensors);
+        std::vector<std::size_t> indices;
+        for (std::size_t i = 0; i < marked_tensors.size(); ++i) {
+            if (marked_tensors[i]) indices.push_back(i);
+        }
+        pass.add_overlapping(param_groups, indices);
+        found = !indices.empty();
     }
     for (std::size_t i = 0; i < row_count; ++i) {
         if (!marked[i]) continue;
-        const auto [position, group] = pass.rows_of[i];
-        pass.odd.push_back(pass.place(position, group));
+        pass.unusual().odd.push_back(pass.unusual().rows_of[i]);
         found = true;
     }
     for (std::size_t i = row_count; i < marked.size(); ++i) {
@@ -435,10 +456,10 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
         if (!PyList_Check(params.ptr())) return false;
         pass.views.has_momentum = pass.memory.hypers[index].has_state(0);
         pass.group = static_cast<std::uint32_t>(index);
-        pass.group_starts.push_back(pass.position);
+        pass.group_start = pass.position;
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++pass.position) {
             if (pass.beside != nullptr && pass.beside->leaves_out(pass.position)) {
-                pass.left_out.push_back(pass.place(pass.position, index));
+                pass.unusual().left_out.push_back(pass.place());
                 continue;
             }
             const std::size_t counts[] = {pass.memory.held.params.size(), pass.memory.held.grads.size(),
@@ -452,7 +473,8 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
 
 void TorchPlan::leave_out(Pass& pass, Outcome outcome, const std::size_t (&counts)[3]) {
     if (pass.position < pass.memory.entries.size()) pass.memory.entries[pass.position].momentum = Known();
-    (outcome == Outcome::odd ? pass.odd : pass.missing).push_back(pass.place(pass.position, pass.group));
+    Pass::Unusual& unusual = pass.unusual();
+    (outcome == Outcome::odd ? unusual.odd : unusual.missing).push_back(pass.place());
     std::vector<PyObject*>* const all[] = {&pass.memory.held.params, &pass.memory.held.grads,
                                            &pass.memory.held.momenta};
     for (std::size_t i = 0; i < std::size(all); ++i) {
@@ -488,8 +510,10 @@ TorchPlan::Outcome TorchPlan::list_parameter(Pass& pass, PyObject* parameter, Py
         entry.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
         if (entry.hash == -1) throw py::error_already_set();
     }
+    if (!read(parameter, kind, memory.held, entry.parameter, pass.views.param, pass.layouts[0])) return Outcome::odd;
     if (kind == TensorKind::plain && reader_.is_tensor(grad)) {
-        if (reader_.view(grad, pass.views.grad, pass.layouts[1])) return list_dense(pass, parameter, grad, kind);
+        if (reader_.view_grad(grad, entry.grad, pass.views.grad, pass.layouts[1]))
+            return list_dense(pass, parameter, grad, kind);
         return reader_.is_sparse_coo(grad) ? list_rows(pass, parameter, grad, group) : Outcome::odd;
     }
     if (kind != TensorKind::distributed || Py_TYPE(grad) != Py_TYPE(parameter) || !pending_.empty()) {
@@ -498,7 +522,8 @@ TorchPlan::Outcome TorchPlan::list_parameter(Pass& pass, PyObject* parameter, Py
     PyObject* const part = reader_.local_part(grad);
     if (part == nullptr) return Outcome::odd;
     memory.held.parts.push_back(part);
-    if (!reader_.placed_alike(parameter, grad) || !reader_.view(part, pass.views.grad, pass.layouts[1])) {
+    if (!reader_.placed_alike(parameter, grad) ||
+        !reader_.view_grad(part, entry.grad, pass.views.grad, pass.layouts[1])) {
         return Outcome::odd;
     }
     return list_dense(pass, parameter, part, kind);
@@ -523,10 +548,7 @@ TorchPlan::Outcome TorchPlan::list_dense(Pass& pass, PyObject* parameter, PyObje
             momentum = read_momentum(pass, parameter, kind);
         }
     }
-    if (momentum == Outcome::odd ||
-        !read(parameter, kind, memory.held, entry.parameter, views.param, pass.layouts[0])) {
-        return Outcome::odd;
-    }
+    if (momentum == Outcome::odd) return Outcome::odd;
     if (momentum == Outcome::missing) {
         return memory.listing.takes(reader_, grad, views) ? Outcome::missing : Outcome::odd;
     }
@@ -548,10 +570,6 @@ TorchPlan::Outcome TorchPlan::list_rows(Pass& pass, PyObject* parameter, PyObjec
     PyObject* const mode = lookup(group, mode_key);
     const bool lazy = mode != nullptr && PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "lazy") == 0;
     const bool rows_only = lazy || leaves_rows_without_gradient(memory.hypers[pass.group]);
-    if (!read(parameter, TensorKind::plain, memory.held, memory.entries[pass.position].parameter, views.param,
-              pass.layouts[0])) {
-        return Outcome::odd;
-    }
     bool first = false;
     Outcome found = Outcome::done;
     if (views.has_momentum) {
@@ -568,11 +586,11 @@ TorchPlan::Outcome TorchPlan::list_rows(Pass& pass, PyObject* parameter, PyObjec
         if (part) memory.held.parts.push_back(part.release().ptr());
     }
     const TorchView* const momentum = views.has_momentum && found == Outcome::done ? &views.momentum : nullptr;
-    if (!is_read || !pass.rows.add(views.param, momentum, indices, views.grad, pass.group, first,
-                                   rows_only ? TorchRows::Others::stay : TorchRows::Others::have_zeros)) {
+    if (!is_read || !pass.unusual().rows.add(views.param, momentum, indices, views.grad, pass.group, first,
+                                             rows_only ? TorchRows::Others::stay : TorchRows::Others::have_zeros)) {
         return Outcome::odd;
     }
-    pass.rows_of.emplace_back(pass.position, pass.group);
+    pass.unusual().rows_of.push_back(pass.place());
     return found;
 }
 

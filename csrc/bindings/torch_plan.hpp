@@ -82,7 +82,8 @@ class TorchPlan {
     struct Entry {
         PyObject* object = nullptr;  // the parameter; `parameter` is its part in this process if it is a DTensor
         Known parameter, momentum;
-        Py_hash_t hash = 0;  // of the parameter: a Python call otherwise
+        TensorIdentity grad;  // of the last gradient that was read
+        Py_hash_t hash = 0;   // of the parameter: a Python call otherwise
     };
     /// References that a step holds.
     struct References {
@@ -142,7 +143,7 @@ class TorchPlan {
     void take_turns(const Memory& memory, const StepOptions& options) const;
     /// Notes the parameters and items that overlap others; true if there are any. Says nothing of parameters that only
     /// overlap each other.
-    bool find_overlaps(Pass& pass, Beside* beside) const;
+    bool find_overlaps(Pass& pass, const py::list& param_groups) const;
     /// Tells autograd of what a step has written.
     void increment_versions(const References& held, bool with_momenta, bool with_grads) const;
     void update(const Memory& memory, std::span<const TensorRef> tensors, std::int64_t elements, bool on_device,

@@ -83,6 +83,21 @@ bool TorchReader::exchange(PyObject* tensor, DLTensor& dl) const {
 bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
     if (exchange_ == nullptr) return described(tensor, view, layout);
     if (access_ && !has_usual_elements(tensor)) return false;
+    return exchanged_view(tensor, view);
+}
+
+bool TorchReader::view_grad(PyObject* grad, TensorIdentity& known, TorchView& view,
+                            std::vector<std::int64_t>& layout) const {
+    if (!access_) return this->view(grad, view, layout);
+    if (!is_strided(grad)) return false;
+    const TensorIdentity identity = this->identity(grad);
+    if (identity == known) return view_again(grad, view, layout);
+    if (!exchanged_view(grad, view)) return false;
+    known = identity;
+    return true;
+}
+
+bool TorchReader::exchanged_view(PyObject* tensor, TorchView& view) const {
     DLTensor dl;
     if (!exchange(tensor, dl)) return false;
     if (dl.ndim > max_dimensions || (dl.strides == nullptr && dl.ndim > 0)) return false;
@@ -105,9 +120,15 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
 /// as much as a thousand tensors: torch notes the stack each time.
 bool TorchReader::has_usual_elements(PyObject* tensor) const {
     void* const handle = reinterpret_cast<std::byte*>(tensor) + access_->offset;
-    std::int32_t layout, dtype;
-    return access_->layout(handle, &layout) == 0 && layout == access_->strided && access_->dtype(handle, &dtype) == 0 &&
+    std::int32_t dtype;
+    return is_strided(tensor) && access_->dtype(handle, &dtype) == 0 &&
            std::ranges::find(access_->dtypes, dtype) != access_->dtypes.end();
+}
+
+bool TorchReader::is_strided(PyObject* tensor) const {
+    std::int32_t layout;
+    return access_->layout(reinterpret_cast<std::byte*>(tensor) + access_->offset, &layout) == 0 &&
+           layout == access_->strided;
 }
 
 bool TorchReader::is_sparse_coo(PyObject* tensor) const {

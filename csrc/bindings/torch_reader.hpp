@@ -101,6 +101,8 @@ class TorchReader {
     bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
     /// The same, faster, for a tensor that was viewed before, as its identity says.
     bool view_again(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
+    /// The same for a gradient of a parameter whose elements are as usual. `known` is the last one's identity.
+    bool view_grad(PyObject* grad, TensorIdentity& known, TorchView& view, std::vector<std::int64_t>& layout) const;
     TensorIdentity identity(PyObject* tensor) const;
 
     /// True for a sparse COO tensor; false, too, where torch does not tell.
@@ -136,6 +138,8 @@ class TorchReader {
   private:
     TensorKind kind_of_other(PyObject* object) const;
     bool exchange(PyObject* tensor, DLTensor& dl) const;
+    bool exchanged_view(PyObject* tensor, TorchView& view) const;
+    bool is_strided(PyObject* tensor) const;
     bool has_usual_elements(PyObject* tensor) const;
     static PyObject* get(const PyGetSetDef* getter, PyObject* tensor, const char* name);
     bool described(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;

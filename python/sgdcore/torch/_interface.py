@@ -215,9 +215,6 @@ def _takes_lists(increment_version: Any) -> bool:
 _tensor_access = _access()
 
 
-<<<<<<< HEAD
-def new_plan(api: Any, rule: str = "sgd") -> _core.TorchPlan:
-=======
 def _kind_of(kind: Any) -> int:
     """Return the core's TensorKind of a type that is none of torch's two own: 0, or 1 for plain memory, or 2."""
     if not issubclass(kind, torch.Tensor) or kind.grad is not torch.Tensor.grad:
@@ -231,8 +228,7 @@ def _kind_of(kind: Any) -> int:
     return int(kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__)
 
 
-def new_plan(api: Any) -> _core.TorchPlan:
->>>>>>> 4fb859a (Unusual torch parameters cost their own time: usual ones beside them, sparse gradients, parts of DTensors and first steps go to the core)
+def new_plan(api: Any, rule: str = "sgd") -> _core.TorchPlan:
     """Return a plan that reads tensors through `api`, or through their Python attributes if it is None.
 
     Args:

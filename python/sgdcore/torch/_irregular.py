@@ -370,8 +370,7 @@ def _require_apart(
     item = update.item()
     if plan.run_items(groups, [item], grad_factor, dry_run=True):
         return
-    parameter, grad, *others = item
-    item = (parameter, grad.clone(), *others)
+    item = (item[0], item[1].clone(), *item[2:])
     if not plan.run_items(groups, [item], grad_factor, dry_run=True):
         raise ValueError(
             f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
@@ -394,8 +393,7 @@ def _step_alone(
         _arrange(plan, groups[update.group], update)
     item = update.item()
     if not plan.run_items(groups, [item], grad_factor, dry_run=False, scaling=scaling):
-        parameter, grad, *others = item
-        item = (parameter, grad.clone(), *others)  # which overlaps the parameter or its momentum
+        item = (item[0], item[1].clone(), *item[2:])  # which overlaps the parameter or its momentum
         plan.run_items(groups, [item], grad_factor, dry_run=False, scaling=scaling)
     for write in update.write_back:
         write()
