@@ -83,6 +83,9 @@ CASES = {
     )
     for setup, case in SETUPS.items()
     for hook in ("", *HOOKS)
+    # DistributedDataParallel tells which parameters were unused in a collective of its own. powerSGD_hook starts its
+    # later collectives on gloo's threads, so that the ranks' orders may differ, and gloo aborts (torch 2.13).
+    if not (hook == "PowerSGD" and "find_unused_parameters" in case.options)
 }
 
 

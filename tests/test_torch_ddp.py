@@ -47,5 +47,6 @@ def test_same_bits_as_torch(name: str, results: list[Results]) -> None:
 @pytest.mark.parametrize("setup", SETUPS)
 def test_hooks_change_the_gradients(setup: str, results: list[Results]) -> None:
     """Else the cases would compare less than they say."""
-    names = [setup, *(f"{setup}, {hook}" for hook in HOOKS)]
+    names = [setup, *(name for hook in HOOKS if (name := f"{setup}, {hook}") in CASES)]
+    assert len(names) >= len(HOOKS)
     assert len({results[0][name]["parameters"] for name in names}) == len(names)
