@@ -24,7 +24,7 @@ namespace detail {
 template <class Function, class... R>
 SGDCORE_INLINE void with_rule(int number, Function&& function, RuleList<R...>) {
     int candidate = 0;
-    ((candidate++ == number && (function(RuleTag<R>{}), true)) || ...);
+    static_cast<void>(((candidate++ == number && (function(RuleTag<R>{}), true)) || ...));
 }
 
 }  // namespace detail
