@@ -1,13 +1,11 @@
-// What was built, which rules there are, what the machine has and how fast its memory is, and the two settings:
+// What was built, what the machine has and how fast its memory is, and the two settings:
 // instruction set and threads.
 #include <pybind11/stl.h>
 
 #include <string>
-#include <vector>
 
 #include "../cpu/dispatch.hpp"
 #include "../cpu/threads.hpp"
-#include "../engine/catalog.hpp"
 #include "arrays.hpp"
 #include "module.hpp"
 
@@ -26,11 +24,6 @@ void register_info(py::module_& module) {
     });
     module.def("instruction_set", [] { return cpu::instruction_set().name; });
     module.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
-    module.def("rules", [] {
-        std::vector<std::string> names;
-        for (const RuleInfo& rule : rules()) names.emplace_back(rule.name);
-        return names;
-    });
     module.def("num_threads", &cpu::num_threads);
     module.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
 }

@@ -15,9 +15,7 @@ using Rules = RuleList<Sgd, SgdW>;
 
 /// Names a rule in the argument of a function.
 template <class R>
-struct RuleTag {
-    using Rule = R;
-};
+struct RuleTag {};
 
 namespace detail {
 

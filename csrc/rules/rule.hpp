@@ -82,7 +82,8 @@ inline constexpr int device_hyper = detail::device_hyper<R>(number);
 template <class R>
 concept Rule = requires(const Values& values, const typename R::template Coefficients<float>& k, bool first) {
     { R::name } -> std::convertible_to<const char*>;
-    requires hyper_count<R> <= max_hypers&& device_hyper<R, max_device_hypers> < 0;
+    requires hyper_count<R> <= max_hypers;
+    requires(device_hyper<R, max_device_hypers> < 0);
     requires state_count<R> <= max_states;
     requires variant_count<R> <= max_variants;
     { R::variants[R::variant(values, first)] } -> std::convertible_to<typename R::Variant>;
