@@ -398,7 +398,6 @@ def test_a_sampler_from_before_the_engine_is_refused(
         ({"seed": 2**63}, ValueError, f"seed: expected less than {2**63}, got {2**63}"),
         ({"seed": 0.5}, TypeError, "seed: expected an integer, got 0.5"),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
