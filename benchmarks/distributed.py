@@ -196,7 +196,7 @@ def run(engine: str, rounds: int, only: list[str], path: Path) -> None:
         for i in np.random.default_rng(number).permutation(len(contenders)):
             contender = list(contenders.values())[i]
             contender.prepare()
-            group.barrier()
+            group.all_reduce(np.zeros(1)).wait()
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             start = time.perf_counter()
             contender.average()
@@ -204,12 +204,13 @@ def run(engine: str, rounds: int, only: list[str], path: Path) -> None:
             contender.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
     slowest = {}
     for name, contender in contenders.items():
-        seconds = np.array(contender.seconds)
-        group.all_reduce(seconds, "max").wait()
-        slowest[name] = {"seconds": seconds.tolist(), "faults": contender.faults}
+        everyone = np.zeros((group.size, rounds))
+        everyone[group.rank] = contender.seconds
+        group.all_reduce(everyone).wait()
+        slowest[name] = {"seconds": everyone.max(0).tolist(), "faults": contender.faults}
     if group.rank == 0:
         path.write_text(json.dumps(slowest))
-    group.barrier()
+    group.all_reduce(np.zeros(1)).wait()
     if engine == "gloo":
         os._exit(0)
 

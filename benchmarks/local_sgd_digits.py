@@ -162,10 +162,10 @@ class CountingGroup:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
 
-    def all_reduce(self, array: Any, op: str = "sum") -> Any:
+    def all_reduce(self, array: Any) -> Any:
         size = array.size if isinstance(array, np.ndarray) else array.numel()
         self.reductions += size >= self._elements
-        return self._group.all_reduce(array, op)
+        return self._group.all_reduce(array)
 
 
 def batches(labels: NDArray[Any], shards: str, rank: int, seed: int) -> Iterator[NDArray[Any]]:

@@ -58,7 +58,7 @@ def child(rank: int, ranks: int, bandwidth: float, output: str) -> None:
         return sgdcore.SGD(buffer, lr=1e-6, momentum=0.9)
 
     def seconds_a_step(step: Any, steps: int) -> float:
-        group.barrier()
+        group.all_reduce(np.zeros(1)).wait()
         began = time.perf_counter()
         for _ in range(steps):
             time.sleep(PAUSE)
@@ -67,13 +67,13 @@ def child(rank: int, ranks: int, bandwidth: float, output: str) -> None:
 
     alone = optimizer()
     alone.step()
-    own = np.array([statistics.median(seconds_a_step(alone.step, 5) for _ in range(5))])
-    group.all_reduce(own, "max").wait()  # a round ends when the slowest rank's steps do
+    everyone = np.zeros(group.size)
+    everyone[group.rank] = statistics.median(seconds_a_step(alone.step, 5) for _ in range(5))
+    group.all_reduce(everyone).wait()
+    own = float(everyone.max())  # a round ends when the slowest rank's steps do
     plans = {
-        "measured": plan(PARAMETERS, float(own[0]), link, sync_every=PERIODS),
-        "nominal": plan(
-            PARAMETERS, float(own[0]), Link(0.0, bandwidth), ranks=ranks, sync_every=PERIODS
-        ),
+        "measured": plan(PARAMETERS, own, link, sync_every=PERIODS),
+        "nominal": plan(PARAMETERS, own, Link(0.0, bandwidth), ranks=ranks, sync_every=PERIODS),
     }
     rows = []
     for wire in WIRES:
@@ -101,7 +101,7 @@ def child(rank: int, ranks: int, bandwidth: float, output: str) -> None:
         document = {
             "ranks": ranks,
             "parameters": PARAMETERS,
-            "step_seconds": float(own[0]),
+            "step_seconds": own,
             "latency": link.latency,
             "bandwidth": link.bandwidth,
             "nominal_bandwidth": bandwidth,

@@ -10,7 +10,7 @@ import torch
 
 from sgdcore.distributed import averager as averaging
 from sgdcore.distributed._flat import BLOCK, empty, runs, scale
-from sgdcore.distributed.averager import Averager, Sizes, exchange
+from sgdcore.distributed.averager import Averager, Cargo, Chunk, Sizes, exchange
 from sgdcore.distributed.feedback import ErrorFeedback
 
 
@@ -24,9 +24,6 @@ class Late:
         self.group.under_way -= 1
         self.array *= self.group.size
 
-    def test(self) -> bool:
-        return False
-
 
 class Same:
     """Ranks that all hold the same."""
@@ -38,7 +35,7 @@ class Same:
         self.size = size
         self.under_way = self.most = self.count = 0
 
-    def all_reduce(self, array: Any, op: str = "sum") -> Late:
+    def all_reduce(self, array: Any) -> Late:
         self.count += 1
         self.under_way += 1
         self.most = max(self.most, self.under_way)
@@ -82,7 +79,7 @@ def test_copies_do_not_overwrite_each_other(
     values = [rng.standard_normal(size).astype(dtype) for size in sizes]
     arrays = [like(kind, each) for each in values]
     group = Same(2)
-    averager = Averager(arrays, runs(arrays))
+    averager = Averager(arrays, runs(arrays), ["float32"] * len(arrays))
     for _ in range(2):
         averager.average(group, arrays, 0.5)
         for array, each in zip(arrays, values, strict=True):
@@ -93,8 +90,7 @@ def test_copies_do_not_overwrite_each_other(
 
 
 @KINDS
-@pytest.mark.parametrize("renew", [False, True], ids=["anchor kept", "anchor renewed"])
-def test_differences(kind: str, renew: bool) -> None:
+def test_differences(kind: str) -> None:
     """Parameter, anchor and what rounding left over, across several blocks."""
     rng = np.random.default_rng(1)
     size = 2 * BLOCK + 77
@@ -102,17 +98,17 @@ def test_differences(kind: str, renew: bool) -> None:
     moved = start + rng.standard_normal(size, np.float32) / 100
     left = rng.standard_normal(size, np.float32) / 1e4
     (view, anchor, error) = (like(kind, each) for each in (moved, start, left))
-    group = Same(2)
     feedback = ErrorFeedback()
-    feedback.residuals, feedback.anchors, feedback.renews = [error], [anchor], renew
-    averager = Averager([view], [[0]], wire="bfloat16", feedback=feedback)
-    averager.average(group, [view], 0.5)
+    feedback.follow([view], [view], [anchor])
+    feedback.load([error])
+    Averager([view], [[0]], ["bfloat16"]).average(Same(2), [view], 0.5, feedback=feedback)
     share = (moved - start) / np.float32(2) + left
     sent = torch.tensor(share).bfloat16()
     mean = start + (2 * sent.float()).numpy()
     assert np.asarray(view).tobytes() == mean.tobytes()
-    assert np.asarray(error).tobytes() == (share - sent.float().numpy()).tobytes()
-    assert np.asarray(anchor).tobytes() == (mean if renew else start).tobytes()
+    left = share - sent.float().numpy()
+    assert np.asarray(feedback.residuals[0]).tobytes() == left.tobytes()
+    assert np.asarray(anchor).tobytes() == start.tobytes()
 
 
 class Failing:
@@ -124,35 +120,35 @@ class Failing:
         if self.fails:
             raise RuntimeError("gone")
 
-    def test(self) -> bool:
-        return False
+
+def cargos(count: int) -> list[Cargo]:
+    """Numbers in place of arrays."""
+    return [Cargo(Chunk([0], 1, "float32"), number) for number in range(count)]
 
 
-def test_the_next_starts_before_the_last_is_finished() -> None:
+def test_the_next_is_sent_before_the_last_is_unloaded() -> None:
     log: list[str] = []
 
-    def start(number: int) -> Failing:
-        log.append(f"start {number}")
-        return Failing(log, number, fails=False)
+    def send(cargo: Cargo) -> Failing:
+        log.append(f"send {cargo.array}")
+        return Failing(log, cargo.array, fails=False)
 
-    exchange(3, start, lambda number: log.append(f"finish {number}"), 1)
-    assert " ".join(log) == (
-        "start 0 wait 0 start 1 finish 0 wait 1 start 2 finish 1 wait 2 finish 2"
-    )
+    exchange(cargos(3), send, lambda cargo: log.append(f"unload {cargo.array}"), 1)
+    assert " ".join(log) == "send 0 wait 0 send 1 unload 0 wait 1 send 2 unload 1 wait 2 unload 2"
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_a_failure_waits_for_all_others(bad: int) -> None:
     log: list[str] = []
-    started: list[int] = []
+    sent: list[int] = []
 
-    def start(number: int) -> Failing:
-        started.append(number)
-        return Failing(log, number, number == bad)
+    def send(cargo: Cargo) -> Failing:
+        sent.append(cargo.array)
+        return Failing(log, cargo.array, cargo.array == bad)
 
     with pytest.raises(RuntimeError, match="gone"):
-        exchange(6, start, lambda number: None, 3)
-    assert {f"wait {number}" for number in started} == set(log)
+        exchange(cargos(6), send, lambda cargo: None, 3)
+    assert {f"wait {number}" for number in sent} == set(log)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "int64"])

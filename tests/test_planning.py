@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ GIGABIT = Link(latency=50e-6, bandwidth=1e9 / 8)
 
 def test_docstrings() -> None:
     result = doctest.testmod(planning)
-    assert result.attempted >= 4
+    assert result.attempted >= 3
     assert result.failed == 0
 
 
@@ -123,30 +121,12 @@ def test_units(seconds: float, shown: str) -> None:
     assert f", {shown} a step" in str(plan(1, seconds, GIGABIT, ranks=2))
 
 
-def test_draws_a_png(tmp_path: Path) -> None:
-    path = tmp_path / "plan.png"
-    plan(1e6, 0.02, GIGABIT, ranks=(2, 4)).draw(path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_drawing_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        ImportError, match=r"needs matplotlib \(.*\): pip install 'sgdcore\[demo\]', or pip "
-    ):
-        plan(1e6, 0.02, GIGABIT, ranks=2).draw(tmp_path / "plan.png")
-    assert list(tmp_path.iterdir()) == []
-
-
 # Measuring
 
 
 class Done:
     def wait(self) -> None:
         pass
-
-    def test(self) -> bool:
-        return True
 
 
 class ClockedGroup:
@@ -161,23 +141,15 @@ class ClockedGroup:
         self.hiccups: tuple[int, ...] = ()  # which all-reduces take a second longer
         self.calls: list[int] = []
 
-    def all_reduce(self, array: Any, op: str = "sum") -> Done:
+    def all_reduce(self, array: Any) -> Done:
         array *= self.size
         self.now += self.link.all_reduce(array.nbytes, self.size) * self.disturbed.get(
             array.nbytes, 1
         )
-        self.calls.append(array.nbytes)
-        self.now += len(self.calls) in self.hiccups
+        if array.nbytes > 4:  # a single number lets all begin together
+            self.calls.append(array.nbytes)
+            self.now += len(self.calls) in self.hiccups
         return Done()
-
-    def broadcast(self, array: Any, source: int = 0) -> Done:
-        return Done()
-
-    def all_gather(self, output: Any, array: Any) -> Done:
-        raise NotImplementedError
-
-    def barrier(self) -> None:
-        self.now += 1e-3
 
 
 def clocked(
@@ -201,7 +173,6 @@ def test_measures_what_the_clock_says(
     assert measured.latency == pytest.approx(link.latency, rel=1e-3, abs=1e-9)
     assert measured.bandwidth == pytest.approx(link.bandwidth, rel=1e-3)
     assert measured.ranks == size
-    assert measured.error < 1e-4
     assert plan(1e6, 0.02, measured).predictions[0].ranks == size
 
 

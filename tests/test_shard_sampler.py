@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from sgdcore.distributed import sampler as sampler_module
 from sgdcore.distributed.sampler import ShardSampler
 
 sizes = st.integers(0, 60)
@@ -327,54 +326,13 @@ def test_state_counts_what_a_loader_asked_for() -> None:
     assert [*batch.tolist(), *sampler] == list(DistributedSampler(data, 2, 0))
 
 
-# One rank of one
-
-
-@pytest.fixture
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler_module, "initialised_engines", list)
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def test_a_script_started_by_itself_is_one_rank(no_launcher: None) -> None:
-    """So that it can be debugged without an engine."""
-    sampler = ShardSampler(10, seed=3)
-    assert (sampler.rank, sampler.num_replicas) == (0, 1)
-    assert list(sampler) == list(DistributedSampler(range(10), 1, 0, seed=3))
-
-
-@pytest.mark.parametrize(
-    "name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"]
-)
-def test_several_processes_need_an_engine(
-    name: str, no_launcher: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else each would take all samples."""
-    monkeypatch.setenv(name, "1")
-    assert ShardSampler(10).num_replicas == 1
-    monkeypatch.setenv(name, "2")
-    with pytest.raises(RuntimeError, match="no process group is initialised"):
-        ShardSampler(10)
-    with pytest.raises(RuntimeError, match="no process group is initialised"):
-        ShardSampler(10, rank=0)
-
-
-def test_a_sampler_from_before_the_engine_is_refused(
-    no_launcher: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lightning initialises torch's when training begins."""
-    implied, told = ShardSampler(10), ShardSampler(10, 1, 0)
-    size = 1
-    monkeypatch.setattr(
-        sampler_module, "initialised_engines", lambda: [lambda: SimpleNamespace(size=size)]
-    )
-    assert len(list(implied)) == 10
-    size = 2
-    for sampler in (implied, pickle.loads(pickle.dumps(implied))):
-        with pytest.raises(RuntimeError, match="before the process group was initialised"):
-            list(sampler)
-    assert len(list(told)) == 10
+def test_without_an_engine_the_number_of_ranks_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each process would take all samples."""
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    for options in ({}, {"rank": 0}, {"num_replicas": 1}):
+        with pytest.raises(RuntimeError, match="no process group is initialised"):
+            ShardSampler(10, **options)
+    assert len(ShardSampler(10, num_replicas=1, rank=0)) == 10
 
 
 # Refusals
@@ -398,6 +356,7 @@ def test_a_sampler_from_before_the_engine_is_refused(
         ({"seed": 2**63}, ValueError, f"seed: expected less than {2**63}, got {2**63}"),
         ({"seed": 0.5}, TypeError, "seed: expected an integer, got 0.5"),
     ],
+    ids=str,
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):

@@ -7,8 +7,8 @@ that is running already: ``torchrun`` and ``torch.distributed.init_process_group
 from __future__ import annotations
 
 from sgdcore.distributed.data_parallel import DataParallel
-from sgdcore.distributed.errors import RoundError
 from sgdcore.distributed.groups import MpiGroup, ProcessGroup, TorchGroup, Work, as_process_group
+from sgdcore.distributed.header import RoundError
 from sgdcore.distributed.local_sgd import LocalSGD
 from sgdcore.distributed.outer import OuterSGD, SlowMo
 from sgdcore.distributed.planning import Link, Plan, Prediction, measure, plan

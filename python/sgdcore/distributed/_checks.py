@@ -1,30 +1,15 @@
-"""Checks of arguments that several classes have."""
+"""Checks of arguments: each returns the value, or raises a TypeError or ValueError that names argument and value."""
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from sgdcore.distributed._flat import dtype_name
-from sgdcore.distributed.groups import ProcessGroup
-
-__all__ = ["check_count", "check_wire", "integer"]
-
-_WIRE_TYPES = ("float32", "float16", "bfloat16")
-
-
-def check_count(argument: str, value: Any, least: int, below: int | None = None) -> int:
-    """Return an integer from `least` on and below `below`; a TypeError or ValueError names the argument."""
-    count = integer(value)
-    if count is None:
-        raise TypeError(f"{argument}: expected an integer, got {value!r}")
-    if count < least:
-        raise ValueError(f"{argument}: expected at least {least}, got {value}")
-    if below is not None and count >= below:
-        raise ValueError(f"{argument}: expected less than {below}, got {value}")
-    return count
+from sgdcore._hyperparameters import float_of
 
 
 def integer(value: Any) -> int | None:
@@ -37,18 +22,32 @@ def integer(value: Any) -> int | None:
         return None
 
 
-def check_wire(wire_dtype: Any, group: ProcessGroup) -> str | None:
-    """Return the name of a dtype that the group can add up; None for None."""
-    if wire_dtype is None:
-        return None
-    try:
-        name = dtype_name(wire_dtype)
-    except TypeError:
-        name = ""
-    if name not in _WIRE_TYPES:
-        expected = ", ".join(_WIRE_TYPES)
-        raise TypeError(f"wire_dtype: expected one of {expected} or None, got {wire_dtype!r}")
-    if name not in group.dtypes:
-        able = ", ".join(sorted(group.dtypes))
-        raise ValueError(f"wire_dtype: {group!r} cannot add up {name}, only {able}")
-    return name
+def check_count(argument: str, value: Any, least: int, below: int | None = None) -> int:
+    """Return an integer from `least` on and below `below`."""
+    count = integer(value)
+    if count is None:
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    if count < least:
+        raise ValueError(f"{argument}: expected at least {least}, got {value}")
+    if below is not None and count >= below:
+        raise ValueError(f"{argument}: expected less than {below}, got {value}")
+    return count
+
+
+def check_number(argument: str, value: Any, positive: bool = False) -> float:
+    """Return a finite number of at least 0, or above 0 if it is to be `positive`."""
+    if isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+    number = float_of(argument, value)
+    if not (math.isfinite(number) and (number > 0 if positive else number >= 0)):
+        bound = "above 0" if positive else "of at least 0"
+        raise ValueError(f"{argument}: expected a finite number {bound}, got {value}")
+    return number
+
+
+def check_choice(argument: str, value: Any, choices: Collection[str]) -> str:
+    """Return one of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{argument}: expected one of {expected}, got {value!r}")
+    return value

@@ -1,16 +1,16 @@
 """Arrays of either kind, NumPy's and torch's, as flat pieces of memory.
 
-Indexing, slicing, ``a[...] = b`` and the in-place operators mean the same for both, so that the rest of the package is
-written once; what differs is here. Every piece is a view: nothing is moved, nothing is rebound.
+Indexing, slicing, ``a[...] = b`` and the in-place operators mean the same for both kinds, so that the rest of the
+package is written once. What differs is here. Every flat piece is a view: no array is moved or rebound.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from sgdcore._arrays import Array, storage_dtype
 
 # Elements that are handled at a time where each is needed twice: they stay in the processor's cache.
 BLOCK = 1 << 16
-
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def is_torch(array: Any) -> bool:
@@ -39,11 +39,6 @@ def dtype_name(dtype: Any) -> str:
     return name.removeprefix("torch.") if name.startswith("torch.") else np.dtype(dtype).name
 
 
-def item_bytes(dtype: str) -> int:
-    """Return the size of an element."""
-    return ITEM_BYTES[dtype]
-
-
 def compute_dtype(dtype: str) -> str:
     """Return the dtype in which the core computes with values of a dtype: float32 for 16-bit ones, else their own."""
     return "float64" if dtype == "float64" else "float32"
@@ -51,101 +46,148 @@ def compute_dtype(dtype: str) -> str:
 
 def wire_name(dtype: str, wire: str | None = None) -> str:
     """Return the dtype on the wire for arrays of a dtype: 16-bit ones are added up in float32 unless `wire` says so."""
-    if wire is not None and item_bytes(wire) <= item_bytes(dtype):
+    if wire is not None and ITEM_BYTES[wire] <= ITEM_BYTES[dtype]:
         return wire
     return compute_dtype(dtype)
 
 
+# Views
+
+
 def flat(array: Any, label: str) -> Any:
     """Return a 1-d view of all elements, in the order of memory; raise a TypeError or a ValueError if none is."""
-    if isinstance(array, np.ndarray):
-        ordered = array if array.flags.c_contiguous else array.transpose(_axes(array))
-        if not ordered.flags.c_contiguous:
-            raise ValueError(
-                f"{label}: expected an array without gaps, got strides {array.strides}"
-            )
-        return ordered.reshape(-1)
-    torch = sys.modules["torch"]
-    if type(array) not in (torch.Tensor, torch.nn.Parameter) or array.layout is not torch.strided:
-        raise TypeError(
-            f"{label}: expected a dense tensor of torch's own type, got {type(array).__name__} ({array.layout})"
+    if is_torch(array):
+        torch = sys.modules["torch"]
+        kind, layout = type(array), array.layout
+        if kind not in (torch.Tensor, torch.nn.Parameter) or layout is not torch.strided:
+            raise TypeError(f"{label}: expected a dense torch.Tensor, got {kind} ({layout})")
+        array = array.detach() if array.requires_grad else array
+        array = torch.view_as_real(array) if array.is_complex() else array
+        if array.is_contiguous():
+            return array.view(-1)
+        ordered = array.permute(_axes(array.stride()))
+        contiguous = ordered.is_contiguous()
+    else:
+        ordered = array if array.flags.c_contiguous else array.transpose(_axes(array.strides))
+        contiguous = ordered.flags.c_contiguous
+    if not contiguous:
+        raise ValueError(
+            f"{label}: expected memory without gaps, got {strides_of(array)} as strides"
         )
-    tensor = array.detach() if array.requires_grad else array
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    if dtype_name(tensor.dtype) not in ITEM_BYTES:
-        raise TypeError(f"{label}: expected a floating-point tensor, got {tensor.dtype}")
-    if not tensor.is_contiguous():
-        tensor = tensor.permute(_axes(tensor))
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{label}: expected a tensor without gaps, got strides {array.stride()}"
-            )
-    return tensor.view(-1)
+    return ordered.reshape(-1)
 
 
-def _axes(array: Any) -> list[int]:
+def _axes(strides: Sequence[int]) -> list[int]:
     """Return the axes in the order of memory, the outermost first."""
-    strides = array.stride() if is_torch(array) else array.strides
     return sorted(range(len(strides)), key=lambda axis: -strides[axis])
 
 
-def shaped(values: Any, like: Any) -> Any:
-    """Return flat values as a view in the shape of an array, whose `flat` view has the same order."""
-    if is_torch(like) and like.is_complex():
-        like = sys.modules["torch"].view_as_real(like)
-    axes = _axes(like)
-    view = values.reshape([like.shape[axis] for axis in axes])
-    back = sorted(range(len(axes)), key=axes.__getitem__)
-    return view.permute(back) if is_torch(view) else view.transpose(back)
-
-
-def reorder(values: Any, before: Any, after: Any) -> None:
-    """Bring flat values from the order in memory of one array into that of another one of its shape, in place."""
-    source, target = shaped(copied(values), before), shaped(values, after)
-    target[...] = source
-
-
-def element_strides(array: Any) -> list[int]:
+def strides_of(array: Any) -> list[int]:
     """Return the strides in elements, of the axes that have more than one."""
-    if isinstance(array, np.ndarray):
-        strides = [stride // array.itemsize for stride in array.strides]
-    else:
-        strides = array.stride()
+    numpy = isinstance(array, np.ndarray)
+    strides = [s // array.itemsize for s in array.strides] if numpy else array.stride()
     return [stride for stride, n in zip(strides, array.shape, strict=True) if n != 1]
 
 
+def laid_out(array: Any, like: Any) -> Any:
+    """Return an array in the order in memory of another one of its shape: itself, or a copy."""
+    if strides_of(array) == strides_of(like):
+        return array
+    ordered = zeros_like(like, array.dtype)
+    ordered[...] = array
+    return ordered
+
+
+def beside(kept: Sequence[Any], data: Sequence[Any], dtypes: Iterable[Any]) -> list[Any]:
+    """Return what is kept beside arrays, in their order in memory now; zeros of these dtypes for those without any."""
+    laid = [laid_out(each, like) for each, like in zip(kept, data, strict=False)]
+    return laid + [zeros_like(data[i], d) for i, d in enumerate(dtypes) if i >= len(laid)]
+
+
+def _extents(views: Sequence[Any]) -> tuple[Array, Array]:
+    """Return where the memory of flat views begins and ends."""
+    if views and is_torch(views[0]):
+        addresses = [view.data_ptr() for view in views]
+    else:
+        addresses = [view.__array_interface__["data"][0] for view in views]
+    starts = np.array(addresses, np.int64)
+    return starts, starts + np.array([view.nbytes for view in views], np.int64)
+
+
+def runs(views: Sequence[Any], groups: Sequence[int] | None = None) -> list[list[int]]:
+    """Return the positions of flat views, those together that lie side by side in one allocation, and in one group."""
+    starts, ends = _extents(views)
+    # Most small arrays lie apart, which the addresses tell at less cost than `_spannable`.
+    touching = ends[:-1] == starts[1:]
+    if groups is not None:
+        touching &= np.diff(groups) == 0
+    for i in np.flatnonzero(touching).tolist():
+        touching[i] = _spannable(views[i], views[i + 1])
+    bounds = [0, *(np.flatnonzero(~touching) + 1).tolist(), len(views)]
+    return [list(range(start, stop)) for start, stop in pairwise(bounds)] if views else []
+
+
+def _spannable(a: Any, b: Any) -> bool:
+    """Return whether a single view can span two views, of which one begins where the other one ends."""
+    if a.dtype != b.dtype or len(a) == 0 or len(b) == 0:
+        return False
+    if is_torch(a):
+        return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+    return a.base is not None and a.base is b.base
+
+
+def join(views: Sequence[Any]) -> Any:
+    """Return one flat view over views side by side, or None if they are not."""
+    if len(views) > 1 and len(runs(views)) > 1:
+        return None
+    first, size = views[0], sum(len(view) for view in views)
+    if is_torch(first):
+        return first.as_strided((size,), (1,))
+    return np.lib.stride_tricks.as_strided(first, (size,), first.strides)
+
+
+def bits(array: Any) -> Any:
+    """Return a flat view as integers, whose sums with zeros are exact."""
+    integer = "int32" if ITEM_BYTES[dtype_name(array.dtype)] == 4 else "int64"
+    return array.view(getattr(sys.modules["torch"] if is_torch(array) else np, integer))
+
+
+def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
+    """Return the positions of two flat views that have memory in common, or None."""
+    starts, ends = _extents(views)
+    order = np.argsort(starts, kind="stable")
+    order = order[ends[order] > starts[order]]  # empty ones have no memory
+    # Where any two overlap, so do two that follow each other.
+    found = np.flatnonzero(ends[order][:-1] > starts[order][1:])
+    if len(found) == 0:
+        return None
+    first, second = sorted(order[found[0] :][:2].tolist())
+    return first, second
+
+
+# Memory
+
+
 def empty(like: Any, size: int, dtype: str) -> Any:
-    """Return new memory of the same kind, on the same device; on huge pages if it is large."""
-    large = size * item_bytes(dtype) >= 2 * _core.huge_page
-    if is_torch(like):
-        torch = sys.modules["torch"]
-        kind = getattr(torch, dtype)
-        if large and like.device.type == "cpu":
-            words = _core.allocate(-(-size * item_bytes(dtype) // 8), np.dtype(np.int64))
-            return torch.from_numpy(words).view(kind)[:size]
-        return torch.empty(size, dtype=kind, device=like.device)
-    numpy_dtype = np.dtype(dtype) if dtype == "int64" else storage_dtype(dtype)
-    return _core.allocate(size, numpy_dtype) if large else np.empty(size, numpy_dtype)
-
-
-def alike(views: Sequence[Any], dtype: str | None = None) -> list[Any]:
-    """Return new flat views of the same sizes, of a dtype or their own, those of one dtype and device side by side."""
-    keys = [(dtype or dtype_name(view.dtype), getattr(view, "device", None)) for view in views]
-    result: list[Any] = [None] * len(views)
-    for key in dict.fromkeys(keys):
-        positions = [i for i, other in enumerate(keys) if other == key]
-        ends = list(accumulate((len(views[i]) for i in positions), initial=0))
-        memory = empty(views[positions[0]], ends[-1], key[0])
-        for i, (start, stop) in zip(positions, pairwise(ends), strict=True):
-            result[i] = memory[start:stop]
-    return result
+    """Return new flat memory of an array's kind, on its device; on huge pages where the memory is the CPU's."""
+    if not is_torch(like):
+        return _core.allocate(size, np.dtype(dtype) if dtype == "int64" else storage_dtype(dtype))
+    torch = sys.modules["torch"]
+    if like.device.type != "cpu":
+        return torch.empty(size, dtype=getattr(torch, dtype), device=like.device)
+    words = _core.allocate(-(-size * ITEM_BYTES[dtype] // 8), np.dtype(np.int64))
+    return torch.from_numpy(words).view(getattr(torch, dtype))[:size]
 
 
 def zeros_like(array: Any, dtype: Any = None) -> Any:
-    """Return zeros in the array's shape and order in memory, of its dtype or another one."""
-    if is_torch(array):
-        return sys.modules["torch"].zeros_like(array, dtype=dtype)
-    return np.zeros_like(array, dtype=None if dtype is None else storage_dtype(dtype))
+    """Return zeros in the array's shape and order in memory, of its dtype or a real one, given by itself or by name."""
+    if not is_torch(array):
+        return np.zeros_like(array, dtype=None if dtype is None else storage_dtype(dtype))
+    torch = sys.modules["torch"]
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and array.is_complex():
+        dtype = dtype.to_complex()
+    return torch.zeros_like(array, dtype=dtype)
 
 
 def copied(array: Any) -> Any:
@@ -179,11 +221,8 @@ def concatenate(views: Sequence[Any], target: Any) -> None:
 def scatter(source: Any, views: Sequence[Any]) -> None:
     """Undo `concatenate`: copy an array's parts to the views."""
     sizes = [view.shape[0] for view in views]
-    if is_torch(source):
-        copy_all(views, source.split(sizes))
-    else:
-        bounds = pairwise(accumulate(sizes, initial=0))
-        copy_all(views, [source[start:stop] for start, stop in bounds])
+    cut = source.split(sizes) if is_torch(source) else np.split(source, np.cumsum(sizes)[:-1])
+    copy_all(views, cut)
 
 
 def copy_all(targets: Sequence[Any], sources: Sequence[Any]) -> None:
@@ -193,6 +232,9 @@ def copy_all(targets: Sequence[Any], sources: Sequence[Any]) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target[...] = source
+
+
+# Values
 
 
 def count_change(array: Any) -> None:
@@ -213,16 +255,14 @@ def zero_nonfinite(array: Any) -> None:
 
 def scale(array: Any, factor: float, look: bool = False) -> bool:
     """Multiply a flat view of float32 or float64, in place; return whether that is finite, if `look` says so."""
-    if is_torch(array):
-        if array.device.type != "cpu":
-            array *= factor
-            return not look or all_finite(array)
+    finite = True
+    if is_torch(array) and array.device.type == "cpu":
         array = array.numpy()
-    finite, number = True, array.dtype.type(factor)
-    for start in range(0, len(array), BLOCK):
-        block = array[start : start + BLOCK]
+    block_size = len(array) if is_torch(array) else BLOCK
+    for start in range(0, len(array), block_size or 1):
+        block = array[start : start + block_size]
         if factor != 1:
-            np.multiply(block, number, out=block)
+            block *= factor
         finite = finite and (not look or all_finite(block))
     return finite
 
@@ -235,72 +275,3 @@ def all_finite(array: Any) -> bool:
         if math.isfinite(float(np.dot(array, array) if fast else array.sum())):
             return True
     return bool((sys.modules["torch"] if is_torch(array) else np).isfinite(array).all())
-
-
-def addresses(arrays: Sequence[Any]) -> list[int]:
-    """Return where each array begins."""
-    if arrays and is_torch(arrays[0]):
-        return [array.data_ptr() for array in arrays]
-    return [array.__array_interface__["data"][0] for array in arrays]
-
-
-def _extents(views: Sequence[Any]) -> tuple[Array, Array]:
-    """Return where the memory of flat views begins and ends."""
-    starts = np.array(addresses(views), np.int64)
-    return starts, starts + np.array([view.nbytes for view in views], np.int64)
-
-
-def runs(views: Sequence[Any], groups: Sequence[int] | None = None) -> list[list[int]]:
-    """Return the positions of flat views, those together that lie side by side in one allocation, and in one group."""
-    starts, ends = _extents(views)
-    # Most small arrays lie apart, which the addresses tell at less cost than `_spannable`.
-    touching = ends[:-1] == starts[1:]
-    if groups is not None:
-        touching &= np.diff(groups) == 0
-    for i in np.flatnonzero(touching).tolist():
-        touching[i] = _spannable(views[i], views[i + 1])
-    bounds = [0, *(np.flatnonzero(~touching) + 1).tolist(), len(views)]
-    return [list(range(start, stop)) for start, stop in pairwise(bounds)] if views else []
-
-
-def _spannable(a: Any, b: Any) -> bool:
-    """Return whether a single view can span two views, of which one begins where the other one ends."""
-    if a.dtype != b.dtype or len(a) == 0 or len(b) == 0:
-        return False
-    if is_torch(a):
-        return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
-    base = a.base
-    return (
-        isinstance(base, np.ndarray)
-        and base is b.base
-        and base.dtype == a.dtype
-        and base.flags.c_contiguous
-    )
-
-
-def join(views: Sequence[Any]) -> Any:
-    """Return one flat view over views side by side, or None if they are not."""
-    first = views[0]
-    if len(views) == 1:
-        return first
-    if len(runs(views)) > 1:
-        return None
-    size = sum(len(view) for view in views)
-    if is_torch(first):
-        return first.as_strided((size,), (1,), first.storage_offset())
-    whole = first.base.reshape(-1)
-    start = (addresses([first])[0] - addresses([whole])[0]) // first.itemsize
-    return whole[start : start + size]
-
-
-def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
-    """Return the positions of two flat views that have memory in common, or None."""
-    starts, ends = _extents(views)
-    order = np.argsort(starts, kind="stable")
-    order = order[ends[order] > starts[order]]  # empty ones have no memory
-    # Where any two overlap, so do two that follow each other.
-    found = np.flatnonzero(ends[order][:-1] > starts[order][1:])
-    if len(found) == 0:
-        return None
-    first, second = sorted(order[found[0] :][:2].tolist())
-    return first, second

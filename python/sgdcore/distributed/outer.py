@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sgdcore.distributed._flat import compute_dtype, dtype_name, is_torch, item_bytes
-from sgdcore.distributed.parameters import momentum_of, set_zero_momentum
+from sgdcore.distributed._checks import check_number
+from sgdcore.distributed._flat import ITEM_BYTES, compute_dtype, dtype_name, flat, is_torch
+from sgdcore.distributed.parameters import Parameters
 from sgdcore.sgd import SGD
 
 
@@ -27,7 +28,7 @@ class OuterSGD:
         x = x - lr * (g + momentum * u  if nesterov, else u)
 
     With ``lr=1`` and ``momentum=0`` this is plain averaging. DiLoCo used ``lr=0.7, momentum=0.9, nesterov=True``, for
-    inner optimizers with adaptive steps; for SGD it lowered the training loss and the validation accuracy.
+    inner optimizers with adaptive steps.
 
     Source: Douillard et al., "DiLoCo: distributed low-communication training of language models", 2023 (arXiv
     2311.08105).
@@ -38,7 +39,8 @@ class OuterSGD:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        _check_hyper(self.lr, self.momentum)
+        check_number("lr", self.lr)
+        check_number("momentum", self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: expected a momentum to go with it, got momentum=0")
 
@@ -62,41 +64,33 @@ class SlowMo:
     lr: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_hyper(self.lr, self.momentum)
-
-
-def _check_hyper(lr: float, momentum: float) -> None:
-    for name, value in (("lr", lr), ("momentum", momentum)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not value >= 0:
-            raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        check_number("lr", self.lr)
+        check_number("momentum", self.momentum)
 
 
 class Outer:
-    """An outer optimizer and its state: a core optimizer whose parameters are the anchors, group by group."""
+    """An outer optimizer and its state: a core optimizer whose parameters are the anchors, group by group.
+
+    Attributes:
+        lrs: for SlowMo the learning rate of each of the inner optimizer's groups in the last round; 0 before the first.
+    """
 
     def __init__(self, spec: OuterSGD | SlowMo, anchors: Sequence[Sequence[Any]]) -> None:
         self._spec = spec
-        # For SlowMo the learning rate of each of the inner optimizer's groups in the last round; 0 before the first.
         self.lrs = [0.0] * len(anchors)
-        self._torch = any(is_torch(anchor) for each in anchors for anchor in each)
+        self._torch = any(is_torch(anchor) for group in anchors for anchor in group)
         cls: Any = SGD
         if self._torch:
             from sgdcore.torch import SGD as cls
         self._optimizer = cls([self._group(each) for each in anchors], **asdict(spec))
+        self._anchors = Parameters(self._optimizer)
 
     def _group(self, anchors: Sequence[Any]) -> dict[str, Any]:
-        dtypes = (compute_dtype(dtype_name(anchor.dtype)) for anchor in anchors)
-        dtype: Any = max(dtypes, key=item_bytes, default="float32")
+        dtypes = (compute_dtype(dtype_name(flat(each, "anchor").dtype)) for each in anchors)
+        dtype: Any = max(dtypes, key=ITEM_BYTES.__getitem__, default="float32")
         if self._torch:
             dtype = getattr(sys.modules["torch"], dtype)
         return {"params": list(anchors), "momentum_dtype": dtype}
-
-    def add(self, anchors: Sequence[Any]) -> None:
-        """Add those of a new group."""
-        self._optimizer.add_param_group(self._group(anchors))
-        self.lrs.append(0.0)
 
     def step(self, differences: Sequence[Any], lrs: Sequence[float]) -> None:
         """Update the anchors by anchor - average for each of them, and the learning rates of the inner groups."""
@@ -105,8 +99,8 @@ class Outer:
         if not self._torch:
             self._optimizer.step(grads=differences)
             return
-        for (parameter, _), difference in zip(self._anchors(), differences, strict=True):
-            parameter.grad = difference
+        for anchor, difference in zip(self._anchors.all, differences, strict=True):
+            anchor.grad = difference
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -117,20 +111,23 @@ class Outer:
             if lr > 0 and self.lrs[i] > 0:
                 group["momentum"] *= lr / self.lrs[i]
             else:
-                for parameter in group["params"]:
-                    self._optimizer.state[parameter].pop("momentum_buffer", None)
+                for anchor in group["params"]:
+                    self._optimizer.state[anchor].pop("momentum_buffer", None)
             self.lrs[i] = lr
 
     def momenta(self) -> list[Any]:
-        """Return the outer momentum of each anchor, zeros where there is none yet."""
-        for parameter, group in self._anchors():
-            if momentum_of(self._optimizer, parameter) is None:
-                set_zero_momentum(self._optimizer, parameter, group)
-        return self.saved()
-
-    def saved(self) -> list[Any]:
         """Return the outer momentum of each anchor, or None where there is none."""
-        return [momentum_of(self._optimizer, parameter) for parameter, _ in self._anchors()]
+        return self._anchors.momenta()
 
-    def _anchors(self) -> list[tuple[Any, dict[str, Any]]]:
-        return [(p, group) for group in self._optimizer.param_groups for p in group["params"]]
+    def flats(self) -> list[Any]:
+        """Return `momenta` as flat views."""
+        return [None if each is None else flat(each, "outer momentum") for each in self.momenta()]
+
+    def take(self, momenta: Sequence[Any], lrs: Sequence[float]) -> None:
+        """Take over another one's `momenta` and `lrs`, which may lack the last groups'."""
+        self.lrs[: len(lrs)] = lrs
+        for i, momentum in enumerate(momenta):
+            if momentum is None:
+                self._optimizer.state[self._anchors.all[i]].pop("momentum_buffer", None)
+            else:
+                self._anchors.momentum(i)[...] = momentum

@@ -14,33 +14,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
-from itertools import combinations, groupby
-from numbers import Real
+from itertools import combinations, groupby, product
 from operator import attrgetter
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from sgdcore._hints import needs
-from sgdcore.distributed._checks import check_count, integer
-from sgdcore.distributed._flat import item_bytes
+from sgdcore.distributed._checks import check_choice, check_count, check_number, integer
+from sgdcore.distributed._flat import FLOATS, ITEM_BYTES, dtype_name
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 
-__all__ = ["Link", "Plan", "Prediction", "measure", "plan"]
-
-_WIRE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 _WORDS = {"keep": 1, "reset": 1, "average": 2}  # averaged in a round, for each parameter
 # 4 KiB to 16 MiB; closest together where the time goes.
 _SIZES = tuple(1 << power for power in (12, 14, 16, 18, 20, 21, 22, 23, 24))
 # A size is timed in a train of all-reduces, this many bytes or calls: a round sends chunk after chunk, and a throttled
 # link lets more through after a pause.
 _TRAIN_BYTES, _TRAIN_CALLS = 8 << 20, 32
-_ROW = attrgetter("ranks", "wire_dtype")  # of a table
-_LARGE = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
-_SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 @dataclass(frozen=True)
@@ -48,14 +38,10 @@ class Link:
     """What connects the ranks.
 
     Args:
-        latency: seconds that a message takes however short it is, at least 0.
+        latency: seconds that a message takes however short it is.
         bandwidth: bytes a second that each rank sends, while it receives as many: ``10e9 / 8`` for 10 Gbit/s.
         ranks: how many ranks it was measured with; None for numbers given by hand.
         samples: what was measured: pairs of (bytes, seconds of an all-reduce).
-
-    Raises:
-        TypeError: if an argument is no number.
-        ValueError: if one is out of range.
 
     Example:
         >>> Link(latency=50e-6, bandwidth=10e9 / 8).all_reduce(100e6, ranks=8)
@@ -68,41 +54,23 @@ class Link:
     samples: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_number("latency", self.latency, "of at least 0")
-        _check_number("bandwidth", self.bandwidth, "above 0")
+        check_number("latency", self.latency)
+        check_number("bandwidth", self.bandwidth, positive=True)
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
         """Return the seconds of an all-reduce of so many bytes over so many ranks."""
         return 2 * (ranks - 1) * (self.latency + nbytes / ranks / self.bandwidth)
 
-    @property
-    def error(self) -> float:
-        """The median of the relative deviations of the samples from the model; 0 without samples."""
-        if self.ranks is None or not self.samples:
-            return 0.0
-        deviations = [abs(self.all_reduce(s, self.ranks) / t - 1) for s, t in self.samples]
-        return float(np.median(deviations))
-
-    def __str__(self) -> str:
-        text = f"{1e6 * self.latency:.3g} us a message, {_scaled(self.bandwidth, _LARGE)}B/s"
-        if self.ranks is not None:
-            text += f", measured with {self.ranks} ranks, median deviation {self.error:.0%}"
-        return text
-
 
 def measure(
     group: Any = None, *, sizes: Sequence[int] = _SIZES, rounds: int = 5, buffer: Any = None
 ) -> Link:
-    """Time all-reduces of several sizes and fit latency and bandwidth to them; every rank gets the same.
-
-    Each size is timed `rounds` times, in turn with the others, and its median counts. The line through the medians is
-    the one with the least sum of relative deviations, weighted by the square root of the size: a size that does not
-    fit, because of caches or another algorithm, does not bend it.
+    """Time all-reduces of several sizes and fit latency and bandwidth to the medians; every rank gets the same.
 
     Args:
         group: what `as_process_group` takes; all ranks call this together.
         sizes: bytes of the all-reduces, two multiples of 4 or more, in the range that the model is to hold for.
-        rounds: how often to time each size.
+        rounds: how often to time each size, in turn with the others.
         buffer: float32 memory to reduce, which is overwritten: a CUDA tensor for NCCL. Default: a NumPy array.
 
     Raises:
@@ -117,9 +85,8 @@ def measure(
         raise ValueError(f"sizes: expected two multiples of 4 or more, got {list(sizes)}")
     check_count("rounds", rounds, 1)
     sizes = sorted(set(sizes))
-    if buffer is None:
-        buffer = np.zeros(sizes[-1] // 4, np.float32)
-    if str(buffer.dtype).rpartition(".")[2] != "float32":
+    buffer = np.zeros(sizes[-1] // 4, np.float32) if buffer is None else buffer
+    if dtype_name(buffer.dtype) != "float32":
         raise TypeError(f"buffer: expected dtype float32, got {buffer.dtype}")
     if 4 * len(buffer) < sizes[-1]:
         raise ValueError(f"buffer: expected {sizes[-1]} bytes or more, got {4 * len(buffer)}")
@@ -139,7 +106,7 @@ def measure(
 
 def _time_all_reduce(group: ProcessGroup, buffer: Any) -> float:
     calls = max(1, min(_TRAIN_CALLS, _TRAIN_BYTES // (4 * len(buffer))))
-    group.barrier()
+    group.all_reduce(buffer[:1]).wait()  # all begin together
     began = perf_counter()
     for _ in range(calls):
         group.all_reduce(buffer).wait()
@@ -150,19 +117,17 @@ def _time_all_reduce(group: ProcessGroup, buffer: Any) -> float:
 def _fit_line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the a >= 0 and b > 0 that minimise the sum of ``sqrt(x) |(a + b x) / y - 1|`` over the samples (x, y).
 
-    Large x count for more, because most of a round's time is theirs. The best line goes through two samples, or
-    through one and the origin: all are tried.
+    A sample that does not fit does not bend the line. Large x count for more, because most of a round's time is theirs.
+    The best line goes through two samples, or through one and the origin: all are tried.
     """
     x, y = np.array(samples, float).T
-
-    def cost(line: tuple[float, float]) -> float:
-        return float((np.sqrt(x) * np.abs((line[0] + line[1] * x) / y - 1)).sum())
-
+    slopes = ((a, b, (b[1] - a[1]) / (b[0] - a[0])) for a, b in combinations(samples, 2))
     lines = [(0.0, y1 / x1) for x1, y1 in samples]
-    for (x1, y1), (x2, y2) in combinations(samples, 2):
-        slope = (y2 - y1) / (x2 - x1)
-        lines.append((y1 - slope * x1, slope))
-    return min((line for line in lines if line[0] >= 0 and line[1] > 0), key=cost)
+    lines += [(a[1] - slope * a[0], slope) for a, _, slope in slopes]
+    return min(
+        ((a, b) for a, b in lines if a >= 0 and b > 0),
+        key=lambda line: float((np.sqrt(x) * np.abs((line[0] + line[1] * x) / y - 1)).sum()),
+    )
 
 
 @dataclass(frozen=True)
@@ -187,92 +152,54 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions for every combination of what `plan` was given: print it, or `draw` it."""
+    """Predictions for every combination of what `plan` was given, as a table if printed."""
 
     parameters: float
     step_seconds: float
     link: Link
     momentum_sync: str
     overlap: bool
-    predictions: tuple[Prediction, ...]
+    predictions: tuple[Prediction, ...] = ()
 
     def predict(self, ranks: int, wire_dtype: str, sync_every: int) -> Prediction:
-        """Return one prediction, also for a combination that is not in the table.
-
-        Raises:
-            ValueError: if an argument is out of range.
-        """
-        check_count("ranks", ranks, 1)
+        """Return one prediction, also for a combination that is not in the table; a ValueError names what is wrong."""
         check_count("sync_every", sync_every, 1)
-        round_bytes = self._round_bytes(wire_dtype)
-        round_seconds = self.link.all_reduce(round_bytes, ranks)
-        own, spread = self.step_seconds, round_seconds / sync_every
+        nbytes, seconds = self._round(ranks, wire_dtype)
+        own, spread = self.step_seconds, seconds / sync_every
         total = max(own, spread) if self.overlap else own + spread
-        sent = 2 * (ranks - 1) / ranks * round_bytes / sync_every
-        return Prediction(ranks, wire_dtype, sync_every, round_seconds, total, own / total, sent)
+        sent = 2 * (ranks - 1) / ranks * nbytes / sync_every
+        return Prediction(ranks, wire_dtype, sync_every, seconds, total, own / total, sent)
 
     def sync_every(self, efficiency: float, ranks: int, wire_dtype: str = "float32") -> int:
-        """Return the smallest period with at least this efficiency.
+        """Return the smallest period with at least this efficiency e, which is above 0 and below 1.
 
         That is H >= e / (1 - e) * t_s / t_c; or H >= e * t_s / t_c where the traffic is hidden behind the computation.
-
-        Raises:
-            TypeError: if `ranks` is no integer.
-            ValueError: if an argument is out of range: e above 0 and below 1, N from 1 on, a dtype of `plan`.
         """
         if not 0 < efficiency < 1:
             raise ValueError(f"efficiency: expected above 0 and below 1, got {efficiency}")
-        check_count("ranks", ranks, 1)
-        round_seconds = self.link.all_reduce(self._round_bytes(wire_dtype), ranks)
-        least = efficiency * round_seconds / self.step_seconds
+        least = efficiency * self._round(ranks, wire_dtype)[1] / self.step_seconds
         return max(1, math.ceil(least if self.overlap else least / (1 - efficiency)))
 
-    def _round_bytes(self, wire_dtype: str) -> float:
-        if wire_dtype not in _WIRE_DTYPES:
-            expected = ", ".join(_WIRE_DTYPES)
-            raise ValueError(f"wire_dtype: expected one of {expected}, got {wire_dtype!r}")
-        return self.parameters * _WORDS[self.momentum_sync] * item_bytes(wire_dtype)
+    def _round(self, ranks: int, wire_dtype: str) -> tuple[float, float]:
+        """Return the bytes of a round, and its seconds."""
+        check_count("ranks", ranks, 1)
+        check_choice("wire_dtype", wire_dtype, FLOATS)
+        nbytes = self.parameters * _WORDS[self.momentum_sync] * ITEM_BYTES[wire_dtype]
+        return nbytes, self.link.all_reduce(nbytes, ranks)
 
     def __str__(self) -> str:
+        link = f"{1e6 * self.link.latency:.3g} us a message, {_scaled(self.link.bandwidth)}B/s"
         periods = dict.fromkeys(p.sync_every for p in self.predictions)
-        parameters, step = _scaled(self.parameters, _LARGE), _scaled(self.step_seconds, _SECONDS)
         lines = [
-            f"{parameters} parameters, {step} a step without traffic; {self.link}",
+            f"{_scaled(self.parameters)} parameters, {_scaled(self.step_seconds)}s a step without traffic; {link}",
             f"step time and efficiency when averaging every H steps{', overlapped' * self.overlap}:",
             f"{'N':>5}  {'wire':<8}" + "".join(f"{f'H={period}':>15}" for period in periods),
         ]
-        for (ranks, wire_dtype), row in groupby(self.predictions, _ROW):
-            cells = (f"{_scaled(p.step_seconds, _SECONDS)} {p.efficiency:4.0%}" for p in row)
+        rows = groupby(self.predictions, attrgetter("ranks", "wire_dtype"))
+        for (ranks, wire_dtype), row in rows:
+            cells = (f"{_scaled(p.step_seconds)}s {p.efficiency:4.0%}" for p in row)
             lines.append(f"{ranks:>5}  {wire_dtype:<8}" + "".join(f"{cell:>15}" for cell in cells))
         return "\n".join(lines)
-
-    def draw(self, path: str | Path) -> None:
-        """Write a PNG with the step time (left) and the efficiency (right) over the period.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        # Figure and canvas made by hand need no display, and leave pyplot's global state alone.
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(needs("drawing a plan", "matplotlib", "demo", error)) from error
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.suptitle(str(self).partition("\n")[0], fontsize="medium")
-        shown = {"step_seconds": "Seconds a step", "efficiency": "Efficiency"}
-        for axes, (name, title) in zip(figure.subplots(1, 2), shown.items(), strict=True):
-            for (ranks, wire_dtype), group in groupby(self.predictions, _ROW):
-                points = [(p.sync_every, getattr(p, name)) for p in group]
-                axes.plot(*zip(*points, strict=True), ".-", label=f"{ranks} ranks, {wire_dtype}")
-            axes.set(title=title, xlabel="steps between two averagings, H")
-            axes.set_xscale("log", base=2)
-            axes.grid(alpha=0.3)
-        axes.legend()
-        image = BytesIO()  # so that an error while drawing leaves no half a file
-        figure.savefig(image, format="png", dpi=120)
-        Path(path).write_bytes(image.getvalue())
 
 
 def plan(
@@ -299,41 +226,24 @@ def plan(
         overlap: the traffic is hidden behind the computation, max(t_c, t_s / H).
 
     Raises:
-        TypeError: if `link` is not a `Link`, or a number is none.
-        ValueError: if a number is out of range, or a name is not one of those above.
+        TypeError, ValueError: naming the argument that is no number, out of range, or not one of those above.
 
     Example:
-        ResNet-50 on eight machines with 1 Gbit/s:
-
-        >>> table = plan(25.6e6, 0.1, Link(latency=50e-6, bandwidth=1e9 / 8), ranks=8, sync_every=(1, 16, 256))
-        >>> print(table)
-        25.6 M parameters, 100 ms a step without traffic; 50 us a message, 125 MB/s
-        step time and efficiency when averaging every H steps:
-            N  wire                H=1           H=16          H=256
-            8  float32     1.53 s   7%    190 ms  53%    106 ms  95%
-            8  bfloat16    818 ms  12%    145 ms  69%    103 ms  97%
-        >>> table.sync_every(efficiency=0.95, ranks=8)
+        >>> link = Link(latency=50e-6, bandwidth=1e9 / 8)  # 1 Gbit/s, for ResNet-50
+        >>> plan(25.6e6, 0.1, link, ranks=8).sync_every(efficiency=0.95, ranks=8)
         273
     """
     if not isinstance(link, Link):
         raise TypeError(f"link: expected a Link, got {link!r}")
-    _check_number("parameters", parameters, "above 0")
-    _check_number("step_seconds", step_seconds, "above 0")
-    if momentum_sync not in _WORDS:
-        expected = ", ".join(_WORDS)
-        raise ValueError(f"momentum_sync: expected one of {expected}, got {momentum_sync!r}")
+    check_number("parameters", parameters, positive=True)
+    check_number("step_seconds", step_seconds, positive=True)
+    check_choice("momentum_sync", momentum_sync, _WORDS)
+    ranks = link.ranks if ranks is None else ranks
     if ranks is None:
-        if link.ranks is None:
-            raise ValueError("ranks: needed, because the link was not measured")
-        ranks = link.ranks
-    table = Plan(parameters, step_seconds, link, momentum_sync, overlap, ())
-    predictions = tuple(
-        table.predict(n, wire_dtype, period)
-        for n in _several("ranks", ranks)
-        for wire_dtype in wire_dtypes
-        for period in _several("sync_every", sync_every)
-    )
-    return replace(table, predictions=predictions)
+        raise ValueError("ranks: needed, because the link was not measured")
+    table = Plan(parameters, step_seconds, link, momentum_sync, overlap)
+    rows = product(_several("ranks", ranks), wire_dtypes, _several("sync_every", sync_every))
+    return replace(table, predictions=tuple(table.predict(*row) for row in rows))
 
 
 def _several(argument: str, counts: Any) -> list[Any]:
@@ -346,15 +256,8 @@ def _several(argument: str, counts: Any) -> list[Any]:
         raise TypeError(f"{argument}: expected an integer or several, got {counts!r}") from None
 
 
-def _check_number(argument: str, value: Any, bound: str) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{argument}: expected a number, got {value!r}")
-    lowest = 0.0 if "least" in bound else math.ulp(0.0)
-    if not (math.isfinite(value) and float(value) >= lowest):
-        raise ValueError(f"{argument}: expected a finite number {bound}, got {value}")
-
-
-def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """Return a number to three digits in the largest unit that is not larger."""
-    scale, unit = next((u for u in units if value >= 0.9995 * u[0]), units[-1])
-    return f"{value / scale:.3g} {unit}"
+def _scaled(value: float) -> str:
+    """Return a number to three digits, and the prefix of the largest unit that is not larger."""
+    units = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"))
+    scale, prefix = next((unit for unit in units if value >= 0.9995 * unit[0]), units[-1])
+    return f"{value / scale:.3g} {prefix}"

@@ -1,12 +1,17 @@
-"""A round of Local SGD: how far it is, how long it is to be, and what schedules are told of the last one."""
+"""A round of Local SGD: how far it is, what schedules are told of the last one, and what it started from."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from sgdcore.distributed._checks import check_count
+from sgdcore.distributed._flat import beside, copied, copy_all, flat
+from sgdcore.distributed.buffers import Buffers
+from sgdcore.distributed.parameters import Parameters
 from sgdcore.distributed.schedules import Progress, Schedule
 
 
@@ -32,11 +37,6 @@ class Round:
         """Begin the round, or begin it again: forget its steps."""
         self.position = self.active = self.period = self.losses_count = 0
         self.losses = 0.0
-
-    @property
-    def total(self) -> int:
-        """The steps taken in all."""
-        return self.steps + self.active
 
     def count_loss(self, loss: Any) -> None:
         """Take a step's loss into the round's mean."""
@@ -66,15 +66,68 @@ class Round:
         self.begin()
         self.broken = False
 
-    def numbers(self) -> dict[str, float]:
-        """Return what is saved, and what a rank that joins is told: numbers only."""
-        values = asdict(self) | {"losses": float(self.losses)}
-        del values["broken"]
-        return {name: math.nan if value is None else value for name, value in values.items()}
+    def saved(self) -> dict[str, Any]:
+        """Return what is saved, and what a rank that joins is told; plain values."""
+        return {**vars(self), "losses": float(self.losses), "broken": False}
 
-    def take(self, numbers: dict[str, float]) -> None:
-        """Take over what `numbers` returned."""
-        for name, value in numbers.items():
-            absent = name.endswith("_loss") and math.isnan(value)
-            setattr(self, name, None if absent else value)
-        self.broken = False
+
+class Anchor:
+    """Copies of the parameters at the end of the last round, and of momentum and buffers if it `keeps_all`.
+
+    Attributes:
+        values, flats: each parameter's copy, in its shape and as a flat view.
+        momenta: each parameter's, or None where there was none.
+        valid: the copies are those of the end of the last round.
+    """
+
+    def __init__(self, keeps_all: bool) -> None:
+        self.values: list[Any] = []
+        self.flats: list[Any] = []
+        self.momenta: list[Any] = []
+        self.valid = False
+        self._buffers: list[Any] = []
+        self._keeps_all = keeps_all
+
+    def follow(self, parameters: Parameters) -> None:
+        """Take the order in memory of the parameters, and allocate copies of new ones."""
+        self.values = beside(self.values, parameters.data, [each.dtype for each in parameters.data])
+        self.flats = [flat(each, "anchor") for each in self.values]
+
+    def take(self, parameters: Parameters, buffers: Buffers) -> None:
+        """Copy the parameters, which are equal on all ranks."""
+        copy_all(self.values, parameters.data)
+        if self._keeps_all:
+            self.keep(parameters.momenta(), buffers)
+        self.valid = True
+
+    def keep(self, momenta: Sequence[Any], buffers: Buffers) -> None:
+        """Copy momentum, into the memory of the last copies where there are any, and buffers."""
+        kept = []
+        for old, momentum in zip_longest(self.momenta[: len(momenta)], momenta):
+            if momentum is not None and old is not None and old.dtype == momentum.dtype:
+                old[...] = momentum
+                kept.append(old)
+            else:
+                kept.append(copied(momentum))
+        self.momenta, self._buffers = kept, buffers.copies()
+
+    def restore(self, parameters: Parameters, buffers: Buffers, state: Any) -> None:
+        """Bring parameters, momentum (in the optimizer's state) and buffers back to the end of the last round."""
+        self.to_parameters(parameters)
+        momenta = zip(parameters.all, parameters.momenta(), self.momenta, strict=True)
+        for parameter, momentum, kept in momenta:
+            if momentum is not None and kept is not None:
+                momentum[...] = kept
+            elif momentum is not None:
+                del state[parameter]["momentum_buffer"]
+        buffers.restore(self._buffers)
+
+    def subtract_from(self, parameters: Parameters) -> None:
+        """Put anchor - parameters, which the outer step takes for a gradient, where the parameters are."""
+        for values, anchor in zip(parameters.data, self.values, strict=True):
+            values *= -1
+            values += anchor
+
+    def to_parameters(self, parameters: Parameters) -> None:
+        """Copy the anchor to the parameters."""
+        copy_all(parameters.data, self.values)

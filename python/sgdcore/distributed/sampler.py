@@ -8,7 +8,6 @@ says how far an epoch has come.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sized
 from types import FrameType
@@ -18,14 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sgdcore.distributed._checks import check_count, integer
-from sgdcore.distributed.groups import as_process_group, initialised_engines
+from sgdcore.distributed.groups import as_process_group
 
-__all__ = ["ShardSampler"]
-
-Indices = NDArray[np.int64]
-
-# Where launchers tell a process how many there are: torchrun, Open MPI, MPICH, srun.
-_LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # Up to here torch draws 32 bits for each index, as `_permutation` does; above, 64.
 _MAX_WITHOUT_TORCH = (2**32 - 1) // 20
 
@@ -36,17 +29,15 @@ class ShardSampler:
     With N ranks and n samples, rank r takes the entries r, r + N, r + 2 N, ... of an order of all samples that is
     shuffled by ``seed + epoch``. So that every rank gets as many, the order is continued from its beginning, or with
     ``drop_last`` cut. Same arguments, same indices as torch.utils.data.DistributedSampler, also where torch is not
-    installed (for fewer than 214,748,364 samples, and some 0.6 us each).
+    installed (for fewer than 214,748,364 samples).
 
     A torch DataLoader takes it as ``sampler=``. Without torch, iterate over it, or over `batches`. Where torch has been
-    imported, the sampler is an instance of torch.utils.data.DistributedSampler, too: Lightning and others that divide
-    data among ranks then leave it alone. accelerate divides every loader that it prepares, and needs
-    ``num_replicas=1, rank=0``.
+    imported, the sampler is an instance of DistributedSampler, so that Lightning and others do not divide its samples
+    again. accelerate divides every loader that it prepares, and needs ``num_replicas=1, rank=0``.
 
     Args:
         dataset: anything with a length, or the length.
-        num_replicas: number of ranks. Default: that of `group`; 1 in a script that was started by itself and has
-            initialised no engine, as for debugging.
+        num_replicas: number of ranks. Default: that of `group`.
         rank: which of them this is, from 0. Default: that in `group`.
         shuffle: shuffle anew each epoch; without it the order is 0, 1, 2, ...
         seed: start of the random numbers; the same on every rank.
@@ -54,10 +45,9 @@ class ShardSampler:
         group: what `as_process_group` takes, asked only if `num_replicas` or `rank` is not given.
 
     Raises:
-        TypeError: `dataset` has no length; a number is not an integer.
-        ValueError: `rank` is not one of the ranks; a number is out of range.
-        RuntimeError: no process group is initialised, and a launcher has started several processes; from iteration,
-            where one was initialised since then, or a framework would divide the shard among the ranks once more.
+        TypeError, ValueError: if an argument is invalid.
+        RuntimeError: if no process group is initialised; from iteration, if a framework would divide the shard among
+            the ranks once more.
 
     Example:
         >>> sampler = ShardSampler(10, num_replicas=4, rank=1, shuffle=False)
@@ -65,8 +55,6 @@ class ShardSampler:
         [1, 5, 9]
         >>> [batch.tolist() for batch in sampler.batches(2)]
         [[1, 5], [9]]
-
-    Source: torch/utils/data/distributed.py for the rule; Matsumoto & Nishimura 1998 for the generator.
     """
 
     def __init__(
@@ -80,21 +68,15 @@ class ShardSampler:
         *,
         group: Any = None,
     ) -> None:
-        self.dataset = dataset
-        self._length = _length(dataset)
-        self._alone = num_replicas is rank is group is None and _is_alone()
-        if self._alone:
-            num_replicas, rank = 1, 0
-        elif num_replicas is None or rank is None:
+        self.dataset, self._length = dataset, _length(dataset)
+        if num_replicas is None or rank is None:
             ranks = as_process_group(group)
             num_replicas = ranks.size if num_replicas is None else num_replicas
             rank = ranks.rank if rank is None else rank
         self.num_replicas = check_count("num_replicas", num_replicas, 1)
         self.rank = check_count("rank", rank, 0, below=self.num_replicas)
-        self.shuffle = bool(shuffle)
-        self.drop_last = bool(drop_last)
-        self.seed = check_count("seed", seed, 0, below=2**63)
-        self.epoch = 0
+        self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
+        self.seed, self.epoch = check_count("seed", seed, 0, below=2**63), 0
         self._rewind(0)
 
     def _rewind(self, seen: int) -> None:
@@ -128,20 +110,15 @@ class ShardSampler:
     def __iter__(self) -> Iterator[int]:
         return (int(batch[0]) for batch in self.batches(1))
 
-    def batches(self, batch_size: int) -> Iterator[Indices]:
-        """Yield the indices in arrays of `batch_size`, the last one perhaps shorter, to index arrays with.
-
-        Raises:
-            TypeError, ValueError: `batch_size` is not an integer of at least 1.
-            RuntimeError: as iteration over the sampler.
-        """
+    def batches(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the indices in arrays of `batch_size`, the last one perhaps shorter, to index arrays with."""
         batch_size = check_count("batch_size", batch_size, 1)
         self._check_undivided()
         start = self._start
         shard = self._shard(start)
         self._seen, self._base, self._start = start, start, 0
 
-        def generate() -> Iterator[Indices]:
+        def generate() -> Iterator[NDArray[np.int64]]:
             for first in range(0, len(shard), batch_size):
                 batch = shard[first : first + batch_size]
                 self._seen = start + (first + len(batch)) * self.num_replicas
@@ -153,9 +130,6 @@ class ShardSampler:
         """Choose the epoch, and with it the order, of the next iteration.
 
         After `load_state_dict` the epoch that was loaded goes on where it was; another one starts from its beginning.
-
-        Raises:
-            TypeError, ValueError: `epoch` is not an integer of at least 0.
         """
         epoch = check_count("epoch", epoch, 0, below=2**63)
         if epoch != self.epoch:
@@ -169,9 +143,6 @@ class ShardSampler:
             position: indices of this rank's shard that have been trained on since the epoch began, or since the state
                 that was loaded within it. Default: those handed out. A DataLoader asks for batches ahead of their use,
                 so count for it.
-
-        Raises:
-            TypeError, ValueError: `position` is not an integer from 0 to the number of indices in the shard.
         """
         seen = self._seen
         if position is not None:
@@ -186,20 +157,18 @@ class ShardSampler:
         The number of ranks may have changed since: what is left of the order is shared among those there are.
 
         Raises:
-            TypeError: `state_dict` is no mapping, or a value in it is of the wrong kind.
-            ValueError: a key is missing, or the order would be another one: of other length, seed or shuffle.
+            TypeError, ValueError: if it is no state of a sampler with this length, seed and shuffle.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         mine = self.state_dict()
-        missing = mine.keys() - state_dict.keys()
-        if missing:
+        if missing := mine.keys() - state_dict.keys():
             raise ValueError(f"state_dict: lacks {sorted(missing)}")
         for key in ("length", "seed", "shuffle"):
             if state_dict[key] != mine[key]:
+                theirs, own = state_dict[key], mine[key]
                 raise ValueError(
-                    f"state_dict[{key!r}]: the state is of a sampler with {state_dict[key]!r}, "
-                    f"this one has {mine[key]!r}"
+                    f"state_dict[{key!r}]: the state is of a sampler with {theirs!r}, this one has {own!r}"
                 )
         epoch = check_count("state_dict['epoch']", state_dict["epoch"], 0, below=2**63)
         self._rewind(check_count("state_dict['seen']", state_dict["seen"], 0))
@@ -207,11 +176,6 @@ class ShardSampler:
 
     def _check_undivided(self) -> None:
         """Refuse to be iterated by something that gives each rank a part of what it gets."""
-        if self._alone and not _is_alone():
-            raise RuntimeError(
-                "ShardSampler: it was constructed before the process group was initialised, and has the samples of one "
-                "rank of one; construct it afterwards, or pass num_replicas and rank"
-            )
         frame: FrameType | None = sys._getframe() if self.num_replicas > 1 else None
         while frame is not None:
             caller = frame.f_locals.get("self")
@@ -229,15 +193,13 @@ class ShardSampler:
         left = max(0, self._length - seen)
         return left // self.num_replicas if self.drop_last else -(-left // self.num_replicas)
 
-    def _shard(self, seen: int) -> Indices:
+    def _shard(self, seen: int) -> NDArray[np.int64]:
         """Return what this rank still has to do when the first `seen` of the order are done."""
-        count = self._samples_after(seen)
-        if not count:
-            return np.empty(0, np.int64)
-        places = (seen + self.rank + self.num_replicas * np.arange(count)) % self._length
-        return (
-            _permutation(self._length, self.seed + self.epoch)[places] if self.shuffle else places
-        )
+        turns = np.arange(self._samples_after(seen))
+        places = (seen + self.rank + self.num_replicas * turns) % max(1, self._length)
+        if not (self.shuffle and len(turns)):
+            return places
+        return _permutation(self._length, self.seed + self.epoch)[places]
 
 
 @functools.cache
@@ -256,17 +218,16 @@ def _new(kind: type[ShardSampler]) -> ShardSampler:
 def _divides(caller: Any) -> bool:
     """Return whether an object gives each rank a part of what it takes from a sampler."""
     data, loaders = map(sys.modules.get, ("torch.utils.data", "accelerate.data_loader"))
-    ranks = 1
     if data is not None and isinstance(caller, data.DistributedSampler):
-        ranks = caller.num_replicas  # such as Lightning's DistributedSamplerWrapper
-    elif loaders is not None and isinstance(caller, loaders.BatchSamplerShard):
-        ranks = caller.num_processes
-    elif loaders is not None and isinstance(caller, loaders.DataLoaderDispatcher):
-        ranks = caller.state.num_processes
-    return ranks > 1
+        return bool(caller.num_replicas > 1)  # such as Lightning's DistributedSamplerWrapper
+    if loaders is not None and isinstance(caller, loaders.BatchSamplerShard):
+        return bool(caller.num_processes > 1)
+    if loaders is not None and isinstance(caller, loaders.DataLoaderDispatcher):
+        return bool(caller.state.num_processes > 1)
+    return False
 
 
-def _permutation(count: int, seed: int) -> Indices:
+def _permutation(count: int, seed: int) -> NDArray[np.int64]:
     """Return what ``torch.randperm(count, generator=torch.Generator().manual_seed(seed))`` does."""
     torch: Any = sys.modules.get("torch")
     if torch is not None:
@@ -274,21 +235,14 @@ def _permutation(count: int, seed: int) -> Indices:
     if count >= _MAX_WITHOUT_TORCH:
         advice = "import torch, or pass shuffle=False"
         raise ValueError(f"dataset: {count} samples are shuffled by torch only; {advice}")
-    # torch seeds the same Mersenne Twister as NumPy's RandomState, with the lower 32 bits, and swaps
-    # place i with one of those from i on, chosen by the remainder of one 32-bit draw.
+    # torch (utils/data/distributed.py) seeds the same Mersenne Twister as NumPy's RandomState, with the lower 32 bits,
+    # and swaps place i with one of those from i on, chosen by the remainder of one 32-bit draw.
     draws = np.random.RandomState(seed % 2**32).randint(2**32, size=count - 1, dtype=np.uint32)
     others = np.arange(count - 1) + draws % np.arange(count, 1, -1)
     shuffled = list(range(count))
     for i, j in enumerate(others.tolist()):
         shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
     return np.array(shuffled, np.int64)
-
-
-def _is_alone() -> bool:
-    """Return whether this is the only rank, as far as it can be known: by the engines, and by what launchers tell."""
-    told = [os.environ.get(name, "") for name in _LAUNCHED]
-    sizes = [engine().size for engine in initialised_engines()]
-    return max(sizes, default=1) == 1 and all(number in ("", "0", "1") for number in told)
 
 
 def _length(dataset: Any) -> int:
@@ -298,6 +252,7 @@ def _length(dataset: Any) -> int:
     try:
         return len(dataset)
     except TypeError:
+        kind = type(dataset).__name__
         raise TypeError(
-            f"dataset: expected something with a length, or an integer, got {type(dataset).__name__}"
+            f"dataset: expected something with a length, or an integer, got {kind}"
         ) from None

@@ -13,8 +13,6 @@ from typing import Protocol, runtime_checkable
 
 from sgdcore.distributed._checks import check_count
 
-__all__ = ["AdaComm", "PostLocal", "Progress", "Schedule", "Stagewise"]
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -65,21 +63,13 @@ class PostLocal:
 
 @dataclass(frozen=True)
 class Stagewise:
-    """A period for each stage of training, as the learning rate falls.
-
-    Args:
-        stages: maps the first step of each stage to its period; one begins at step 0.
-
-    Example:
-        >>> schedule = Stagewise({0: 1, 1000: 8, 5000: 32})
-        >>> schedule.period(Progress(step=1200, round=1000, period=8, lr=0.1))
-        8
+    """A period for each stage of training, as the learning rate falls: ``Stagewise({0: 1, 1000: 8, 5000: 32})``.
 
     Source: Shen et al., "STL-SGD: speeding up Local SGD with stagewise communication period", AAAI 2021 (arXiv
     2006.06377).
     """
 
-    stages: Mapping[int, int]
+    stages: Mapping[int, int]  # the first step of each stage, one of them 0, and its period
 
     def __post_init__(self) -> None:
         if 0 not in self.stages:
@@ -97,16 +87,13 @@ class Stagewise:
 class AdaComm:
     r"""Average more often as the loss falls: few rounds at first, for speed, many in the end, for accuracy.
 
-    Every `interval` steps, with the mean loss F of the last round and that of the first::
+    The period is `initial` at first. Every `interval` steps, with the mean loss F of the last round and that of the
+    first one::
 
         period = ceil(sqrt(F / F_first) * initial)      if that is less than the period before
         period = ceil(period / 2)                       otherwise
 
     Needs the loss: ``step(loss=loss)``, or a closure that returns it. One that is not finite changes nothing.
-
-    Args:
-        initial: the period at first.
-        interval: steps between two changes.
 
     Source: Wang and Joshi, "Adaptive communication strategies to achieve the best error-runtime trade-off in
     local-update SGD", MLSys 2019 (arXiv 1810.08313).

@@ -1,20 +1,20 @@
-"""What the wrappers of an optimizer have in common: they stand in for it."""
+"""What the wrappers of an optimizer have in common: they stand in for it, and meet the other ranks."""
 
 from __future__ import annotations
 
+import pickle
 import sys
 import weakref
 from collections import UserDict
 from collections.abc import Callable
 from functools import cache
+from itertools import count
 from typing import Any, NoReturn, Self, cast
 
-from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore.distributed._flat import is_torch
 from sgdcore.distributed.buffers import Buffers, warn_of_batch_norm
-from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
-from sgdcore.distributed.header import Caller
+from sgdcore.distributed.header import Headers, Ranks, RoundError, checksums, compare
 from sgdcore.distributed.parameters import Parameters
 from sgdcore.optimizer import Optimizer
 
@@ -58,14 +58,16 @@ class Wrapper:
     _optimizer: Any
     _group: ProcessGroup
     _buffers: Buffers
-    _model: Any
-    _caller: Caller
-    _feedback: ErrorFeedback
-    _parameters: Any
+    _parameters: Parameters
+    _number: int  # among the wrappers of this program; the same on all ranks
+    _verified: bool  # ranks have compared what one of them alone may have loaded
+
+    _numbers = count(1)  # of this process's next wrapper
 
     param_groups = _Inner()
     defaults = _Inner()
     zero_grad = _Inner()
+    state_dict = _Inner()
     register_step_pre_hook = _Inner()
     register_step_post_hook = _Inner()
     register_state_dict_pre_hook = _Inner()
@@ -82,10 +84,10 @@ class Wrapper:
 
     def _wrap(self, optimizer: Any, group: Any, model: Any, buffers: Any) -> None:
         """Take the optimizer over, after checking what it is."""
-        if isinstance(optimizer, Wrapper):
-            raise TypeError(f"optimizer: it is distributed already, got {type(optimizer).__name__}")
         torch = sys.modules.get("torch")
         kinds = (Optimizer,) if torch is None else (Optimizer, torch.optim.Optimizer)
+        if isinstance(optimizer, Wrapper):
+            raise TypeError(f"optimizer: it is distributed already, got {type(optimizer).__name__}")
         if not isinstance(optimizer, kinds):
             raise TypeError(
                 f"optimizer: expected one of sgdcore or torch.optim, got {type(optimizer).__name__}"
@@ -99,33 +101,23 @@ class Wrapper:
             raise ValueError("optimizer: expected at least one parameter, got none")
         if model is not None and not (torch is not None and isinstance(model, torch.nn.Module)):
             raise TypeError(f"model: expected a torch.nn.Module or None, got {model!r}")
-        self._group = as_process_group(group)
-        self._optimizer, self._model = optimizer, model
-        self._caller, self._feedback = Caller(self), ErrorFeedback()
-        if hasattr(optimizer, "_in_backward"):
-            self._optimizer._wrapper = weakref.ref(self)  # step_in_backward asks it
+        self._optimizer, self._group = optimizer, as_process_group(group)
+        self._number, self._verified = 0, False
         if buffers is None and model is not None:
             buffers = dict(model.named_buffers())
-        self._buffers = Buffers(buffers)
+        self._buffers, self._parameters = Buffers(buffers), Parameters(optimizer, model)
         if model is None and not self._buffers.layout and self._group.size > 1:
-            groups = optimizer.param_groups
-            warn_of_batch_norm(p for each in groups for p in each["params"] if is_torch(p))
+            warn_of_batch_norm(self._parameters.all)
 
-    def _read_parameters(self) -> Parameters:
-        """Return the optimizer's parameters, by the model's names where it has none."""
-        named = () if self._model is None else self._model.named_parameters()
-        return Parameters(self._optimizer, {id(parameter): name for name, parameter in named})
-
-    def _other_parameters(self) -> Buffers:
-        """Return the model's parameters that the optimizer does not have, by name."""
-        own = {id(parameter) for parameter in self._parameters.all}
-        named = () if self._model is None else self._model.named_parameters()
-        return Buffers({name: p.detach() for name, p in named if id(p) not in own})
-
-    @property
-    def _like(self) -> Any:
-        """An array of the kind that the group takes."""
-        return self._parameters.flats[0]
+    def _start(self, status: int) -> None:
+        """Meet the other ranks for the first time."""
+        if hasattr(self._optimizer, "_in_backward"):
+            self._optimizer._wrapper = weakref.ref(self)  # step_in_backward asks it
+            if self._optimizer._in_backward is not None:
+                self.check_step_in_backward()
+        self._bind()
+        self._meet(status)
+        self._parameters.others().broadcast(self._group, 0)
 
     @property
     def state(self) -> Any:
@@ -160,41 +152,7 @@ class Wrapper:
 
     def check_step_in_backward(self) -> None:
         """Raise a ValueError if stepping in the backward pass cannot go with this wrapper."""
-
-    def _refuse_step_in_backward(self) -> None:
-        if getattr(self._optimizer, "_in_backward", None) is not None:
-            self.check_step_in_backward()
-
-    def _inner_step(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
-        """Let the inner optimizer step, as GradScaler wants it."""
-        attributes = self.__dict__
-        found_inf, scale = attributes.get("found_inf"), attributes.get("grad_scale")
-        if found_inf is None and scale is None:
-            step = self._optimizer.step
-            return step(**kwargs) if closure is None else step(closure, **kwargs)
-        inner = self._optimizer
-        # Of sgdcore.torch.SGD; torch's optimizers answer with the attribute.
-        takes_scale = getattr(inner, "_takes_scale", None)
-        if takes_scale() if takes_scale else getattr(inner, "_step_supports_amp_scaling", False):
-            inner.found_inf, inner.grad_scale = found_inf, scale
-            try:
-                return inner.step(**kwargs)
-            finally:
-                for name in ("found_inf", "grad_scale"):
-                    vars(inner).pop(name, None)
-        if found_inf is not None and float(found_inf) != 0:
-            return None
-        if scale is not None:
-            factor = scale.double().reciprocal().float()  # as GradScaler.unscale_ computes it
-            for parameter in self._parameters.all:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor.to(parameter.grad.device))
-        return inner.step(**kwargs)
-
-    def _forget_scaling(self) -> None:
-        """Drop what GradScaler set for one step; it removes it itself only where that step succeeds."""
-        self.__dict__.pop("found_inf", None)
-        self.__dict__.pop("grad_scale", None)
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         inner = "\n".join("  " + line for line in repr(self._optimizer).splitlines())
@@ -205,25 +163,153 @@ class Wrapper:
             f"{type(self).__name__} belongs to its process group and cannot be copied or pickled; save its state_dict()"
         )
 
+    # Changes of the parameters
 
-def _step_supports_amp_scaling(_: Wrapper) -> bool:
-    # GradScaler would leave out `step` for an overflow on this rank alone, and the ranks would no longer agree on
-    # when a round ends; told that `step` knows about scaling, it always calls it.
-    return asked_by_grad_scaler()
+    def _bind(self) -> None:
+        """Make what is kept beside the parameters, for new ones and where they are now."""
+
+    def _follow_moves(self) -> None:
+        """Look where parameters are that were given other memory."""
+        if self._parameters.moved():
+            self._parameters.read()
+            self._bind()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, on all ranks; they get rank 0's values.
+
+        Raises:
+            TypeError, ValueError: as the inner optimizer does, or where ranks add different ones.
+        """
+        self._follow_moves()
+        self._optimizer.add_param_group(param_group)
+        self._parameters.read()
+        self._bind()
+        self._introduce(self._status())
+        self._parameters.averager().broadcast(self._group, self._parameters.flats)
+
+    # What ranks tell each other
+
+    def _status(self) -> int:
+        """Return what decides whose parameters all take when ranks meet: those of the highest."""
+        raise NotImplementedError
+
+    def _meet(self, status: int) -> None:
+        """See that ranks agree, and bring those behind to where the one with the highest status is."""
+        raise NotImplementedError
+
+    def _ranks(self, group: ProcessGroup | None = None) -> Ranks:
+        return Ranks(group or self._group, self._parameters.flats[0])
+
+    def _facts(self) -> dict[str, str]:
+        """Return what has to be equal on all ranks when they meet, by name."""
+        layouts = {"parameters": self._parameters.layout, "buffers": self._buffers.layout}
+        return {"optimizer": type(self).__name__, **layouts}
+
+    def _introduce(self, status: int) -> list[int]:
+        """Compare what has to be equal on all ranks, and agree on this wrapper's number; returns each one's status."""
+        facts = self._facts()
+        said = {"facts": facts, "status": status, "number": next(Wrapper._numbers)}
+        headers = self._gather("to meet", self._ranks(), None, said)
+        for name in facts:
+            compare(name, [theirs.get(name) for theirs in headers["facts"]], error=ValueError)
+        self._number = max(headers["number"])
+        Wrapper._numbers = count(self._number + 1)
+        return headers["status"]
+
+    def _gather(
+        self, call: str, ranks: Ranks, failed: Exception | None, said: dict[str, Any]
+    ) -> Headers:
+        """Tell ranks what this one calls, why it cannot take part, and what else there is to say by name."""
+        reason = failed and f"{type(failed).__name__}: {failed}".encode(errors="replace").decode()
+        everyone = ranks.gather({"call": call, "failed": reason, **said})
+        compare(
+            "ranks call different things", [each["call"] for each in everyone], None, RoundError
+        )
+        for rank, each in enumerate(everyone):
+            if each["failed"]:
+                raise RuntimeError(f"rank {rank} failed with {each['failed']}") from failed
+        return {name: [each[name] for each in everyone] for name in said}
+
+    def _exchange(
+        self,
+        operation: str,
+        prepare: Callable[[], dict[str, Any]],
+        group: ProcessGroup | None = None,
+        **said: Any,
+    ) -> Headers:
+        """Tell ranks where this one is; returns what all say by name, once all can take part.
+
+        Args:
+            operation: what the ranks are to do together.
+            prepare: called first, returns more to say. If it fails, all ranks raise.
+            group: the ranks; default: all.
+            **said: what there is to say.
+        """
+        ranks, failed = self._ranks(group), None
+        try:
+            self._follow_moves()
+            said |= prepare()
+        except Exception as error:  # noqa: BLE001 (raised below, on all ranks)
+            failed = error
+        said |= {"layout": self._parameters.fingerprint, "unverified": not self._verified}
+        first = self._parameters.labels[0]
+        call = f"{operation} ({type(self).__name__} number {self._number}, {first})"
+        headers = self._gather(call, ranks, failed, said)
+        if len(set(headers["layout"])) > 1:
+            what = "parameters: the layout in memory changed on some ranks since they were wrapped"
+            compare(what, ranks.gather(self._parameters.layout))
+        return headers
+
+    def _checksums(self) -> str:
+        """Return what has to be equal before ranks go on, one thing a line."""
+        return "\n".join(checksums(self._parameters.labels, self._parameters.flats))
+
+    def _verify(self, headers: Headers, what: str, among: list[Any] | None = None) -> None:
+        """Compare `_checksums` of the ranks, where one of them may have changed alone; raise on all."""
+        if any(headers["unverified"]):
+            compare(what, self._ranks().gather(self._checksums()), among)
+            self._verified = True
+
+    # States that come from another rank
+
+    def _state_of(self, source: int, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `state` returns on a rank, with tensors on the CPU; a TypeError if pickle refuses."""
+        content = b""
+        if self._group.rank == source:
+            try:
+                content = pickle.dumps(_on_cpu(state()))
+            except Exception as error:  # noqa: BLE001 (raised below, on all ranks)
+                message = f"optimizer: its state cannot be sent to the other ranks: {error}"
+                content = pickle.dumps(TypeError(message))
+        received = pickle.loads(self._ranks().broadcast(content, source))
+        if isinstance(received, TypeError):
+            raise received
+        return cast(dict[str, Any], received)
+
+    def _load_inner(self, state: dict[str, Any]) -> None:
+        """Load a state into the inner optimizer; tensors among its hyperparameters stay those a program refers to."""
+        tensors = [{k: v for k, v in each.items() if is_torch(v)} for each in self.param_groups]
+        self._optimizer.load_state_dict(state)
+        for group, own in zip(self.param_groups, tensors, strict=True):
+            for name, tensor in own.items():
+                group[name] = tensor.fill_(group[name])
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return a state dict, or part of one, with the tensors in it on the CPU."""
+    if isinstance(value, dict):
+        return {key: _on_cpu(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(each) for each in value]
+    return value.detach().cpu() if is_torch(value) else value
 
 
 @cache
 def _torch_flavour(cls: Any) -> Any:
     """Return the class's subclass that is a torch.optim.Optimizer, too."""
     base = sys.modules["torch"].optim.Optimizer
-    supports = property(_step_supports_amp_scaling)
-    attributes = {"__module__": cls.__module__, "_step_supports_amp_scaling": supports}
-    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), attributes)
-
-
-def call_closure(closure: Callable[[], Any], parameter: Any) -> Any:
-    """Call a closure that computes gradients, with autograd enabled where there is one."""
-    if is_torch(parameter):
-        with sys.modules["torch"].enable_grad():
-            return closure()
-    return closure()
+    return (
+        cls
+        if issubclass(cls, base)
+        else type(cls.__name__, (cls, base), {"__module__": cls.__module__})
+    )

@@ -12,7 +12,7 @@ from sgdcore.distributed.groups.mpi_group import MpiGroup
 from sgdcore.distributed.groups.protocol import NOT_A_MEMBER, ProcessGroup, Work
 from sgdcore.distributed.groups.torch_group import TorchGroup
 
-__all__ = ["MpiGroup", "ProcessGroup", "TorchGroup", "Work", "abort", "as_process_group"]
+__all__ = ["MpiGroup", "ProcessGroup", "TorchGroup", "Work", "as_process_group"]
 
 
 def as_process_group(group: Any = None) -> ProcessGroup:
@@ -25,11 +25,6 @@ def as_process_group(group: Any = None) -> ProcessGroup:
     Raises:
         TypeError: if it is none of these.
         RuntimeError: if it is None and no engine is initialised, or both are; if this process is not one of its ranks.
-
-    Example:
-        >>> as_process_group("gloo")
-        Traceback (most recent call last):
-        TypeError: group: expected a process group of torch.distributed, an mpi4py communicator or None, got 'gloo'
     """
     if group is None:
         return _initialised_group()
@@ -42,34 +37,20 @@ def as_process_group(group: Any = None) -> ProcessGroup:
             raise RuntimeError(NOT_A_MEMBER.format("group"))
         if isinstance(group, dist.ProcessGroup):
             return TorchGroup(group)
-    if mpi is not None and isinstance(group, mpi.Comm) and group == mpi.COMM_NULL:
-        raise RuntimeError(NOT_A_MEMBER.format("group"))
-    if mpi is not None and isinstance(group, mpi.Intracomm):
+    if mpi is not None and isinstance(group, mpi.Intracomm | type(mpi.COMM_NULL)):
         return MpiGroup(group)
     raise TypeError(
         f"group: expected a process group of torch.distributed, an mpi4py communicator or None, got {group!r}"
     )
 
 
-def abort(group: ProcessGroup) -> None:
-    """Let no other rank wait for this one after a failure, where the engine can do that."""
-    if isinstance(group, TorchGroup):
-        group.abort()
-
-
-def initialised_engines() -> list[type[TorchGroup | MpiGroup]]:
-    """Return the engines that are initialised in this process."""
-    dist, mpi = sys.modules.get("torch.distributed"), sys.modules.get("mpi4py.MPI")
-    engines: list[type[TorchGroup | MpiGroup]] = []
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        engines.append(TorchGroup)
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        engines.append(MpiGroup)
-    return engines
-
-
 def _initialised_group() -> ProcessGroup:
-    groups = [engine() for engine in initialised_engines()]
+    dist, mpi = sys.modules.get("torch.distributed"), sys.modules.get("mpi4py.MPI")
+    groups: list[ProcessGroup] = []
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        groups.append(TorchGroup())
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        groups.append(MpiGroup())
     if not groups:
         raise RuntimeError(
             "group: no process group is initialised. With torch, start with torchrun and call "
