@@ -10,8 +10,7 @@ import torch
 
 from sgdcore.distributed import averager as averaging
 from sgdcore.distributed._flat import BLOCK, empty, runs, scale
-from sgdcore.distributed.averager import Averager, Cargo, Chunk, Sizes, exchange
-from sgdcore.distributed.feedback import ErrorFeedback
+from sgdcore.distributed.averager import Averager, Cargo, Chunk, ErrorFeedback, Sizes, exchange
 
 
 class Late:

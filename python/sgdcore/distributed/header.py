@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sgdcore._arrays import Array
-from sgdcore.distributed._flat import as_kind, as_numpy, is_torch
+from sgdcore.distributed._flat import as_kind, as_numpy, flat, is_torch
 from sgdcore.distributed.groups import ProcessGroup
 
 # What is longer takes a second operation. The first one has one size, so that ranks that call different things find
@@ -96,11 +96,12 @@ def fingerprint(text: str) -> int:
 
 
 def checksums(labels: Iterable[str], arrays: Iterable[Any]) -> Iterator[str]:
-    """Yield a line for each flat array, or None, with its label and a hash of its bits."""
+    """Yield a line for each array, or None, with its label and a hash of its bits."""
     for label, array in zip(labels, arrays, strict=True):
         digest = hashlib.blake2b(digest_size=7)
-        for start in range(0, 0 if array is None else len(array), CHECKSUM_BLOCK):
-            block = array[start : start + CHECKSUM_BLOCK]
+        values: Any = () if array is None else flat(array, label)
+        for start in range(0, len(values), CHECKSUM_BLOCK):
+            block = values[start : start + CHECKSUM_BLOCK]
             if is_torch(block):  # which may have a dtype that NumPy lacks
                 block = block.detach().view(block.new_empty(0).byte().dtype)
             digest.update(as_numpy(block).view(np.uint8).data)

@@ -11,8 +11,8 @@ import numpy as np
 
 from sgdcore.distributed import _flat
 from sgdcore.distributed._checks import check_choice, check_count, integer
+from sgdcore.distributed.averager import ErrorFeedback
 from sgdcore.distributed.checkpoint import add_to_state, split_state
-from sgdcore.distributed.feedback import ErrorFeedback
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.distributed.header import Headers, RoundError, any_flags, checksums, compare
 from sgdcore.distributed.outer import Outer, OuterSGD, SlowMo
@@ -161,7 +161,7 @@ class LocalSGD(Wrapper):
         if own.need_anchor:
             anchor.follow(parameters)
         if own.wire_dtype is not None:
-            self._feedback.follow(parameters.data, parameters.flats, anchor.flats)
+            self._feedback.follow(parameters.data, parameters.flats, anchor.values)
         if own.outer is not None:
             groups: list[list[Any]] = [[] for _ in self._optimizer.param_groups]
             for values, i in zip(anchor.values, parameters.group_of, strict=True):
@@ -240,11 +240,7 @@ class LocalSGD(Wrapper):
         With `transactional`, all ranks return to the end of the last round that any of them completed. Otherwise ranks
         whose round failed get the parameters of one that is intact; if all are, they average their steps since. All
         parameters are then equal in every bit, and a new round begins. A new rank gets momentum and hyperparameters,
-        too, of a rank that has completed the most rounds.
-
-        Args:
-            group: a process group of the ranks that go on, as in the constructor.
-            levels: as in the constructor.
+        too, of a rank that has completed the most rounds. `group` and `levels` are as in the constructor.
 
         Raises:
             RuntimeError: if no rank's parameters are intact.
@@ -398,9 +394,8 @@ class LocalSGD(Wrapper):
             stepped = any(headers["active"])
             if level is None:
                 compare("the learning rates of an outer step", headers["lrs"])
-                self._verify(
-                    headers, "the state before this round, which was loaded on some ranks only"
-                )
+                what = "the state before this round, which was loaded on some ranks only"
+                self._verify(headers, what)
             if stepped:
                 self._round.broken = True
                 factor = self._average_parameters(headers, level)
@@ -464,9 +459,9 @@ class LocalSGD(Wrapper):
         """Return what enters a round beside parameters, which ranks may have loaded since it was compared."""
         if not self._options.need_anchor:
             return ""
-        kept, outer = {"the anchor of": self._anchor.flats}, self._outer
+        kept, outer = {"the anchor of": self._anchor.values}, self._outer
         if outer is not None:
-            kept["the outer momentum of"] = outer.flats()
+            kept["the outer momentum of"] = outer.momenta()
         lines = [
             f"{name} {line}"
             for name, arrays in kept.items()
@@ -493,28 +488,23 @@ class LocalSGD(Wrapper):
     def _failure(self, error: Exception) -> RoundError:
         """Leave a failed round behind in a state that is known; returns what to raise."""
         group, counts, transactional = self._group, self._round, self._options.transactional
-        number = counts.number + 1
         # Parameters that were moved are somewhere else by now, where they could not be followed.
         found = not self._parameters.moved()
         if transactional and self._anchor.valid and found:
             self._restore()
         # Where there was no anchor to return to, this rank has taken no step yet.
         restored = transactional and found and not counts.broken
+        outcome = "parameters are as this rank's last step left them"
         if restored:
             outcome = f"parameters and momentum are those of the end of round {self.round}"
-        elif not counts.broken:
-            outcome = "parameters are as this rank's last step left them"
-        elif transactional:
-            outcome = "parameters are left in the middle of the outer step"
-        else:
-            outcome = (
-                "parameters are left in the middle of it (transactional=True would restore them)"
+        elif counts.broken:
+            middle = (
+                "the outer step" if transactional else "it (transactional=True would restore them)"
             )
-        return RoundError(
-            f"round {number} of Local SGD failed on rank {group.rank} of {group.size}; {outcome}: {error}",
-            number,
-            restored,
-        )
+            outcome = f"parameters are left in the middle of {middle}"
+        number, place = counts.number + 1, f"rank {group.rank} of {group.size}"
+        message = f"round {number} of Local SGD failed on {place}; {outcome}: {error}"
+        return RoundError(message, number, restored)
 
     # Checkpoints
 

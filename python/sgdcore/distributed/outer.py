@@ -119,10 +119,6 @@ class Outer:
         """Return the outer momentum of each anchor, or None where there is none."""
         return self._anchors.momenta()
 
-    def flats(self) -> list[Any]:
-        """Return `momenta` as flat views."""
-        return [None if each is None else flat(each, "outer momentum") for each in self.momenta()]
-
     def take(self, momenta: Sequence[Any], lrs: Sequence[float]) -> None:
         """Take over another one's `momenta` and `lrs`, which may lack the last groups'."""
         self.lrs[: len(lrs)] = lrs

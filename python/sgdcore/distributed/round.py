@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from sgdcore.distributed._checks import check_count
-from sgdcore.distributed._flat import beside, copied, copy_all, flat
+from sgdcore.distributed._flat import beside, copied, copy_all
 from sgdcore.distributed.buffers import Buffers
 from sgdcore.distributed.parameters import Parameters
 from sgdcore.distributed.schedules import Progress, Schedule
@@ -75,14 +75,13 @@ class Anchor:
     """Copies of the parameters at the end of the last round, and of momentum and buffers if it `keeps_all`.
 
     Attributes:
-        values, flats: each parameter's copy, in its shape and as a flat view.
+        values: each parameter's copy.
         momenta: each parameter's, or None where there was none.
         valid: the copies are those of the end of the last round.
     """
 
     def __init__(self, keeps_all: bool) -> None:
         self.values: list[Any] = []
-        self.flats: list[Any] = []
         self.momenta: list[Any] = []
         self.valid = False
         self._buffers: list[Any] = []
@@ -91,7 +90,6 @@ class Anchor:
     def follow(self, parameters: Parameters) -> None:
         """Take the order in memory of the parameters, and allocate copies of new ones."""
         self.values = beside(self.values, parameters.data, [each.dtype for each in parameters.data])
-        self.flats = [flat(each, "anchor") for each in self.values]
 
     def take(self, parameters: Parameters, buffers: Buffers) -> None:
         """Copy the parameters, which are equal on all ranks."""

@@ -222,9 +222,8 @@ class Wrapper:
         """Tell ranks what this one calls, why it cannot take part, and what else there is to say by name."""
         reason = failed and f"{type(failed).__name__}: {failed}".encode(errors="replace").decode()
         everyone = ranks.gather({"call": call, "failed": reason, **said})
-        compare(
-            "ranks call different things", [each["call"] for each in everyone], None, RoundError
-        )
+        calls = [each["call"] for each in everyone]
+        compare("ranks call different things", calls, error=RoundError)
         for rank, each in enumerate(everyone):
             if each["failed"]:
                 raise RuntimeError(f"rank {rank} failed with {each['failed']}") from failed
@@ -291,8 +290,9 @@ class Wrapper:
         tensors = [{k: v for k, v in each.items() if is_torch(v)} for each in self.param_groups]
         self._optimizer.load_state_dict(state)
         for group, own in zip(self.param_groups, tensors, strict=True):
-            for name, tensor in own.items():
-                group[name] = tensor.fill_(group[name])
+            for name in own.keys() & group.keys():
+                own[name][...] = group[name]
+                group[name] = own[name]
 
 
 def _on_cpu(value: Any) -> Any:
@@ -308,8 +308,5 @@ def _on_cpu(value: Any) -> Any:
 def _torch_flavour(cls: Any) -> Any:
     """Return the class's subclass that is a torch.optim.Optimizer, too."""
     base = sys.modules["torch"].optim.Optimizer
-    return (
-        cls
-        if issubclass(cls, base)
-        else type(cls.__name__, (cls, base), {"__module__": cls.__module__})
-    )
+    attributes = {"__module__": cls.__module__}
+    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), attributes)
