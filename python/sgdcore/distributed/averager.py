@@ -228,6 +228,7 @@ class Averager:
         self._arrays = runs, [len(view) for view in views], dtypes
         self._like = views[0][:0] if views else None
         self._planned: tuple[Any, list[Chunk]] = None, []
+        self._loaded: tuple[Any, list[Cargo]] = None, []
         self._staging: dict[tuple[str, int], Any] = {}
 
     def average(
@@ -306,24 +307,33 @@ class Averager:
         views: Sequence[Any],
         wanted: Sequence[bool] | None = None,
         in_place: bool = True,
-    ) -> Iterator[Cargo]:
-        """Yield each chunk with the memory that travels: the arrays' own, or a staging buffer."""
-        key = limits, None if wanted is None else tuple(wanted)
+    ) -> Iterable[Cargo]:
+        """Return each chunk with the memory that travels: the arrays' own, or a staging buffer."""
+        key = limits, in_place, None if wanted is None else tuple(wanted)
         if self._planned[0] != key:
             runs, sizes, dtypes = self._arrays
             if wanted is not None:
                 runs = [[i for i in run if wanted[i]] for run in runs]
             self._planned = key, plan_chunks(runs, sizes, dtypes, limits)
-        for number, chunk in enumerate(self._planned[1]):
-            pieces = chunk.pieces(views) if views else []
-            joined = None
-            if pieces and in_place and dtype_name(pieces[0].dtype) == chunk.dtype:
-                joined = _flat.join(pieces)
-            if joined is not None:
-                yield Cargo(chunk, joined)
-                continue
+            self._loaded = None, []
+        if self._loaded[0] is not views:
             # Chunks so far apart share a staging buffer: they are never under way together.
-            slot = chunk.dtype, number % (limits.in_flight + 1)
-            if slot not in self._staging or len(self._staging[slot]) < chunk.size:
-                self._staging[slot] = _flat.empty(self._like, chunk.size, chunk.dtype)
-            yield Cargo(chunk, self._staging[slot][: chunk.size], pieces)
+            slots, chunks = limits.in_flight + 1, enumerate(self._planned[1])
+            cargos = [
+                self._cargo(chunk, views, number % slots, in_place) for number, chunk in chunks
+            ]
+            # Gradients and momenta, of which not all may be wanted, are not kept alive.
+            self._loaded = (views, cargos) if wanted is None else (None, [])
+            return cargos
+        return self._loaded[1]
+
+    def _cargo(self, chunk: Chunk, views: Sequence[Any], number: int, in_place: bool) -> Cargo:
+        pieces = chunk.pieces(views) if views else []
+        if pieces and in_place and dtype_name(pieces[0].dtype) == chunk.dtype:
+            joined = _flat.join(pieces)
+            if joined is not None:
+                return Cargo(chunk, joined)
+        slot = chunk.dtype, number
+        if slot not in self._staging or len(self._staging[slot]) < chunk.size:
+            self._staging[slot] = _flat.empty(self._like, chunk.size, chunk.dtype)
+        return Cargo(chunk, self._staging[slot][: chunk.size], pieces)
