@@ -46,6 +46,7 @@ struct Hyper {
     Values values;
     std::uint32_t states = 0;       // those of the rule's states that take part: bit s is state s
     std::uint8_t variants[2] = {};  // the rule's variant for a tensor's later steps, and for its first
+    bool skips_zero_grads = false;  // an element whose gradient is zero stays as it is, and so do its states
 
     bool has_state(int state) const { return (states >> state & 1) != 0; }
     int variant(bool first) const { return variants[first]; }

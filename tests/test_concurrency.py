@@ -137,12 +137,12 @@ def test_one_optimizer_in_several_threads(size: int) -> None:
 def test_first_step_overtaken_by_another_threads_step() -> None:
     """Both find the momentum missing; the one that comes late must not replace the other's."""
     optimizer, expected = training(10, 0)
-    slot = optimizer.state[parameters_of(optimizer)[0]].slot
+    slots = optimizer.state[parameters_of(optimizer)[0]].slots
     late = np.full(10, np.nan, np.float32)  # made before, given after the first step
     for i in range(8):
         optimizer.step()
         if i == 0:
-            slot.reserve(late)
+            slots.reserve(0, late)
     assert_same_bits(parameters_of(optimizer)[0].data, expected)
 
 

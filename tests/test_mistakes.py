@@ -360,9 +360,12 @@ def test_momentum_given_as_a_list_gets_the_dtype_of_the_momentum(
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        ("sgdcore.Parameter(np.ones((2, n), 'f4'), name='w')", "the momentum of parameter 'w'"),
-        ("np.ones((2, n), 'f4')", "momentum"),
-        ("np.ones((n, 2), 'f4').T", "momentum"),
+        (
+            "sgdcore.Parameter(np.ones((2, n), 'f4'), name='w')",
+            "the momentum_buffer of parameter 'w'",
+        ),
+        ("np.ones((2, n), 'f4')", "momentum_buffer"),
+        ("np.ones((n, 2), 'f4').T", "momentum_buffer"),
     ],
     ids=["named", "array", "axes reversed"],
 )
@@ -397,7 +400,7 @@ def test_momentum_of_a_buffer_that_cannot_be_allocated_is_named(
         raise MemoryError
 
     monkeypatch.setattr(sgdcore._core, "allocate", fail)
-    match = r"^the momentum of a ParameterBuffer: cannot allocate 40 bytes, for shape \(5,\) and dtype float64$"
+    match = r"^the momentum_buffer of a ParameterBuffer: cannot allocate 40 bytes, for shape \(5,\) and dtype float64$"
     with refused(MemoryError, match, optimizer):
         optimizer.step()
     with pytest.raises(

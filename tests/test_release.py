@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import sgdcore
-from sgdcore.optimizer import OptimizerState
+from sgdcore._states import OptimizerState
 
 torch = pytest.importorskip("torch")
 
@@ -66,7 +66,7 @@ class Training:
         return {"data": p.data}
 
     def empty_state(self) -> Any:
-        return OptimizerState()
+        return OptimizerState("sgd")
 
     def step(self, count: int) -> None:
         for _ in range(count):

@@ -25,7 +25,7 @@ import sgdcore
 from processes import allow_fork, assert_daemons_let_python_end, in_fork, stepping
 from sgdcore import reference
 from sgdcore.torch import SGD, _interface
-from sgdcore.torch import sgd as sgd_module
+from sgdcore.torch import optimizer as optimizer_module
 from torch_support import (
     HYPERS,
     Hyper,
@@ -46,7 +46,7 @@ FULL: Hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": Tru
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test with both ways to read tensors: torch's DLPack C exchange API, and without it."""
     if request.param == "attributes":
-        monkeypatch.setattr(sgd_module, "exchange_api", lambda: None)
+        monkeypatch.setattr(optimizer_module, "exchange_api", lambda: None)
     elif _interface.exchange_api() is None:
         pytest.skip("this torch has no DLPack C exchange API")
     return str(request.param)
@@ -667,7 +667,7 @@ def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     bad.grad = torch.ones(3)
     cases: list[tuple[Any, type[Exception], str]] = [
         ("lr", TypeError, r"param_groups\[0\]\['lr'\]: expected a number, got 'fast'"),
-        ("buffer", ValueError, "momentum buffer of parameter 'bad': expected shape"),
+        ("buffer", ValueError, "momentum_buffer of parameter 'bad': expected shape"),
     ]
     optimizer.param_groups[0]["lr"] = "fast"
     with pytest.raises(cases[0][1], match=cases[0][2]):
@@ -680,7 +680,9 @@ def test_refusals_name_what_is_wrong_and_change_nothing() -> None:
     with pytest.raises(TypeError, match="buffer of parameter 'bad': expected one of float64"):
         optimizer.step()
     optimizer.state[bad]["momentum_buffer"] = bad.data
-    with pytest.raises(ValueError, match="parameter 'bad': expected a momentum buffer"):
+    with pytest.raises(
+        ValueError, match="parameter 'bad': expected a parameter and its momentum_buffer"
+    ):
         optimizer.step()
     assert_same_bits(good, kept)
     with pytest.raises(TypeError, match=r"momentum_dtype: expected one of .*, got torch.int8"):
@@ -746,7 +748,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing() -> None:
     checkpoint["param_groups"][0]["lr"] = 99.0
     before = momentum_of(optimizer, p)
     lr = optimizer.param_groups[0]["lr"]
-    with pytest.raises(ValueError, match="expected a momentum buffer of shape"):
+    with pytest.raises(ValueError, match="expected a momentum_buffer of shape"):
         optimizer.load_state_dict(
             {**checkpoint, "param_groups": [{**checkpoint["param_groups"][0], "lr": 5.0}]}
         )
@@ -1171,7 +1173,7 @@ def test_a_state_that_is_a_plain_dict() -> None:
     ("values", "message"),
     [
         (None, "the state of .*: expected a dict, got None"),
-        ({"momentum_buffer": 0.5}, "the momentum buffer of .*: expected a tensor or None, got 0.5"),
+        ({"momentum_buffer": 0.5}, "the momentum_buffer of .*: expected a tensor or None, got 0.5"),
     ],
     ids=["no dict", "a number as momentum"],
 )

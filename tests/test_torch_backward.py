@@ -353,7 +353,8 @@ def test_reentrant_checkpointing_says_that_parameters_wait() -> None:
 def test_a_warning_that_is_an_error_comes_before_anything_is_changed() -> None:
     model = Network()
     before = [p.detach().clone() for p in model.parameters()]
-    step_in_backward(SGD(model.parameters(), **FULL))
+    optimizer = SGD(model.parameters(), **FULL)  # kept: it would end with its last reference
+    step_in_backward(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="use_reentrant=False"):
@@ -364,7 +365,8 @@ def test_a_warning_that_is_an_error_comes_before_anything_is_changed() -> None:
 
 def test_not_reentrant_checkpointing_frees_the_gradients() -> None:
     model = Network()
-    step_in_backward(SGD(model.parameters(), **FULL))
+    optimizer = SGD(model.parameters(), **FULL)  # kept: it would end with its last reference
+    step_in_backward(optimizer)
     model.second(not_reentrant(model.first, inputs(0))).sum().backward()
     assert all("already used" in repr(p.grad) for p in model.parameters())
 
@@ -401,7 +403,8 @@ def test_a_hidden_nested_pass_is_found_inside_of_it(use: str) -> None:
 @REENTRANT
 def test_a_hidden_nested_pass_after_an_update_is_an_error() -> None:
     model = Network()
-    step_in_backward(SGD(model.parameters(), **FULL))
+    optimizer = SGD(model.parameters(), **FULL)  # kept: it would end with its last reference
+    step_in_backward(optimizer)
     with pytest.raises(RuntimeError, match="used and freed by step_in_backward"):
         model.first(hidden(model.first, inputs(0))).sum().backward()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sgdcore
 from sgdcore.torch import SGD
-from sgdcore.torch import sgd as sgd_module
+from sgdcore.torch import optimizer as optimizer_module
 from torch_support import assert_same_bits, assert_same_training, momentum_of, parameter
 
 # Two of each, so that they can share gradients or memory; square, so that they can be transposed in place.
@@ -228,7 +228,7 @@ def test_any_change_between_two_steps(
     hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
     with pytest.MonkeyPatch.context() as patch:
         if not exchange_api:
-            patch.setattr(sgd_module, "exchange_api", lambda: None)
+            patch.setattr(optimizer_module, "exchange_api", lambda: None)
         ours = Trainer(SGD, **hyper)
     theirs = Trainer(torch.optim.SGD, foreach=False, **hyper)
     for made, zero_grad in steps:

@@ -19,7 +19,7 @@ import sgdcore
 from sgdcore import _core
 from sgdcore.torch import _interface
 from sgdcore.torch import backward as backward_module
-from sgdcore.torch import sgd as sgd_module
+from sgdcore.torch import optimizer as optimizer_module
 from test_devices import Simulated
 from torch_support import (
     HYPERS,
@@ -42,7 +42,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     )
     monkeypatch.setattr(_interface, "on_device", lambda tensor, _: tensor)
     monkeypatch.setattr(_interface, "current_stream", lambda _: 0)
-    for module in (sgd_module, backward_module):
+    for module in (optimizer_module, backward_module):
         monkeypatch.setattr(module, "exchange_api", lambda: None)
     yield simulated
     _core.use_runtime(None)
@@ -315,7 +315,7 @@ def test_a_capture_before_the_first_step_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(_interface, "is_capturing", lambda: True)
         with pytest.raises(
-            RuntimeError, match=r"no momentum buffer yet.*take a step before the capture"
+            RuntimeError, match=r"no momentum_buffer yet.*take a step before the capture"
         ):
             optimizer.step()
         assert_same_bits(p.detach(), before)
@@ -333,7 +333,7 @@ def test_a_model_that_was_moved_after_its_first_step(
     monkeypatch.setattr(Tensor, "device", property(lambda t: "cpu" if t is momentum else "cuda:0"))
     with pytest.raises(
         ValueError,
-        match=r"momentum buffer of .*on cuda:0, where .* got one on cpu.*load_state_dict",
+        match=r"momentum_buffer of .*on cuda:0, where .* got one on cpu.*load_state_dict",
     ):
         optimizer.step()
 
@@ -358,7 +358,7 @@ def test_without_cuda_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> No
     if not reason:
         pytest.skip("CUDA can be used here")
     monkeypatch.setattr(_interface, "device_index", lambda _: 0)
-    monkeypatch.setattr(sgd_module, "exchange_api", lambda: None)
+    monkeypatch.setattr(optimizer_module, "exchange_api", lambda: None)
     p = parameter(random(1, 4), random(2, 4))
     before = p.detach().clone()
     for momentum in (0.0, 0.9):

@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sgdcore.torch import SGD
-from sgdcore.torch import sgd as sgd_module
+from sgdcore.torch import optimizer as optimizer_module
 from torch_support import assert_same_bits, assert_same_training
 
 COUNT = 4
@@ -35,7 +35,7 @@ def no_collection() -> Iterator[None]:
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How tensors are read."""
     if request.param == "attributes":
-        monkeypatch.setattr(sgd_module, "exchange_api", lambda: None)
+        monkeypatch.setattr(optimizer_module, "exchange_api", lambda: None)
     elif request.param == "DLPack only":
         monkeypatch.setattr("sgdcore.torch._interface._tensor_access", None)
     return str(request.param)

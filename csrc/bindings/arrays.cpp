@@ -244,6 +244,18 @@ void require_same_shape(const ArrayRef& ref, const ArrayRef& like, const Argumen
     }
 }
 
+void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument) {
+    require_same_shape(ref, like, argument);
+    require_same_device(ref, like, argument);
+    std::vector<Axis> axes;
+    axes_in_order_of(ref, like, axes);
+    if (!axes.empty()) {
+        throw py::value_error(argument.text() + ": expected strides in the order of the parameter's, " +
+                              utf8(py::str(like.array.attr("strides"))) + ", got " +
+                              utf8(py::str(ref.array.attr("strides"))));
+    }
+}
+
 void append_axis(std::vector<Axis>& axes, std::size_t start, Axis axis) {
     if (axes.size() > start && axes.back().stride == axis.stride * axis.length) {
         axes.back() = {axes.back().length * axis.length, axis.stride};

@@ -75,6 +75,9 @@ void require_same_device(const ArrayRef& ref, const ArrayRef& like, const Argume
 /// `ref` has the same memory order, so that both can be read as flat arrays. The shapes must be equal.
 void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axis>& axes);
 
+/// Raises ValueError unless the two have the same shape, device and memory order.
+void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument);
+
 /// Adds the next faster axis to those from index `start` on, merged with the last one where they form one run.
 void append_axis(std::vector<Axis>& axes, std::size_t start, Axis axis);
 

@@ -106,7 +106,7 @@ cuda::Stepper& DeviceSteps::stepper(int device) {
     return *stepper;
 }
 
-void DeviceSteps::step(const std::vector<TensorRef>& tensors, const py::list& param_groups,
+void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param_groups,
                        const std::vector<Hyper>& hypers, const std::vector<GroupScalars>& scalars, StepOptions options,
                        const DeviceInterface& interface) {
     std::map<int, Part> parts;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "../cuda/stepper.hpp"
@@ -49,7 +50,7 @@ class DeviceSteps {
     ///
     /// `scalars` are the groups' numbers on devices. Nothing waits for a device, unless tensors that are not on it need
     /// a number that is.
-    void step(const std::vector<TensorRef>& tensors, const py::list& param_groups, const std::vector<Hyper>& hypers,
+    void step(std::span<const TensorRef> tensors, const py::list& param_groups, const std::vector<Hyper>& hypers,
               const std::vector<GroupScalars>& scalars, StepOptions options, const DeviceInterface& interface);
 
   private:

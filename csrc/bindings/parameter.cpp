@@ -11,18 +11,6 @@
 namespace sgdcore::bindings {
 namespace {
 
-void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument) {
-    require_same_shape(ref, like, argument);
-    require_same_device(ref, like, argument);
-    std::vector<Axis> axes;
-    axes_in_order_of(ref, like, axes);
-    if (!axes.empty()) {
-        throw py::value_error(argument.text() + ": expected strides in the order of the parameter's, " +
-                              utf8(py::str(like.array.attr("strides"))) + ", got " +
-                              utf8(py::str(ref.array.attr("strides"))));
-    }
-}
-
 /// Reads the array of a parameter. Raises TypeError for an object whose elements can only be copied, as NumPy's
 /// scalars: the object would not be updated.
 ArrayRef read_data(const py::object& data) {
@@ -150,71 +138,6 @@ int Parameter::traverse(visitproc visit, void* arg) const {
 void Parameter::clear() {
     // The arrays stay: they are no part of a cycle that cannot be broken at the buffer, and `data` is never absent.
     buffer_ = py::none();
-}
-
-MomentumSlot::MomentumSlot(const py::object& parameter) : parameter_(parameter) {}
-
-void MomentumSlot::set(const py::object& array) { assign(array, !array.is_none()); }
-
-void MomentumSlot::reserve(const py::object& storage) {
-    if (!momentum_.empty()) return;  // another thread's step was faster
-    assign(storage, false);
-}
-
-void MomentumSlot::assign(const py::object& array, bool initialized) {
-    ArrayRef ref;
-    if (!array.is_none()) {
-        ref = read_array(array, "momentum_buffer");
-        require_updatable(ref, "momentum_buffer");
-        const py::object parameter = parameter_();
-        if (parameter.is_none()) {
-            PyErr_SetString(PyExc_ReferenceError, "momentum_buffer: the parameter that the state belonged to is gone");
-            throw py::error_already_set();
-        }
-        require_same_layout(ref, py::cast<Parameter&>(parameter).data(), "momentum_buffer");
-    }
-    initialized_ = initialized;
-    std::swap(momentum_, ref);  // the old one is released last, as in Parameter::set_data
-    ++version;
-    update_kept();
-}
-
-void MomentumSlot::note_first_step() {
-    initialized_ = true;
-    update_kept();
-}
-
-void MomentumSlot::note_other_values(bool exist) {
-    has_other_values_ = exist;
-    update_kept();
-}
-
-void MomentumSlot::detach() {
-    is_attached_ = false;
-    dependents.tell(&Dependent::slot_is_detached);
-    update_kept();
-}
-
-void MomentumSlot::update_kept() {
-    py::object kept;
-    if (is_attached_ && (initialized_ || has_other_values_)) {
-        kept = parameter_();
-        if (kept.is_none()) kept = py::object();
-    }
-    std::swap(kept_, kept);  // the old one is released last: that may be the end of the parameter
-}
-
-int MomentumSlot::traverse(visitproc visit, void* arg) const {
-    Py_VISIT(kept_.ptr());
-    Py_VISIT(momentum_.array.ptr());
-    Py_VISIT(momentum_.on_device.ptr());
-    return 0;
-}
-
-void MomentumSlot::clear() {
-    ++version;  // since plans look at the momentum no more than they have to
-    const auto kept = std::move(kept_);
-    const auto momentum = std::exchange(momentum_, {});
 }
 
 }  // namespace sgdcore::bindings

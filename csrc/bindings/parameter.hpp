@@ -11,13 +11,13 @@
 
 namespace sgdcore::bindings {
 
-/// Who relies on parameters and momentum slots without keeping the parameters alive.
+/// Who relies on parameters and their states without keeping the parameters alive.
 class Dependent {
   public:
     /// A parameter goes: its address means nothing from now on.
     virtual void parameter_goes() = 0;
-    /// A slot no longer holds the momentum of its parameter in the optimizer.
-    virtual void slot_is_detached() = 0;
+    /// Slots no longer hold the states of their parameter in the optimizer.
+    virtual void slots_are_detached() = 0;
 
   protected:
     ~Dependent() = default;
@@ -86,48 +86,6 @@ class Parameter {
     std::string name_;
     py::object buffer_;
     ArrayRef buffer_grad_;
-};
-
-/// The momentum of one parameter in one optimizer.
-///
-/// Storage is reserved before the first step and holds nothing (`initialized` is false) until that step has succeeded.
-/// The parameter is kept alive only while the optimizer's state has something to say about it.
-class MomentumSlot {
-  public:
-    explicit MomentumSlot(const py::object& parameter);
-
-    /// The momentum from now on: an array of the parameter's shape and memory layout, of any storage type; None removes
-    /// it. Raises ReferenceError if the parameter is gone.
-    void set(const py::object& array);
-    /// Storage for the first step to fill, unless there is some already.
-    void reserve(const py::object& storage);
-    /// The first step has succeeded.
-    void note_first_step();
-    /// Whether the state has other values for the parameter.
-    void note_other_values(bool exist);
-    /// Takes the slot out of the optimizer's state, with its momentum.
-    void detach();
-
-    const ArrayRef& momentum() const { return momentum_; }
-    bool initialized() const { return initialized_; }
-
-    std::uint32_t version = 0;
-    Dependents dependents;
-
-    int traverse(visitproc visit, void* arg) const;
-    void clear();
-
-  private:
-    void assign(const py::object& array, bool initialized);
-    /// Keeps the parameter alive, or lets it go.
-    void update_kept();
-
-    py::weakref parameter_;
-    py::object kept_;  // the parameter; null where it is not kept alive
-    ArrayRef momentum_;
-    bool initialized_ = false;
-    bool has_other_values_ = false;
-    bool is_attached_ = true;
 };
 
 /// Lets Python's garbage collector see the references that a bound class holds through its traverse() and clear().

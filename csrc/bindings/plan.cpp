@@ -14,28 +14,35 @@
 namespace sgdcore::bindings {
 namespace {
 
-/// What a step knows of one parameter. `momentum` is null where the group has none.
+/// What a step knows of one parameter. States that take no part are null.
 struct Operands {
     const ArrayRef &data, &grad;
-    const ArrayRef* momentum;
+    const ArrayRef* states[max_states];
     std::span<const Axis> grad_axes;
     std::uint32_t group;
     bool first;
 };
 
 /// True if `next` continues `tensor` in all arrays, so that both are one run of memory with one rule.
-bool continues(const TensorRef& tensor, const Operands& next) {
+bool continues(const TensorRef& tensor, const Operands& next, int state_count) {
     const auto ends_at = [&](const std::byte* base, DType dtype, const ArrayRef& array) {
         return dtype == array.dtype && base + tensor.size * static_cast<std::int64_t>(item_size(dtype)) == array.data;
     };
-    return ends_at(tensor.param, tensor.param_dtype, next.data) && ends_at(tensor.grad, tensor.grad_dtype, next.grad) &&
-           tensor.grad_axes.empty() && next.grad_axes.empty() && tensor.hyper == next.group &&
-           tensor.device == next.data.device && tensor.first == next.first &&
-           (next.momentum == nullptr || ends_at(tensor.states[0], tensor.state_dtypes[0], *next.momentum));
+    if (!ends_at(tensor.param, tensor.param_dtype, next.data) || !ends_at(tensor.grad, tensor.grad_dtype, next.grad) ||
+        !tensor.grad_axes.empty() || !next.grad_axes.empty() || tensor.hyper != next.group ||
+        tensor.device != next.data.device || tensor.first != next.first) {
+        return false;
+    }
+    for (int state = 0; state < state_count; ++state) {
+        const ArrayRef* const array = next.states[state];
+        if (array != nullptr && !ends_at(tensor.states[state], tensor.state_dtypes[state], *array)) return false;
+    }
+    return true;
 }
 
-/// Fills an entry of the work list in place: what was just written in pieces is slow to copy.
-void fill(TensorRef& tensor, const Operands& operands) {
+/// Fills an entry of the work list, which holds those of an earlier step, in place: what was just written in pieces is
+/// slow to copy.
+void fill(TensorRef& tensor, const Operands& operands, int state_count) {
     tensor.param = operands.data.data;
     tensor.grad = operands.grad.data;
     tensor.size = operands.data.size;
@@ -45,9 +52,11 @@ void fill(TensorRef& tensor, const Operands& operands) {
     tensor.param_dtype = operands.data.dtype;
     tensor.grad_dtype = operands.grad.dtype;
     tensor.first = operands.first;
-    if (operands.momentum == nullptr) return;
-    tensor.states[0] = operands.momentum->data;
-    tensor.state_dtypes[0] = operands.momentum->dtype;
+    for (int state = 0; state < state_count; ++state) {
+        const ArrayRef* const array = operands.states[state];
+        tensor.states[state] = array == nullptr ? nullptr : array->data;
+        if (array != nullptr) tensor.state_dtypes[state] = array->dtype;
+    }
 }
 
 bool is_sequence(const py::object& object) {
@@ -88,11 +97,12 @@ void Plan::build(const py::list& param_groups, const py::list& slots) {
     for (std::size_t group = 0; group < param_groups.size(); ++group) {
         const py::list params = param_groups[group]["params"];
         for (const py::handle object : params) {
-            py::object slot_object = slots[next++];
-            auto* slot = &py::cast<MomentumSlot&>(slot_object);
+            py::object slots_object = slots[next++];
+            auto* states = &py::cast<StateSlots&>(slots_object);
             auto* parameter = &py::cast<Parameter&>(object);
-            entries.push_back({std::move(slot_object), slot, parameter, object.ptr(), static_cast<std::uint32_t>(group),
-                               parameter->data_version, slot->version, parameter->grad_version - 1});
+            entries.push_back({std::move(slots_object), states, parameter, object.ptr(),
+                               static_cast<std::uint32_t>(group), parameter->data_version, states->version,
+                               parameter->grad_version - 1});
         }
     }
     group_count_ = param_groups.size();
@@ -102,7 +112,8 @@ void Plan::build(const py::list& param_groups, const py::list& slots) {
     outdated_ = false;
     disjoint_grads_checked_ = false;
     used_grads_.assign(entries_.size(), nullptr);
-    tensors_.reserve(entries_.size());
+    tensors_.resize(entries_.size());
+    tensor_count_ = 0;
     first_.reserve(entries_.size());
     hypers_.reserve(group_count_);
     try {
@@ -198,7 +209,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     if (given) read_given(grads);
     const Listed listed = list_tensors(given);
     if (!missing_.empty()) return false;
-    if (!given && tensors_.empty()) require_reachable_grads();
+    if (!given && tensor_count_ == 0) require_reachable_grads();
     check_memory(listed, given, zero_grad);
     update(param_groups, listed, {.rule = rule_, .zero_grad = zero_grad});
     note_first_steps();
@@ -206,7 +217,8 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
 }
 
 Plan::Listed Plan::list_tensors(bool given) {
-    tensors_.clear();
+    const int state_count = static_cast<int>(info_.states.size());
+    std::size_t count = 0;
     first_.clear();
     Listed listed;
     listed.new_grads = given;
@@ -216,28 +228,29 @@ Plan::Listed Plan::list_tensors(bool given) {
         const Entry& entry = entries_[i];
         const Parameter& parameter = *entry.parameter;
         const ArrayRef& grad = given ? given_[i].ref : parameter.grad();
-        listed.rebound |= entry.data_version != parameter.data_version || entry.momentum_version != entry.slot->version;
+        listed.rebound |= entry.data_version != parameter.data_version || entry.states_version != entry.slots->version;
         used_grads_[i] = grad.empty() ? nullptr : &grad;
         if (grad.empty()) continue;
         listed.new_grads |= entry.grad_version != parameter.grad_version;
-        const bool has_momentum = hypers_[entry.group].has_state(0);
-        const Operands operands{parameter.data(),
-                                grad,
-                                has_momentum ? &entry.slot->momentum() : nullptr,
-                                given ? given_[i].axes : parameter.grad_axes(),
-                                entry.group,
-                                has_momentum && !entry.slot->initialized()};
-        if (has_momentum && operands.momentum->empty()) missing_.push_back(i);
+        Operands operands{parameter.data(), grad, {}, given ? given_[i].axes : parameter.grad_axes(),
+                          entry.group,      false};
+        for (int state = 0; state < state_count; ++state) {
+            if (!hypers_[entry.group].has_state(state)) continue;
+            operands.states[state] = &entry.slots->array(state);
+            operands.first |= !entry.slots->holds(state);
+            if (operands.states[state]->empty()) missing_.emplace_back(i, state);
+        }
         if (operands.first) first_.push_back(i);
         listed.on_device |= operands.data.device != cpu_device;
         listed.elements += operands.data.size;
         if (operands.data.size == 0) continue;
-        if (!tensors_.empty() && continues(tensors_.back(), operands)) {
-            tensors_.back().size += operands.data.size;
+        if (count > 0 && continues(tensors_[count - 1], operands, state_count)) {
+            tensors_[count - 1].size += operands.data.size;
         } else {
-            fill(tensors_.emplace_back(), operands);
+            fill(tensors_[count++], operands, state_count);
         }
     }
+    tensor_count_ = count;
     return listed;
 }
 
@@ -268,14 +281,15 @@ void Plan::update(const py::list& param_groups, const Listed& listed, const Step
     if (listed.on_device) {
         update_on_devices(param_groups, options);
     } else {
-        step_on_cpu(tensors_, listed.elements, hypers_, options);
+        step_on_cpu(tensors(), listed.elements, hypers_, options);
     }
 }
 
 void Plan::note_first_steps() {
     for (const std::size_t i : first_) {
-        MomentumSlot& slot = *entries_[i].slot;
-        if (slot.version == entries_[i].momentum_version) slot.note_first_step();  // else it was replaced meanwhile
+        const Entry& entry = entries_[i];
+        if (entry.slots->version != entry.states_version) continue;  // a state was replaced meanwhile
+        entry.slots->note_step(hypers_[entry.group].states);
     }
 }
 
@@ -288,7 +302,7 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
         }
         return py::object(py::int_(0));
     };
-    device_steps_.step(tensors_, param_groups, hypers_, scalars_, options, {.stream = py::cpp_function(stream)});
+    device_steps_.step(tensors(), param_groups, hypers_, scalars_, options, {.stream = py::cpp_function(stream)});
 }
 
 void Plan::hold_arrays() {
@@ -297,13 +311,16 @@ void Plan::hold_arrays() {
         if (used_grads_[i] == nullptr) continue;
         held_.push_back(entries_[i].parameter->data().array);
         held_.push_back(used_grads_[i]->array);
-        if (!entries_[i].slot->momentum().empty()) held_.push_back(entries_[i].slot->momentum().array);
+        for (int state = 0; state < entries_[i].slots->count(); ++state) {
+            const ArrayRef& array = entries_[i].slots->array(state);
+            if (!array.empty()) held_.push_back(array.array);
+        }
     }
     held_axes_.clear();
     std::size_t axes = 0;
-    for (const TensorRef& tensor : tensors_) axes += tensor.grad_axes.size();
+    for (const TensorRef& tensor : tensors()) axes += tensor.grad_axes.size();
     held_axes_.reserve(axes);  // so that the spans below stay valid
-    for (TensorRef& tensor : tensors_) {
+    for (TensorRef& tensor : tensors()) {
         const auto start = held_axes_.insert(held_axes_.end(), tensor.grad_axes.begin(), tensor.grad_axes.end());
         tensor.grad_axes = {start, tensor.grad_axes.size()};
     }
@@ -312,16 +329,19 @@ void Plan::hold_arrays() {
 void Plan::collect_writes() {
     writes_.clear();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
-        const ArrayRef &data = entries_[i].parameter->data(), &momentum = entries_[i].slot->momentum();
+        const ArrayRef& data = entries_[i].parameter->data();
         writes_.push_back({extent_of(data), i, Kind::data, data.array});
-        if (!momentum.empty()) writes_.push_back({extent_of(momentum), i, Kind::momentum_buffer, momentum.array});
+        for (int state = 0; state < entries_[i].slots->count(); ++state) {
+            const ArrayRef& array = entries_[i].slots->array(state);
+            if (!array.empty()) writes_.push_back({extent_of(array), i, Kind::state, array.array, state});
+        }
     }
     std::erase_if(writes_, [](const Range& range) { return range.begin == range.end; });
     sort_by_address(writes_);
     if (const auto first = find_overlap(writes_); first != writes_.end()) refuse_overlap(first[0], first[1]);
     for (Entry& entry : entries_) {
         entry.data_version = entry.parameter->data_version;
-        entry.momentum_version = entry.slot->version;
+        entry.states_version = entry.slots->version;
         entry.grad_version = entry.parameter->grad_version - 1;  // not compared with these ranges yet
     }
 }
@@ -402,8 +422,8 @@ std::string Plan::describe(const Range& range) const {
     switch (range.kind) {
         case Kind::data:
             return "the data of " + label(range.entry);
-        case Kind::momentum_buffer:
-            return "the momentum_buffer of " + label(range.entry);
+        case Kind::state:
+            return "the " + std::string(entries_[range.entry].slots->key(range.state)) + " of " + label(range.entry);
         case Kind::grad:
             return "the grad of " + label(range.entry);
         case Kind::given_grad:
@@ -417,7 +437,7 @@ std::string Plan::label(std::size_t entry) const {
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
-    for (const Entry& entry : entries_) Py_VISIT(entry.slot_object.ptr());
+    for (const Entry& entry : entries_) Py_VISIT(entry.slots_object.ptr());
     return 0;
 }
 
@@ -441,14 +461,14 @@ void Plan::outdate() {
 void Plan::rely_on(const std::vector<Entry>& entries) {
     for (const Entry& entry : entries) {
         entry.parameter->dependents.add(this);
-        entry.slot->dependents.add(this);
+        entry.slots->dependents.add(this);
     }
 }
 
 void Plan::stop_relying_on(const std::vector<Entry>& entries) {
     for (const Entry& entry : entries) {
         entry.parameter->dependents.remove(this);
-        entry.slot->dependents.remove(this);
+        entry.slots->dependents.remove(this);
     }
 }
 

@@ -1,4 +1,4 @@
-// The plan of an optimizer's step: which parameters, in which groups, with which momentum. Turns Python's objects into
+// The plan of an optimizer's step: which parameters, in which groups, with which states. Turns Python's objects into
 // the core's work list without running Python code per parameter.
 #pragma once
 
@@ -7,36 +7,38 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../process.hpp"
 #include "../work.hpp"
 #include "devices.hpp"
-#include "parameter.hpp"
+#include "states.hpp"
 
 namespace sgdcore::bindings {
 
 class Plan : private Dependent {
   public:
     /// `rule` is the rule's number.
-    explicit Plan(int rule) : rule_(rule) {}
+    explicit Plan(int rule) : rule_(rule), info_(rules()[static_cast<std::size_t>(rule)]) {}
     ~Plan() { clear(); }
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
 
-    /// Takes in the groups as they are now; `slots` holds a MomentumSlot for each parameter, in order.
-    /// Raises ValueError if two parameters, or a parameter and a momentum buffer, overlap.
+    /// Takes in the groups as they are now; `slots` holds StateSlots for each parameter, in order.
+    /// Raises ValueError if two parameters, or a parameter and a state, overlap.
     void build(const py::list& param_groups, const py::list& slots);
 
     /// True while every group holds the very parameters of the last `build`, in order.
     bool matches(const py::list& param_groups) const;
 
-    /// One step over all groups. Returns false, with nothing changed, if the plan does not match the groups or a
-    /// momentum buffer is missing (see missing_momentum). Every check comes before the first write.
+    /// One step over all groups. Returns false, with nothing changed, if the plan does not match the groups or the
+    /// storage of a state is missing (see missing_states). Every check comes before the first write.
     bool run(const py::list& param_groups, const py::object& grads, bool zero_grad);
 
-    /// Positions of the parameters whose momentum buffer the last `run` found missing.
-    const std::vector<std::size_t>& missing_momentum() const { return missing_; }
+    /// The states whose storage the last `run` found missing: positions of the parameters and numbers of the states.
+    using Missing = std::vector<std::pair<std::size_t, int>>;
+    const Missing& missing_states() const { return missing_; }
 
     /// Has the plan built anew by the next step; one under way goes on with what it found.
     void outdate();
@@ -47,13 +49,13 @@ class Plan : private Dependent {
   private:
     /// The parameter lives as long as the entry, which does not keep it alive: the plan is cleared when one goes.
     struct Entry {
-        py::object slot_object;
-        MomentumSlot* slot;
+        py::object slots_object;
+        StateSlots* slots;
         Parameter* parameter;
         PyObject* parameter_object;
         std::uint32_t group;
         // The versions whose memory was last checked for overlap.
-        std::uint32_t data_version, momentum_version, grad_version;
+        std::uint32_t data_version, states_version, grad_version;
     };
     /// A gradient passed to the step, not held by its parameter.
     struct GivenGrad {
@@ -61,23 +63,24 @@ class Plan : private Dependent {
         std::vector<Axis> axes;
     };
     /// A range of memory, what it is, and the parameter it belongs to.
-    enum class Kind { data, momentum_buffer, grad, given_grad };
+    enum class Kind { data, state, grad, given_grad };
     struct Range : Extent {
         std::size_t entry;
         Kind kind;
         py::handle array;  // used while it is held only
+        int state = 0;     // its number
     };
 
     /// What a step's work list holds.
     struct Listed {
         std::int64_t elements = 0;
-        bool rebound = false;    // parameters or momentum buffers lie elsewhere than when they were last checked
+        bool rebound = false;    // parameters or states lie elsewhere than when they were last checked
         bool new_grads = false;  // gradients were not checked yet
         bool on_device = false;  // tensors or hyperparameters
     };
 
     void parameter_goes() override { clear(); }
-    void slot_is_detached() override { outdate(); }
+    void slots_are_detached() override { outdate(); }
     /// Starts or ends being told of what happens to the entries' parameters and slots.
     void rely_on(const std::vector<Entry>& entries);
     void stop_relying_on(const std::vector<Entry>& entries);
@@ -90,8 +93,10 @@ class Plan : private Dependent {
     /// Keeps all parameters alive while Python code or other threads run during a step.
     void hold_parameters();
     void read_given(const py::object& grads);
-    /// Makes tensors_, first_ and used_grads_ those of a step, and missing_ the momentum buffers that it lacks.
+    /// Makes tensors_, first_ and used_grads_ those of a step, and missing_ the states that it lacks.
     Listed list_tensors(bool given);
+    /// The work list of the step under way.
+    std::span<TensorRef> tensors() { return {tensors_.data(), tensor_count_}; }
     /// Raises ValueError if what the step writes overlaps other memory of the list, as far as it was not checked yet.
     void check_memory(const Listed& listed, bool given, bool zero_grad);
     void check_grads_against_writes(bool given);
@@ -114,17 +119,19 @@ class Plan : private Dependent {
     std::string label(std::size_t entry) const;
 
     const int rule_;
+    const RuleInfo& info_;
     std::size_t group_count_ = 0;
     std::vector<Entry> entries_;
-    std::vector<std::size_t> missing_;
+    Missing missing_;
 
     // Refilled by every run; their capacity is kept, so that a step does not allocate.
     std::vector<Hyper> hypers_;
     std::vector<GroupScalars> scalars_;
-    std::vector<TensorRef> tensors_;
+    std::vector<TensorRef> tensors_;  // the first tensor_count_; the others wait for steps with more gradients
+    std::size_t tensor_count_ = 0;
     std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient
     std::vector<GivenGrad> given_;
-    std::vector<std::size_t> first_;  // entries whose momentum this step initializes
+    std::vector<std::size_t> first_;  // entries of which a state holds nothing before this step
     std::vector<py::object> held_;    // references kept while the GIL is released
     std::vector<Axis> held_axes_;
     std::vector<Range> writes_;  // sorted by address

@@ -1,6 +1,10 @@
-// Parameter and MomentumSlot. Python subclasses Parameter to document it and add the conveniences.
+// Parameter and StateSlots. Python subclasses Parameter to document it and add the conveniences.
+#include <memory>
+#include <string>
+
 #include "module.hpp"
 #include "parameter.hpp"
+#include "states.hpp"
 
 namespace sgdcore::bindings {
 namespace {
@@ -37,14 +41,20 @@ void register_parameter(py::module_& module) {
         },
         py::arg("param_groups"), py::arg("set_to_none"));
 
-    py::class_<MomentumSlot>(module, "MomentumSlot", garbage_collected<MomentumSlot>())
-        .def(py::init<const py::object&>(), py::arg("parameter"))
-        .def("set", &MomentumSlot::set, py::arg("array"))
-        .def("reserve", &MomentumSlot::reserve, py::arg("storage"))
-        .def("note_other_values", &MomentumSlot::note_other_values, py::arg("exist"))
-        .def("detach", &MomentumSlot::detach)
-        .def_property_readonly("initialized", &MomentumSlot::initialized)
-        .def_property_readonly("momentum", [](const MomentumSlot& self) { return array_or_none(self.momentum()); });
+    py::class_<StateSlots>(module, "StateSlots", garbage_collected<StateSlots>())
+        .def(py::init([](const std::string& rule, const py::object& parameter) {
+                 return std::make_unique<StateSlots>(rule_number(rule), parameter);
+             }),
+             py::arg("rule"), py::arg("parameter"))
+        .def("find", &StateSlots::find, py::arg("key"))
+        .def("set", &StateSlots::set, py::arg("state"), py::arg("array"))
+        .def("reserve", &StateSlots::reserve, py::arg("state"), py::arg("storage"))
+        .def("note_other_values", &StateSlots::note_other_values, py::arg("exist"))
+        .def("detach", &StateSlots::detach)
+        .def("holds", &StateSlots::holds, py::arg("state"))
+        .def(
+            "array", [](const StateSlots& self, int state) { return array_or_none(self.array(state)); },
+            py::arg("state"));
 }
 
 }  // namespace sgdcore::bindings

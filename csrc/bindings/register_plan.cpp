@@ -18,7 +18,7 @@ void register_plan(py::module_& module) {
         .def("outdate", &Plan::outdate)
         .def("matches", &Plan::matches, py::arg("param_groups"))
         .def("run", &Plan::run, py::arg("param_groups"), py::arg("grads"), py::arg("zero_grad"))
-        .def("missing_momentum", &Plan::missing_momentum);
+        .def("missing_states", &Plan::missing_states);
 }
 
 }  // namespace sgdcore::bindings

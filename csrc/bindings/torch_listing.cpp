@@ -23,8 +23,8 @@ bool same_strides(const TorchView& a, const TorchView& b) {
 std::uintptr_t address_of(const std::byte* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
 
 /// A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does not
-/// tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and momentum
-/// buffers were, once.
+/// tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and states
+/// were, once.
 bool may_be_negated(const TorchView& param, const TorchView& grad, std::int64_t size) {
     return size == 1 || (size > 0 && !same_strides(param, grad));
 }
@@ -83,7 +83,7 @@ TorchListing::Answer TorchListing::add(const TorchReader& reader, std::size_t po
             return update(next_, views);
         }
     }
-    if (views.has_momentum && !views.momentum_is_read) return Answer::read_momentum;
+    if (views.in_use != 0 && !views.states_are_read) return Answer::read_states;
     truncate(next_);
     return append(reader, position, grad, views, group, first);
 }
@@ -94,39 +94,44 @@ bool TorchListing::matches(std::size_t index, const TorchViews& views) const {
     const TensorRef& tensor = tensors_[index];
     const TorchView &p = views.param, &g = views.grad;
     if (p.dtype != tensor.param_dtype || g.dtype != tensor.grad_dtype || p.dimensions != found.dimensions ||
-        g.dimensions != found.dimensions || views.has_momentum != found.has_momentum) {
+        g.dimensions != found.dimensions || views.in_use != found.in_use) {
         return false;
     }
-    const bool read = views.has_momentum && views.momentum_is_read;
-    if (read && (views.momentum.dtype != tensor.state_dtypes[0] || views.momentum.dimensions != found.dimensions)) {
-        return false;
-    }
-    const TorchView& m = read ? views.momentum : p;
-    if (p.device != tensor.device || g.device != tensor.device || m.device != tensor.device) return false;
+    if (p.device != tensor.device || g.device != tensor.device) return false;
     const std::int64_t *shape = layouts_.data() + found.layout, *strides = shape + found.dimensions,
                        *grad_strides = strides + found.dimensions;
     for (int axis = 0; axis < found.dimensions; ++axis) {
-        if (p.shape[axis] != shape[axis] || g.shape[axis] != shape[axis] || m.shape[axis] != shape[axis] ||
-            p.strides[axis] != strides[axis] || m.strides[axis] != strides[axis] ||
+        if (p.shape[axis] != shape[axis] || g.shape[axis] != shape[axis] || p.strides[axis] != strides[axis] ||
             g.strides[axis] != grad_strides[axis]) {
             return false;
         }
     }
-    return true;
+    if (!views.states_are_read) return true;
+    bool same = true;
+    views.for_each_state([&](int state) {
+        const TorchView& s = views.states[state];
+        same = same && s.dtype == tensor.state_dtypes[state] && s.device == tensor.device &&
+               s.dimensions == found.dimensions && std::equal(shape, strides, s.shape) &&
+               std::equal(strides, grad_strides, s.strides);
+    });
+    return same;
 }
 
 /// Takes over the addresses.
 TorchListing::Answer TorchListing::update(std::size_t index, const TorchViews& views) {
     TensorRef& tensor = tensors_[index];
-    const TorchView &p = views.param, &g = views.grad, &m = views.momentum;
+    const TorchView &p = views.param, &g = views.grad;
     if (tensor.size > 0 && (p.data == nullptr || g.data == nullptr)) return Answer::refused;
     if (p.data != tensor.param) {
         tensor.param = p.data;
         moved_writes_ = true;
     }
-    if (views.has_momentum && views.momentum_is_read && m.data != tensor.states[0]) {
-        tensor.states[0] = m.data;
-        moved_writes_ = true;
+    if (views.states_are_read) {
+        views.for_each_state([&](int state) {
+            if (views.states[state].data == tensor.states[state]) return;
+            tensor.states[state] = views.states[state].data;
+            moved_writes_ = true;
+        });
     }
     if (g.data != tensor.grad) {
         tensor.grad = g.data;
@@ -148,14 +153,17 @@ bool TorchListing::takes(const TorchReader& reader, PyObject* grad, const TorchV
 
 TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t position, PyObject* grad,
                                           const TorchViews& views, std::uint32_t group, bool first) {
-    const TorchView &p = views.param, &g = views.grad, &m = views.momentum;
+    const TorchView &p = views.param, &g = views.grad;
     if (!same_shape(p, g) || p.device != g.device) return Answer::refused;
     TensorRef tensor;
-    if (views.has_momentum) {
-        if (!same_shape(p, m) || !same_strides(p, m) || p.device != m.device) return Answer::refused;
-        tensor.states[0] = m.data;
-        tensor.state_dtypes[0] = m.dtype;
-    }
+    bool fits = true;
+    views.for_each_state([&](int state) {
+        const TorchView& s = views.states[state];
+        fits = fits && same_shape(p, s) && same_strides(p, s) && p.device == s.device;
+        tensor.states[state] = s.data;
+        tensor.state_dtypes[state] = s.dtype;
+    });
+    if (!fits) return Answer::refused;
     tensor.param = p.data;
     tensor.param_dtype = p.dtype;
     tensor.grad = g.data;
@@ -178,8 +186,7 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
             append_axis(axes_, axes_start, {g.shape[order[i]], g.strides[order[i]] * item});
         }
     }
-    found_.push_back(
-        {position, layouts_.size(), axes_.size(), p.dimensions, views.has_momentum, ask, p.shape, g.shape});
+    found_.push_back({position, layouts_.size(), axes_.size(), p.dimensions, views.in_use, ask, p.shape, g.shape});
     for (const std::int64_t* part : {p.shape, p.strides, g.strides}) {
         layouts_.insert(layouts_.end(), part, part + p.dimensions);
     }
@@ -236,6 +243,16 @@ void TorchListing::finish() {
     complete_ = true;
 }
 
+template <class Function>
+void TorchListing::for_each_write(std::size_t index, Function&& function) const {
+    const TensorRef& tensor = tensors_[index];
+    function(extent_of(tensor.param, tensor.size, tensor.param_dtype));
+    for (int state = 0; found_[index].in_use >> state != 0; ++state) {
+        if ((found_[index].in_use >> state & 1) == 0) continue;
+        function(extent_of(tensor.states[state], tensor.size, tensor.state_dtypes[state]));
+    }
+}
+
 /// False if there may be entangled tensors, which are to be found then. Looks at what has moved only.
 bool TorchListing::is_disjoint() {
     const bool again = !entangled_.empty();  // any that moved may have come apart
@@ -251,21 +268,19 @@ bool TorchListing::is_disjoint() {
 bool TorchListing::can_take_turns() const {
     return std::ranges::all_of(entangled_, [&](std::size_t index) {
         const TensorRef& tensor = tensors_[index];
-        const Extent param = extent_of(tensor.param, tensor.size, tensor.param_dtype);
-        if (found_[index].has_momentum &&
-            overlap(param, extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0]))) {
-            return false;
-        }
+        std::vector<Extent> writes;
+        for_each_write(index, [&](const Extent& extent) { writes.push_back(extent); });
+        sort_by_address(writes);
+        if (find_overlap(writes) != writes.end()) return false;
         return tensor.device == cpu_device && (tensor.grad_axes.empty() || !is_own_gradient(index));
     });
 }
 
 bool TorchListing::is_own_gradient(std::size_t index) const {
-    const TensorRef& tensor = tensors_[index];
-    const Extent grad = grad_extent(tensor);
-    return overlap(grad, extent_of(tensor.param, tensor.size, tensor.param_dtype)) ||
-           (found_[index].has_momentum &&
-            overlap(grad, extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0])));
+    const Extent grad = grad_extent(tensors_[index]);
+    bool found = false;
+    for_each_write(index, [&](const Extent& extent) { found = found || overlap(grad, extent); });
+    return found;
 }
 
 bool TorchListing::can_clear() {
@@ -279,10 +294,7 @@ std::vector<Claim> TorchListing::claims() const {
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
         const TensorRef& tensor = tensors_[i];
         if (tensor.size == 0) continue;
-        claims.push_back({extent_of(tensor.param, tensor.size, tensor.param_dtype), i, true});
-        if (found_[i].has_momentum) {
-            claims.push_back({extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0]), i, true});
-        }
+        for_each_write(i, [&](const Extent& extent) { claims.push_back({extent, i, true}); });
         claims.push_back({grad_extent(tensor), i, false});
     }
     return claims;
@@ -291,10 +303,8 @@ std::vector<Claim> TorchListing::claims() const {
 bool TorchListing::writes_are_disjoint() {
     writes_.clear();
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
-        const TensorRef& tensor = tensors_[i];
-        if (tensor.size == 0) continue;
-        writes_.push_back(extent_of(tensor.param, tensor.size, tensor.param_dtype));
-        if (found_[i].has_momentum) writes_.push_back(extent_of(tensor.states[0], tensor.size, tensor.state_dtypes[0]));
+        if (tensors_[i].size == 0) continue;
+        for_each_write(i, [&](const Extent& extent) { writes_.push_back(extent); });
     }
     sort_by_address(writes_);
     return find_overlap(writes_) == writes_.end();

@@ -13,10 +13,19 @@
 
 namespace sgdcore::bindings {
 
-/// The tensors of one update. A momentum buffer may be left out where nobody can have moved it since the last pass.
+/// The tensors of one update. The states may be left out where nobody can have moved them since the last pass.
 struct TorchViews {
-    TorchView param, grad, momentum;
-    bool has_momentum = false, momentum_is_read = false;
+    TorchView param, grad, states[max_states];
+    std::uint32_t in_use = 0;  // the states that take part: bit s is state s
+    bool states_are_read = false;
+
+    /// Calls `function(state)` for the number of each state that takes part.
+    template <class Function>
+    void for_each_state(Function&& function) const {
+        for (int state = 0; in_use >> state != 0; ++state) {
+            if ((in_use >> state & 1) != 0) function(state);
+        }
+    }
 };
 
 class TorchListing {
@@ -25,13 +34,13 @@ class TorchListing {
     void start();
 
     /// Lists the update of the parameter at `position` among all. Refuses views that are not as the core takes them:
-    /// dense memory, the momentum laid out as its parameter. Asks for the momentum to be read if it was not and there
-    /// is more to it than at the last pass.
-    enum class Answer { listed, refused, read_momentum };
+    /// dense memory, the states laid out as their parameter. Asks for the states to be read if they were not and there
+    /// is more to them than at the last pass.
+    enum class Answer { listed, refused, read_states };
     Answer add(const TorchReader& reader, std::size_t position, PyObject* grad, const TorchViews& views,
                std::uint32_t group, bool first);
 
-    /// True if `add` would list a tensor like that, whose momentum buffer is to be made yet.
+    /// True if `add` would list a tensor like that, whose states are to be made yet.
     bool takes(const TorchReader& reader, PyObject* grad, const TorchViews& views) const;
 
     /// Ends the pass: finds the tensors that are entangled.
@@ -40,7 +49,7 @@ class TorchListing {
     /// Gradients may overlap each other.
     const std::vector<std::size_t>& entangled() const { return entangled_; }
     /// True if the entangled tensors can be stepped one after the other: on the CPU, no parameter overlaps its own
-    /// momentum buffer, and no gradient out of the parameter's order what its own step writes.
+    /// states, none of these overlap each other, and no gradient out of the parameter's order what its own step writes.
     bool can_take_turns() const;
     /// True if a tensor's gradient overlaps what its own step writes.
     bool is_own_gradient(std::size_t index) const;
@@ -50,11 +59,10 @@ class TorchListing {
     std::span<const TensorRef> tensors() const { return tensors_; }
     /// What the tensors read and write, by index.
     std::vector<Claim> claims() const;
-    /// True if the last pass listed other parameters than the one before, or others with momentum.
+    /// True if the last pass listed other parameters than the one before, or with other states.
     bool relisted() const { return relisted_; }
-    /// Of the tensor with this index: the position of its parameter, and whether it has a momentum buffer.
+    /// Of the tensor with this index: the position of its parameter.
     std::size_t position(std::size_t index) const { return found_[index].position; }
-    bool has_momentum(std::size_t index) const { return found_[index].has_momentum; }
     std::int64_t elements() const { return elements_; }
     /// True if some of the tensors are not on the CPU.
     bool on_device() const { return on_device_; }
@@ -70,12 +78,15 @@ class TorchListing {
         std::size_t layout;  // in layouts_: the shape, the parameter's strides, the gradient's strides
         std::size_t axes;    // in axes_: the end of its axes
         int dimensions;
-        bool has_momentum;
-        bool may_be_negated;  // the gradient has to be asked each time
+        std::uint32_t in_use;  // its states
+        bool may_be_negated;   // the gradient has to be asked each time
         // Where torch keeps the shapes, beside the rest of what it knows of a tensor; only to be prefetched.
         const void *param_header, *grad_header;
     };
 
+    /// Calls `function(extent)` for what a step of this tensor writes.
+    template <class Function>
+    void for_each_write(std::size_t index, Function&& function) const;
     bool matches(std::size_t index, const TorchViews& views) const;
     Answer update(std::size_t index, const TorchViews& views);
     Answer append(const TorchReader& reader, std::size_t position, PyObject* grad, const TorchViews& views,
@@ -90,7 +101,7 @@ class TorchListing {
     std::vector<Found> found_;  // parallel to tensors_
     std::vector<std::int64_t> layouts_;
     std::vector<Axis> axes_;
-    std::vector<Extent> writes_;  // parameters and momentum buffers, sorted by address
+    std::vector<Extent> writes_;  // parameters and states, sorted by address
     std::vector<Extent> grads_;   // used while they are compared
     std::vector<std::size_t> entangled_;
     std::int64_t elements_ = 0;

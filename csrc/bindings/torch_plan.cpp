@@ -3,12 +3,13 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <iterator>
 #include <string>
 #include <tuple>
 #include <utility>
 
-#include "../rules/sgd.hpp"
+#include "../engine/catalog.hpp"
 #include "gil.hpp"
 #include "hypers.hpp"
 #include "text.hpp"
@@ -36,9 +37,10 @@ PyObject* lookup_hashed(PyObject* mapping, PyObject* key, [[maybe_unused]] Py_ha
 #endif
 }
 
-/// True if p - lr * 0 is p for every element whose gradient is a zero. A maximizing step turns the zero negative.
-bool leaves_rows_without_gradient(const Hyper& hyper) {
-    return hyper.states == 0 && hyper.values[Sgd::weight_decay] == 0 && hyper.values[Sgd::maximize] == 0;
+std::vector<PyObject*> state_keys(int rule) {
+    std::vector<PyObject*> keys;
+    for (const StateSpec& spec : rules()[static_cast<std::size_t>(rule)].states) keys.push_back(interned(spec.key));
+    return keys;
 }
 
 /// The position, among all, of each group's first parameter; of so many groups as have lists of parameters.
@@ -68,6 +70,9 @@ py::list list_of(const py::object& param_groups) {
 
 }  // namespace
 
+TorchPlan::TorchPlan(int rule, TorchInterface interface)
+    : rule_(rule), state_keys_(state_keys(rule)), reader_(std::move(interface)) {}
+
 /// Takes the plan's memory and gives it back.
 class TorchPlan::Lease {
   public:
@@ -90,7 +95,7 @@ class TorchPlan::Lease {
 
 void TorchPlan::References::release() {
     // Deallocation may run Python code, so nothing of ours may be in an intermediate state.
-    for (std::vector<PyObject*>* references : {&params, &grads, &momenta, &parts}) {
+    for (std::vector<PyObject*>* references : {&params, &grads, &states, &parts}) {
         while (!references->empty()) {
             PyObject* const reference = references->back();
             references->pop_back();
@@ -99,44 +104,67 @@ void TorchPlan::References::release() {
     }
 }
 
-/// Finds each parameter's momentum buffer in the optimizer's state.
-class TorchPlan::Momenta {
+/// Finds each parameter's states in the optimizer's state.
+class TorchPlan::States {
   public:
-    explicit Momenta(PyObject* state) : state_(state) {}
+    explicit States(PyObject* state) : state_(state) {}
 
-    /// state[parameter]["momentum_buffer"], borrowed; null if it is not there. Looks first at what follows the last one
-    /// found: the state mostly has the parameters' order.
-    PyObject* find(PyObject* parameter, Py_hash_t hash) {
-        static PyObject* const key = interned("momentum_buffer");
-        PyObject *next_key, *values;
+    /// Finds state[parameter], whose items `item` gives then; false if it is no dict. Looks first at what follows the
+    /// last one found: the state mostly has the parameters' order.
+    bool find(PyObject* parameter, Py_hash_t hash) {
+        PyObject* key;
         Py_ssize_t next = position_;
-        if (PyDict_Next(state_, &next, &next_key, &values) && next_key == parameter) {
+        if (PyDict_Next(state_, &next, &key, &values_) && key == parameter) {
             position_ = next;
         } else {
-            values = lookup_hashed(state_, parameter, hash);
+            values_ = lookup_hashed(state_, parameter, hash);
         }
-        is_unusual_ = values != nullptr && !PyDict_Check(values);
-        if (values == nullptr || is_unusual_) return nullptr;
-        PyObject* buffer;
-        Py_ssize_t first = 0;
-        if (PyDict_Next(values, &first, &next_key, &buffer) && next_key == key) return buffer;
-        return lookup(values, key);
+        next_item_ = 0;
+        return values_ == nullptr || PyDict_Check(values_);
     }
 
-    /// True if what the state has of the last parameter is no dict.
-    bool is_unusual() const { return is_unusual_; }
+    /// state[parameter][key], borrowed; null if it is not there. Looks first at what follows the last one.
+    PyObject* item(PyObject* key) {
+        if (values_ == nullptr) return nullptr;
+        PyObject *next_key, *value;
+        if (PyDict_Next(values_, &next_item_, &next_key, &value) && next_key == key) return value;
+        return lookup(values_, key);
+    }
 
   private:
     PyObject* state_;
-    Py_ssize_t position_ = 0;
-    bool is_unusual_ = false;
+    PyObject* values_ = nullptr;
+    Py_ssize_t position_ = 0, next_item_ = 0;
 };
+
+namespace {
+
+/// Shapes and strides of a parameter, its gradient and its states.
+using Layouts = std::array<std::vector<std::int64_t>, 2 + max_states>;
+
+/// Reads what an item of `run_beside` and `run_items` has; false if a tensor cannot be read.
+bool view_item(const TorchReader& reader, const py::object& parameter, const py::object& grad, const py::tuple& states,
+               TorchViews& views, Layouts& layouts) {
+    views.states_are_read = true;
+    if (!reader.view(parameter.ptr(), views.param, layouts[0]) || !reader.view(grad.ptr(), views.grad, layouts[1])) {
+        return false;
+    }
+    for (std::size_t state = 0; state < states.size(); ++state) {
+        const py::object tensor = states[state];
+        if (tensor.is_none()) continue;
+        views.in_use |= 1u << state;
+        if (!reader.view(tensor.ptr(), views.states[state], layouts[2 + state])) return false;
+    }
+    return true;
+}
+
+}  // namespace
 
 /// What a step does beside the parameters that are as usual: see `run_beside`.
 struct TorchPlan::Beside {
-    std::vector<std::size_t> left_out;                            // positions, sorted
-    bool everything_left_out = false;                             // whatever the groups are
-    std::vector<std::pair<std::size_t, py::object>> new_momenta;  // by position, sorted
+    std::vector<std::size_t> left_out;                          // positions, sorted
+    bool everything_left_out = false;                           // whatever the groups are
+    std::vector<std::pair<std::size_t, py::tuple>> new_states;  // by position, sorted
 
     // The items.
     TorchListing listing, apart;  // of those that step, and of the others; the position of each is its index
@@ -145,7 +173,7 @@ struct TorchPlan::Beside {
     std::vector<Claim> claims;  // by index
 
     // Where the pass has come to.
-    std::size_t next_left_out = 0, next_momentum = 0;
+    std::size_t next_left_out = 0, next_new = 0;
 
     /// True if the parameter at this position is left out; asked in order.
     bool leaves_out(std::size_t position) {
@@ -153,30 +181,27 @@ struct TorchPlan::Beside {
         ++next_left_out;
         return true;
     }
-    /// The new momentum buffer of the parameter at this position, borrowed, or null; asked in order.
-    PyObject* new_momentum(std::size_t position) {
-        while (next_momentum < new_momenta.size() && new_momenta[next_momentum].first < position) ++next_momentum;
-        const bool found = next_momentum < new_momenta.size() && new_momenta[next_momentum].first == position;
-        return found ? new_momenta[next_momentum].second.ptr() : nullptr;
+    /// The new states of the parameter at this position, borrowed, or null; asked in order.
+    PyObject* new_states_at(std::size_t position) {
+        while (next_new < new_states.size() && new_states[next_new].first < position) ++next_new;
+        const bool found = next_new < new_states.size() && new_states[next_new].first == position;
+        return found ? new_states[next_new].second.ptr() : nullptr;
     }
     void read_items(const TorchReader& reader, const py::list& items);
 };
 
 void TorchPlan::Beside::read_items(const TorchReader& reader, const py::list& items) {
     overlaps.resize(items.size());
-    std::vector<std::int64_t> layouts[3];
+    Layouts layouts;
     listing.start();
     apart.start();
     for (std::size_t i = 0; i < items.size(); ++i) {
-        const auto [parameter, grad, momentum, group, first, flags, memory, stands_apart] = py::cast<
-            std::tuple<py::object, py::object, py::object, std::uint32_t, bool, std::uintptr_t, py::object, bool>>(
+        const auto [parameter, grad, states, group, first, flags, memory, stands_apart] = py::cast<
+            std::tuple<py::object, py::object, py::tuple, std::uint32_t, bool, std::uintptr_t, py::object, bool>>(
             items[i]);
         is_apart.push_back(stands_apart);
         TorchViews views;
-        views.has_momentum = views.momentum_is_read = !momentum.is_none();
-        const bool listed = reader.view(parameter.ptr(), views.param, layouts[0]) &&
-                            reader.view(grad.ptr(), views.grad, layouts[1]) &&
-                            (!views.has_momentum || reader.view(momentum.ptr(), views.momentum, layouts[2])) &&
+        const bool listed = view_item(reader, parameter, grad, states, views, layouts) &&
                             (stands_apart ? apart : listing).add(reader, i, grad.ptr(), views, group, first) ==
                                 TorchListing::Answer::listed;
         if (!listed) {
@@ -206,15 +231,15 @@ void TorchPlan::Beside::read_items(const TorchReader& reader, const py::list& it
 /// What listing the parameters one after the other works with.
 struct TorchPlan::Pass {
     Memory& memory;
-    Momenta momenta;
+    States states;
     const bool zero_grad;
     Beside* const beside;
     bool only_looks = false;   // lists nothing
     std::size_t position = 0;  // of the parameter among all
     std::uint32_t group = 0;
     TorchViews views = {};
-    std::vector<std::int64_t> layouts[3] = {};  // of the views, where torch does not lend them
-    std::size_t group_start = 0;                // the position of the group's first parameter
+    Layouts layouts = {};         // of the views, where torch does not lend them
+    std::size_t group_start = 0;  // the position of the group's first parameter
     /// What most passes have none of.
     struct Unusual {
         std::vector<Place> odd, missing, overlapping, left_out;
@@ -260,15 +285,15 @@ py::object TorchPlan::run(const py::object& groups, const py::object& state, boo
 }
 
 py::object TorchPlan::run_beside(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
-                                 const py::object& scaling, const py::object& left_out, const py::list& momenta,
+                                 const py::object& scaling, const py::object& left_out, const py::list& new_states,
                                  const py::list& items) {
     Beside beside;
     beside.everything_left_out = left_out.is_none();
     if (!left_out.is_none()) {
         for (const py::handle position : left_out) beside.left_out.push_back(py::cast<std::size_t>(position));
     }
-    for (const py::handle each : momenta) {
-        beside.new_momenta.push_back(py::cast<std::pair<std::size_t, py::object>>(each));
+    for (const py::handle each : new_states) {
+        beside.new_states.push_back(py::cast<std::pair<std::size_t, py::tuple>>(each));
     }
     beside.read_items(reader_, items);
     return attempt(groups, state, zero_grad, grad_factor, scaling, &beside);
@@ -283,16 +308,14 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     read_hypers(rule_, param_groups, memory.hypers, &memory.scalars);
     const bool everything_left_out = beside != nullptr && beside->everything_left_out;
     if (!everything_left_out && !PyDict_Check(state.ptr())) return py::bool_(false);
-    Pass pass{memory, Momenta(state.ptr()), zero_grad, beside};
+    Pass pass{memory, States(state.ptr()), zero_grad, beside};
     if (beside == nullptr && complete && finds_as_expected(pass, param_groups)) {
         memory.complete = true;
         return pass.report(true);
     }
     memory.listing.start();
-    // A step that was left to Python may have given parameters other momentum buffers.
-    if (!complete) {
-        for (Entry& entry : memory.entries) entry.momentum = Known();
-    }
+    // A step that was left to Python may have given parameters other states.
+    if (!complete) std::ranges::fill(memory.states, Known());
     if (!everything_left_out && !list(pass, param_groups)) return py::bool_(false);
     TorchListing& listing = memory.listing;
     listing.finish();
@@ -349,8 +372,8 @@ bool TorchPlan::finds_as_expected(Pass& pass, const py::list& param_groups) {
         pass.position = place.position;
         pass.group = static_cast<std::uint32_t>(place.group);
         pass.group_start = place.position - place.index;
-        pass.views.has_momentum = memory.hypers[place.group].has_state(0);
-        const std::size_t counts[] = {memory.held.params.size(), memory.held.grads.size(), memory.held.momenta.size()};
+        pass.views.in_use = memory.hypers[place.group].states;
+        const std::size_t counts[] = {memory.held.params.size(), memory.held.grads.size(), memory.held.states.size()};
         PyObject* const parameter = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(place.index));
         found = list_parameter(pass, parameter, group.ptr()) == Outcome::odd;
         leave_out(pass, Outcome::odd, counts);
@@ -427,9 +450,9 @@ bool TorchPlan::find_overlaps(Pass& pass, const py::list& param_groups) const {
     return found;
 }
 
-void TorchPlan::increment_versions(const References& held, bool with_momenta, bool with_grads) const {
+void TorchPlan::increment_versions(const References& held, bool with_states, bool with_grads) const {
     const std::pair<const std::vector<PyObject*>&, bool> parts[] = {
-        {held.params, true}, {held.momenta, with_momenta}, {held.grads, with_grads}};
+        {held.params, true}, {held.states, with_states}, {held.grads, with_grads}};
     const auto bump = [&](const auto& part) { return !part.second || reader_.bump_versions(part.first); };
     if (std::ranges::all_of(parts, bump)) return;
     py::list tensors;
@@ -454,7 +477,7 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
         }
         const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), params_key(), index));
         if (!PyList_Check(params.ptr())) return false;
-        pass.views.has_momentum = pass.memory.hypers[index].has_state(0);
+        pass.views.in_use = pass.memory.hypers[index].states;
         pass.group = static_cast<std::uint32_t>(index);
         pass.group_start = pass.position;
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++pass.position) {
@@ -463,7 +486,7 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
                 continue;
             }
             const std::size_t counts[] = {pass.memory.held.params.size(), pass.memory.held.grads.size(),
-                                          pass.memory.held.momenta.size()};
+                                          pass.memory.held.states.size()};
             const Outcome outcome = list_parameter(pass, PyList_GET_ITEM(params.ptr(), i), group.ptr());
             if (outcome != Outcome::done) leave_out(pass, outcome, counts);
         }
@@ -472,11 +495,12 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
 }
 
 void TorchPlan::leave_out(Pass& pass, Outcome outcome, const std::size_t (&counts)[3]) {
-    if (pass.position < pass.memory.entries.size()) pass.memory.entries[pass.position].momentum = Known();
+    if (pass.position < pass.memory.entries.size()) {
+        std::fill_n(known_states(pass.memory, pass.position), state_count(), Known());
+    }
     Pass::Unusual& unusual = pass.unusual();
     (outcome == Outcome::odd ? unusual.odd : unusual.missing).push_back(pass.place());
-    std::vector<PyObject*>* const all[] = {&pass.memory.held.params, &pass.memory.held.grads,
-                                           &pass.memory.held.momenta};
+    std::vector<PyObject*>* const all[] = {&pass.memory.held.params, &pass.memory.held.grads, &pass.memory.held.states};
     for (std::size_t i = 0; i < std::size(all); ++i) {
         while (all[i]->size() > counts[i]) {
             PyObject* const reference = all[i]->back();
@@ -502,10 +526,14 @@ TorchPlan::Outcome TorchPlan::list_parameter(Pass& pass, PyObject* parameter, Py
     memory.held.grads.push_back(grad);
     // Clearing also takes a gradient out of the graph that computed it, which Python code does.
     if (pass.zero_grad && reader_.requires_grad(grad)) return Outcome::odd;
-    if (pass.position >= memory.entries.size()) memory.entries.resize(pass.position + 1);
+    if (pass.position >= memory.entries.size()) {
+        memory.entries.resize(pass.position + 1);
+        memory.states.resize(memory.entries.size() * state_count());
+    }
     Entry& entry = memory.entries[pass.position];
     if (entry.object != parameter) {
         entry = Entry();
+        std::fill_n(known_states(memory, pass.position), state_count(), Known());
         entry.object = parameter;
         entry.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
         if (entry.hash == -1) throw py::error_already_set();
@@ -532,32 +560,26 @@ TorchPlan::Outcome TorchPlan::list_parameter(Pass& pass, PyObject* parameter, Py
 TorchPlan::Outcome TorchPlan::list_dense(Pass& pass, PyObject* parameter, PyObject* grad, TensorKind kind) {
     Memory& memory = pass.memory;
     TorchViews& views = pass.views;
-    Entry& entry = memory.entries[pass.position];
-    views.momentum_is_read = false;
+    views.states_are_read = false;
     bool first = false;
-    Outcome momentum = Outcome::done;
-    if (views.has_momentum) {
-        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_momentum(pass.position);
+    Outcome states = Outcome::done;
+    if (views.in_use != 0) {
+        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_states_at(pass.position);
         if (fresh != nullptr) {
             first = true;
-            momentum = read_new_momentum(pass, fresh, kind);
-        } else if (!state_exposed && entry.momentum.identity.object != nullptr) {
-            // It lives: the state refers to it, and nobody can have changed that.
-            memory.held.momenta.push_back(Py_NewRef(entry.momentum.identity.object));
-        } else {
-            momentum = read_momentum(pass, parameter, kind);
+            states = read_new_states(pass, fresh, kind);
+        } else if (state_exposed || !hold_known_states(pass)) {
+            states = read_states(pass, parameter, kind);
         }
     }
-    if (momentum == Outcome::odd) return Outcome::odd;
-    if (momentum == Outcome::missing) {
-        return memory.listing.takes(reader_, grad, views) ? Outcome::missing : Outcome::odd;
-    }
+    if (states == Outcome::odd) return Outcome::odd;
+    if (states == Outcome::missing) return memory.listing.takes(reader_, grad, views) ? Outcome::missing : Outcome::odd;
     if (pass.only_looks) return memory.listing.takes(reader_, grad, views) ? Outcome::done : Outcome::odd;
     using Answer = TorchListing::Answer;
     const auto add = [&] { return memory.listing.add(reader_, pass.position, grad, views, pass.group, first); };
     Answer answer = add();
-    if (answer == Answer::read_momentum) {
-        answer = read_momentum(pass, parameter, kind) == Outcome::done ? add() : Answer::refused;
+    if (answer == Answer::read_states) {
+        answer = read_states(pass, parameter, kind) == Outcome::done ? add() : Answer::refused;
     }
     return answer == Answer::listed ? Outcome::done : Outcome::odd;
 }
@@ -565,28 +587,28 @@ TorchPlan::Outcome TorchPlan::list_dense(Pass& pass, PyObject* parameter, PyObje
 TorchPlan::Outcome TorchPlan::list_rows(Pass& pass, PyObject* parameter, PyObject* grad, PyObject* group) {
     static PyObject* const mode_key = interned("sparse_mode");
     Memory& memory = pass.memory;
-    TorchViews& views = pass.views;
     if (pass.zero_grad || !memory.scalars.empty()) return Outcome::odd;
     PyObject* const mode = lookup(group, mode_key);
     const bool lazy = mode != nullptr && PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "lazy") == 0;
-    const bool rows_only = lazy || leaves_rows_without_gradient(memory.hypers[pass.group]);
+    const bool rows_only = lazy || memory.hypers[pass.group].skips_zero_grads;
     bool first = false;
     Outcome found = Outcome::done;
-    if (views.has_momentum) {
-        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_momentum(pass.position);
-        found = fresh == nullptr ? read_momentum(pass, parameter, TensorKind::plain)
-                                 : read_new_momentum(pass, fresh, TensorKind::plain);
+    if (pass.views.in_use != 0) {
+        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_states_at(pass.position);
+        found = fresh == nullptr ? read_states(pass, parameter, TensorKind::plain)
+                                 : read_new_states(pass, fresh, TensorKind::plain);
         first = fresh != nullptr;
     }
     if (found == Outcome::odd) return Outcome::odd;
     IndexView indices;
     std::array<py::object, 2> parts;
-    const bool is_read = reader_.sparse_view(grad, indices, views.grad, parts);
+    const bool is_read = reader_.sparse_view(grad, indices, pass.views.grad, parts);
     for (py::object& part : parts) {
         if (part) memory.held.parts.push_back(part.release().ptr());
     }
-    const TorchView* const momentum = views.has_momentum && found == Outcome::done ? &views.momentum : nullptr;
-    if (!is_read || !pass.unusual().rows.add(views.param, momentum, indices, views.grad, pass.group, first,
+    TorchViews views = pass.views;
+    if (found == Outcome::missing) views.in_use = 0;
+    if (!is_read || !pass.unusual().rows.add(views, indices, pass.group, first,
                                              rows_only ? TorchRows::Others::stay : TorchRows::Others::have_zeros)) {
         return Outcome::odd;
     }
@@ -594,31 +616,53 @@ TorchPlan::Outcome TorchPlan::list_rows(Pass& pass, PyObject* parameter, PyObjec
     return found;
 }
 
-TorchPlan::Outcome TorchPlan::read_new_momentum(Pass& pass, PyObject* momentum, TensorKind kind) {
-    Known unknown;  // nor is it known to the next step, which finds it in the state if this one comes to its end
-    pass.memory.held.momenta.push_back(Py_NewRef(momentum));
-    pass.views.momentum_is_read = true;
-    const bool is_read = read(momentum, kind, pass.memory.held, unknown, pass.views.momentum, pass.layouts[2]);
+bool TorchPlan::hold_known_states(Pass& pass) {
+    // They live: the optimizer's state refers to them, and nobody can have changed that.
+    const Known* const known = known_states(pass.memory, pass.position);
+    bool all = true;
+    pass.views.for_each_state([&](int state) { all = all && known[state].identity.object != nullptr; });
+    if (!all) return false;
+    pass.views.for_each_state(
+        [&](int state) { pass.memory.held.states.push_back(Py_NewRef(known[state].identity.object)); });
+    return true;
+}
+
+TorchPlan::Outcome TorchPlan::read_new_states(Pass& pass, PyObject* tuple, TensorKind kind) {
+    pass.views.states_are_read = true;
+    bool is_read = true;
+    pass.views.for_each_state([&](int state) {
+        if (!is_read) return;
+        Known unknown;  // nor is it known to the next step, which finds it in the state if this one comes to its end
+        PyObject* const tensor = PyTuple_GET_ITEM(tuple, state);
+        pass.memory.held.states.push_back(Py_NewRef(tensor));
+        is_read = read(tensor, kind, pass.memory.held, unknown, pass.views.states[state],
+                       pass.layouts[2 + static_cast<std::size_t>(state)]);
+    });
     return is_read ? Outcome::done : Outcome::odd;
 }
 
-TorchPlan::Outcome TorchPlan::read_momentum(Pass& pass, PyObject* parameter, TensorKind kind) {
-    Entry& entry = pass.memory.entries[pass.position];
-    PyObject* const momentum = pass.momenta.find(parameter, entry.hash);
-    const auto not_read = [&](Outcome outcome) {
-        entry.momentum = Known();
-        return outcome;
-    };
-    if (momentum == nullptr || momentum == Py_None) {
-        return not_read(pass.momenta.is_unusual() ? Outcome::odd : Outcome::missing);
-    }
-    const bool is_usual =
-        kind == TensorKind::plain ? reader_.is_tensor(momentum) : Py_TYPE(momentum) == Py_TYPE(parameter);
-    if (!is_usual) return not_read(Outcome::odd);
-    pass.memory.held.momenta.push_back(Py_NewRef(momentum));
-    pass.views.momentum_is_read = true;
-    const bool is_read = read(momentum, kind, pass.memory.held, entry.momentum, pass.views.momentum, pass.layouts[2]);
-    return is_read ? Outcome::done : Outcome::odd;
+TorchPlan::Outcome TorchPlan::read_states(Pass& pass, PyObject* parameter, TensorKind kind) {
+    Known* const known = known_states(pass.memory, pass.position);
+    Outcome outcome = Outcome::done;
+    if (!pass.states.find(parameter, pass.memory.entries[pass.position].hash)) outcome = Outcome::odd;
+    pass.views.states_are_read = true;
+    pass.views.for_each_state([&](int state) {
+        if (outcome == Outcome::odd) return;
+        PyObject* const tensor = pass.states.item(state_keys_[static_cast<std::size_t>(state)]);
+        if (tensor == nullptr || tensor == Py_None) {
+            outcome = Outcome::missing;
+            return;
+        }
+        const bool is_usual =
+            kind == TensorKind::plain ? reader_.is_tensor(tensor) : Py_TYPE(tensor) == Py_TYPE(parameter);
+        if (is_usual) pass.memory.held.states.push_back(Py_NewRef(tensor));
+        if (!is_usual || !read(tensor, kind, pass.memory.held, known[state], pass.views.states[state],
+                               pass.layouts[2 + static_cast<std::size_t>(state)])) {
+            outcome = Outcome::odd;
+        }
+    });
+    if (outcome != Outcome::done) std::fill_n(known, state_count(), Known());
+    return outcome;
 }
 
 bool TorchPlan::read(PyObject* tensor, TensorKind kind, References& held, Known& known, TorchView& view,
@@ -644,7 +688,9 @@ std::vector<std::uint8_t*> TorchPlan::pending_of(const Memory& memory) const {
     std::vector<std::uint8_t*> pending;
     if (pending_.empty()) return pending;
     for (std::size_t i = 0; i < memory.listing.tensors().size(); ++i) {
-        const auto found = pending_.find(memory.entries[memory.listing.position(i)].momentum.identity.object);
+        const std::uint32_t in_use = memory.hypers[memory.listing.tensors()[i].hyper].states;
+        const std::size_t first = memory.listing.position(i) * state_count() + std::countr_zero(in_use);
+        const auto found = in_use == 0 ? pending_.end() : pending_.find(memory.states[first].identity.object);
         pending.push_back(found == pending_.end() ? nullptr : found->second.second);
     }
     return pending;
@@ -653,8 +699,8 @@ std::vector<std::uint8_t*> TorchPlan::pending_of(const Memory& memory) const {
 void TorchPlan::set_pending(const py::list& flags) {
     std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending;
     for (const py::handle each : flags) {
-        const auto [momentum, address] = py::cast<std::pair<py::object, std::uintptr_t>>(each);
-        pending[momentum.ptr()] = {momentum, pointer_of<std::uint8_t>(address)};
+        const auto [state, address] = py::cast<std::pair<py::object, std::uintptr_t>>(each);
+        pending[state.ptr()] = {state, pointer_of<std::uint8_t>(address)};
     }
     std::swap(pending_, pending);
 }
@@ -679,18 +725,15 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     Memory memory;
     std::vector<std::uint8_t*> pending;
     read_hypers(rule_, param_groups, memory.hypers, &memory.scalars);
-    std::vector<std::int64_t> layouts[3];
+    Layouts layouts;
     memory.listing.start();
     std::size_t position = 0;
     for (const py::handle item : items) {
-        const auto [parameter, grad, momentum, group, first, flags] =
-            py::cast<std::tuple<py::object, py::object, py::object, std::uint32_t, bool, std::uintptr_t>>(item);
+        const auto [parameter, grad, states, group, first, flags] =
+            py::cast<std::tuple<py::object, py::object, py::tuple, std::uint32_t, bool, std::uintptr_t>>(item);
         pending.push_back(pointer_of<std::uint8_t>(flags));
         TorchViews views;
-        views.has_momentum = views.momentum_is_read = !momentum.is_none();
-        if (!reader_.view(parameter.ptr(), views.param, layouts[0]) ||
-            !reader_.view(grad.ptr(), views.grad, layouts[1]) ||
-            (views.has_momentum && !reader_.view(momentum.ptr(), views.momentum, layouts[2])) ||
+        if (!view_item(reader_, parameter, grad, states, views, layouts) ||
             memory.listing.add(reader_, position++, grad.ptr(), views, group, first) != TorchListing::Answer::listed) {
             return false;
         }
@@ -712,7 +755,7 @@ bool TorchPlan::is_dense(const py::object& tensor) {
 }
 
 int TorchPlan::traverse(visitproc visit, void* arg) const {
-    for (const auto& [momentum, flags] : pending_) Py_VISIT(momentum);
+    for (const auto& [state, flags] : pending_) Py_VISIT(state);
     return reader_.traverse(visit, arg);
 }
 

@@ -41,20 +41,21 @@ void add_to(DType dtype, std::byte* sum, const std::byte* gradient, std::int64_t
 
 }  // namespace
 
-bool TorchRows::add(const TorchView& param, const TorchView* momentum, const IndexView& indices,
-                    const TorchView& values, std::uint32_t group, bool first, Others others) {
+bool TorchRows::add(const TorchViews& views, const IndexView& indices, std::uint32_t group, bool first, Others others) {
+    const TorchView &param = views.param, &values = views.grad;
     const auto sparse = static_cast<int>(indices.dimensions);
     if (sparse < 1 || sparse > param.dimensions || values.dimensions != 1 + param.dimensions - sparse ||
         !std::equal(param.shape + sparse, param.shape + param.dimensions, values.shape + 1)) {
         return false;
     }
     if (param.device != cpu_device || !in_c_order(param) || !in_c_order(values)) return false;
-    if (momentum != nullptr && (momentum->device != cpu_device || !in_c_order(*momentum) ||
-                                !std::equal(param.shape, param.shape + param.dimensions, momentum->shape,
-                                            momentum->shape + momentum->dimensions))) {
-        return false;
-    }
-    if (!find_rows(param, indices, others)) return false;
+    bool fits = true;
+    views.for_each_state([&](int state) {
+        const TorchView& s = views.states[state];
+        fits = fits && s.device == cpu_device && in_c_order(s) &&
+               std::equal(param.shape, param.shape + param.dimensions, s.shape, s.shape + s.dimensions);
+    });
+    if (!fits || !find_rows(param, indices, others)) return false;
     TensorRef tensor;
     tensor.size = 1;
     for (int axis = sparse; axis < param.dimensions; ++axis) tensor.size *= param.shape[axis];
@@ -62,17 +63,17 @@ bool TorchRows::add(const TorchView& param, const TorchView* momentum, const Ind
     tensor.param = param.data;
     tensor.param_dtype = param.dtype;
     tensor.grad_dtype = values.dtype;
-    if (momentum != nullptr) {
-        tensor.states[0] = momentum->data;
-        tensor.state_dtypes[0] = momentum->dtype;
-        tensor.first = first;
-    }
+    tensor.first = first;
+    views.for_each_state([&](int state) {
+        tensor.states[state] = views.states[state].data;
+        tensor.state_dtypes[state] = views.states[state].dtype;
+    });
     if (size_of(param) > 0) {
         if (param.data == nullptr || (size_of(values) > 0 && values.data == nullptr)) return false;
         others == Others::stay ? list_rows(tensor, values) : list_all(tensor, param, values);
     }
     claims_.push_back(claim_of(param, count_, true));
-    if (momentum != nullptr) claims_.push_back(claim_of(*momentum, count_, true));
+    views.for_each_state([&](int state) { claims_.push_back(claim_of(views.states[state], count_, true)); });
     claims_.push_back(claim_of(values, count_, false));
     ++count_;
     return true;
@@ -81,10 +82,13 @@ bool TorchRows::add(const TorchView& param, const TorchView* momentum, const Ind
 void TorchRows::list_rows(TensorRef tensor, const TorchView& values) {
     const auto bytes = [&](DType dtype) { return tensor.size * static_cast<std::int64_t>(item_size(dtype)); };
     const std::byte* const sums = add_up(values, tensor.size);
-    std::byte *const param = tensor.param, *const momentum = tensor.states[0];
+    const TensorRef whole = tensor;
     for (const Row& row : rows_) {
-        tensor.param = param + row.index * bytes(tensor.param_dtype);
-        if (momentum != nullptr) tensor.states[0] = momentum + row.index * bytes(tensor.state_dtypes[0]);
+        tensor.param = whole.param + row.index * bytes(tensor.param_dtype);
+        for (int state = 0; state < max_states; ++state) {
+            if (whole.states[state] == nullptr) continue;
+            tensor.states[state] = whole.states[state] + row.index * bytes(tensor.state_dtypes[state]);
+        }
         const std::byte* const grad =
             row.sum < 0 ? values.data + row.entry * bytes(values.dtype) : sums + row.sum * bytes(values.dtype);
         tensor.grad = const_cast<std::byte*>(grad);

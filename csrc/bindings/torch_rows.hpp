@@ -12,6 +12,7 @@
 
 #include "../extents.hpp"
 #include "../work.hpp"
+#include "torch_listing.hpp"
 #include "torch_reader.hpp"
 
 namespace sgdcore::bindings {
@@ -21,11 +22,10 @@ class TorchRows {
     /// What a sparse gradient means for the rows that it does not name: nothing, or zeros.
     enum class Others { stay, have_zeros };
 
-    /// Lists the update of `param`, and of `momentum` if it is not null, which holds nothing yet if it is the `first`.
-    /// A row is what belongs to one index of the first `indices.dimensions` axes. False, with nothing listed, unless
-    /// all arrays are in C order on the CPU, of fitting shapes, and the indices in range.
-    bool add(const TorchView& param, const TorchView* momentum, const IndexView& indices, const TorchView& values,
-             std::uint32_t group, bool first, Others others);
+    /// Lists an update, whose gradient are the `indices` and the values that `views` has. The states hold nothing yet
+    /// if it is the `first`. A row is what belongs to one index of the first `indices.dimensions` axes. False, with
+    /// nothing listed, unless all arrays are in C order on the CPU, of fitting shapes, and the indices in range.
+    bool add(const TorchViews& views, const IndexView& indices, std::uint32_t group, bool first, Others others);
 
     std::span<const TensorRef> tensors() const { return tensors_; }
     std::int64_t elements() const { return elements_; }

@@ -13,6 +13,7 @@ Hyper hyper(const Values& values) {
     for (const bool first : {false, true}) {
         result.variants[first] = static_cast<std::uint8_t>(R::variant(values, first));
     }
+    result.skips_zero_grads = R::skips_zero_grads(values);
     for (int state = 0; state < state_count<R>; ++state) {
         if (R::use(R::variants[result.variant(false)], state) != Use::none) result.states |= 1u << state;
     }

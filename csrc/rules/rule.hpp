@@ -76,7 +76,8 @@ inline constexpr int device_hyper = detail::device_hyper<R>(number);
 ///
 /// A variant is what is decided before the loop, at compile time; `variant` gives its index for a group's values and a
 /// tensor at its first step or later. Whether a state takes part at all (`use` is not none) depends on the values
-/// alone. `Coefficients<C>` are the hyperparameters as the update of one element uses them, in the compute type C. The
+/// alone. `skips_zero_grads` is true if a step leaves an element whose gradient is zero as it is, and its states.
+/// `Coefficients<C>` are the hyperparameters as the update of one element uses them, in the compute type C. The
 /// mask `flip` among them is the sign bit where the gradient's sign is turned, else zero; `has_nan` is true where any
 /// of them is a NaN.
 template <class R>
@@ -88,6 +89,7 @@ concept Rule = requires(const Values& values, const typename R::template Coeffic
     requires variant_count<R> <= max_variants;
     { R::variants[R::variant(values, first)] } -> std::convertible_to<typename R::Variant>;
     { R::use(R::variants[0], 0) } -> std::same_as<Use>;
+    { R::skips_zero_grads(values) } -> std::same_as<bool>;
     requires std::constructible_from<typename R::template Coefficients<float>, const Values&>;
     { k.flip } -> std::convertible_to<SignMask<float>>;
     { k.has_nan() } -> std::same_as<bool>;

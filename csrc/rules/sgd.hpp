@@ -44,6 +44,10 @@ struct Sgd {
         return (first ? 2 : 6) + (values[nesterov] != 0 ? 2 : 0) + decayed;
     }
     SGDCORE_HOST_DEVICE static constexpr Use use(Variant variant, int) { return variant.buffer; }
+    /// p - lr * 0 is p. A maximizing step would turn the zero negative.
+    static bool skips_zero_grads(const Values& values) {
+        return values[momentum] == 0 && values[weight_decay] == 0 && values[maximize] == 0;
+    }
 
     template <class C>
     struct Coefficients {

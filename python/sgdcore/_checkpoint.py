@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sgdcore import _core
+from sgdcore._rules import Rule
 
 __all__ = ["check_layout", "refuse_other_optimizers"]
 
@@ -43,26 +44,27 @@ def check_layout(state_dict: Any) -> None:
             )
 
 
-def refuse_other_optimizers(state_dict: Mapping[str, Any]) -> None:
-    """Raise if a state dict, laid out as one, is not SGD's.
+def refuse_other_optimizers(state_dict: Mapping[str, Any], name: str, rule: Rule) -> None:
+    """Raise if a state dict, laid out as one, is not that of an optimizer of that name and rule.
 
     Keys that users add to groups and states are no reason; those of torch's other optimizers are.
 
     Raises:
-        ValueError: naming what SGD does not have.
+        ValueError: naming what the optimizer does not have.
     """
+    keys = ", ".join(state.key for state in rule.states)
     for i, group in enumerate(state_dict["param_groups"]):
         others = sorted(_OTHER_HYPERPARAMETERS.intersection(group))
-        if others and "dampening" not in group:
+        if others and not all(key in group for key in rule.numbers):
             raise ValueError(
-                f"state_dict['param_groups'][{i}]: expected SGD's hyperparameters, got those of another optimizer: "
+                f"state_dict['param_groups'][{i}]: expected {name}'s hyperparameters, got those of another optimizer: "
                 f"{', '.join(others)}"
             )
     for key, values in state_dict["state"].items():
         others = sorted(_OTHER_STATE.intersection(values)) if isinstance(values, Mapping) else []
         if others:
             raise ValueError(
-                f"state_dict['state'][{_core.repr_text(key)}]: expected SGD's momentum_buffer, "
+                f"state_dict['state'][{_core.repr_text(key)}]: expected {name}'s {keys}, "
                 "got the state of another optimizer: "
                 f"{', '.join(others)}"
             )

@@ -1,26 +1,23 @@
 """The optimizer's bookkeeping, as in torch.optim: parameter groups, state, hooks, checkpoints.
 
-What costs time per parameter is in the core. Subclasses bring the hyperparameters and check them; the state of a
-parameter is a momentum buffer, as SGD's is.
+What costs time per parameter is in the core. Subclasses name the rule, bring its hyperparameters and check them.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import chain, count
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, overload
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from itertools import chain
+from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
 
 from sgdcore import _core
-from sgdcore._arrays import Array, storage_dtype
+from sgdcore._arrays import storage_dtype
 from sgdcore._checkpoint import check_layout, refuse_other_optimizers
 from sgdcore._copies import attributes_of, set_attributes
-from sgdcore._devices import CPU
-from sgdcore._hints import naming_allocation
+from sgdcore._hooks import Hook, HookHandle, call_pre_hooks
 from sgdcore._mistakes import (
     is_torch_module,
     libraries_of,
@@ -28,159 +25,21 @@ from sgdcore._mistakes import (
     params_hint,
     warn_of_near_keys,
 )
-from sgdcore.device_array import DeviceArray
+from sgdcore._rules import rule_of
+from sgdcore._states import (
+    OptimizerState,
+    StateStorage,
+    dtype_of,
+    filled_storage,
+    new_storage,
+    read_state,
+)
 from sgdcore.parameter import ArrayParameter, Parameter, ParameterBuffer
 
-__all__ = ["HookHandle", "Loss", "Optimizer", "OptimizerState", "ParameterState", "ParamsLike"]
+__all__ = ["Loss", "Optimizer", "ParamsLike"]
 
 ParamsLike = ParameterBuffer | Iterable[Any]
-Hook = Callable[..., Any]
 Loss = TypeVar("Loss")
-
-
-class HookHandle:
-    """Returned by the ``register_*`` methods; `remove` takes the hook out again, as leaving a ``with`` block does."""
-
-    _ids = count()
-
-    def __init__(self, hooks: OrderedDict[int, Hook], hook: Hook, prepend: bool = False) -> None:
-        self._hooks = hooks
-        self._id = next(self._ids)
-        hooks[self._id] = hook
-        if prepend:
-            hooks.move_to_end(self._id, last=False)
-
-    def remove(self) -> None:
-        """Remove the hook; once is enough, more does no harm."""
-        self._hooks.pop(self._id, None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-_REQUIRED: Any = object()  # stands for a default that was not given
-
-
-class ParameterState(MutableMapping[str, Any]):
-    """What an optimizer remembers of one parameter: ``"momentum_buffer"``, and whatever users add.
-
-    The momentum buffer may be read, changed in place, replaced by an array of the parameter's shape
-    (float64, float32, float16 or bfloat16), or deleted, which makes the next step a first one. A state that was
-    taken out of the optimizer's keeps its values, and raises a ReferenceError when it is given another momentum buffer
-    after its parameter is gone.
-    """
-
-    __slots__ = ("_other", "slot")
-
-    def __init__(self, parameter: Parameter) -> None:
-        self.slot = _core.MomentumSlot(parameter)
-        self._other: dict[str, Any] = {}
-
-    def __getitem__(self, key: str) -> Any:
-        if key == "momentum_buffer" and self.slot.initialized:
-            return self.slot.momentum
-        return self._other[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key == "momentum_buffer":
-            self.slot.set(value)
-        else:
-            self._other[key] = value
-            self.slot.note_other_values(True)
-
-    def __delitem__(self, key: str) -> None:
-        if key == "momentum_buffer" and self.slot.initialized:
-            self.slot.set(None)
-        else:
-            del self._other[key]
-            self.slot.note_other_values(bool(self._other))
-
-    def __iter__(self) -> Iterator[str]:
-        if self.slot.initialized:
-            yield "momentum_buffer"
-        yield from self._other
-
-    def __len__(self) -> int:
-        return self.slot.initialized + len(self._other)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
-    """Maps each parameter to its state; lists those that have any, and makes an empty one on demand.
-
-    Keeps alive the parameters that it lists, and no others.
-    """
-
-    def __init__(self) -> None:
-        # A state that is not empty keeps its parameter alive, for as long as it is in here.
-        self._states: WeakKeyDictionary[Parameter, ParameterState] = WeakKeyDictionary()
-
-    def __del__(self) -> None:
-        for state in self._states.values():
-            state.slot.detach()
-
-    def __getitem__(self, parameter: Parameter) -> ParameterState:
-        if not isinstance(parameter, Parameter):
-            raise TypeError(f"state: expected a Parameter as key, got {_core.repr_text(parameter)}")
-        state = self._states.get(parameter)
-        if state is None:
-            state = self._states[parameter] = ParameterState(parameter)
-        return state
-
-    def __setitem__(self, parameter: Parameter, value: Mapping[str, Any]) -> None:
-        state = self[parameter]
-        fresh = ParameterState(parameter)
-        fresh.update(value)  # raises before anything is replaced
-        state.clear()
-        state.update(fresh)
-
-    def __delitem__(self, parameter: Parameter) -> None:
-        self.pop(parameter)
-
-    def pop(self, parameter: Parameter, default: Any = _REQUIRED) -> Any:
-        """Remove a parameter's state and return it as it is; `default` if there is none, else raise KeyError."""
-        if parameter in self:
-            state = self._states.pop(parameter)
-            state.slot.detach()
-            return state
-        if default is _REQUIRED:
-            raise KeyError(parameter)
-        return default
-
-    # The inherited methods would find the empty state that is made on demand.
-    def get(self, parameter: Parameter, default: Any = None) -> Any:
-        """Return a parameter's state; `default` if it has none."""
-        return self._states[parameter] if parameter in self else default
-
-    def setdefault(self, parameter: Parameter, default: Any = None) -> Any:
-        """Return a parameter's state, which takes the values of `default`, a mapping or None, if there is none."""
-        if parameter not in self:
-            self[parameter] = {} if default is None else default
-        return self[parameter]
-
-    def __iter__(self) -> Iterator[Parameter]:
-        return (parameter for parameter, state in self._states.items() if state)
-
-    def __contains__(self, parameter: object) -> bool:
-        return isinstance(parameter, Parameter) and bool(self._states.get(parameter))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def clear(self) -> None:
-        """Remove the state of every parameter."""
-        states = list(self._states.values())
-        self._states.clear()
-        for state in states:
-            state.slot.detach()
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 class Optimizer:
@@ -210,7 +69,7 @@ class Optimizer:
             )
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
-        self._state = OptimizerState()
+        self._state = OptimizerState(self.rule)
         self._start()
 
         if not _may_list_parameters(params):
@@ -252,7 +111,7 @@ class Optimizer:
     @state.setter
     def state(self, state: Mapping[Parameter, MutableMapping[str, Any]]) -> None:
         if not isinstance(state, OptimizerState):
-            values, state = state, OptimizerState()
+            values, state = state, OptimizerState(self.rule)
             state.update(values)
         self._state = state
         self._plan.outdate()
@@ -308,6 +167,10 @@ class Optimizer:
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
         """Put a group's hyperparameters into the form that groups keep, or raise if one is invalid."""
+        for state in rule_of(self.rule).states:
+            if group.get(state.dtype_key) is not None:
+                # By name: a checkpoint then needs neither NumPy nor ml_dtypes to be read.
+                group[state.dtype_key] = storage_dtype(group[state.dtype_key], state.dtype_key).name
 
     def _build_plan(self, groups: list[dict[str, Any]]) -> None:
         for i, group in enumerate(groups):
@@ -318,7 +181,7 @@ class Optimizer:
                     f"got {_core.repr_text(params)}"
                 )
         parameters = chain.from_iterable(group["params"] for group in groups)
-        self._plan.build(groups, [self.state[parameter].slot for parameter in parameters])
+        self._plan.build(groups, [self.state[parameter].slots for parameter in parameters])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters.
@@ -383,15 +246,15 @@ class Optimizer:
             if not self._plan.matches(self.param_groups):
                 self._build_plan(self.param_groups)
                 continue
-            positions = set(self._plan.missing_momentum())
-            parameters = ((p, group) for group in self.param_groups for p in group["params"])
-            missing = [
-                (p, _momentum_dtype(group, p))
-                for i, (p, group) in enumerate(parameters)
-                if i in positions
-            ]
-            for (parameter, _), momentum in zip(missing, _new_momentum(missing), strict=True):
-                self.state[parameter].slot.reserve(momentum)
+            states = rule_of(self.rule).states
+            parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+            missing = []
+            for position, number in self._plan.missing_states():
+                parameter, group = parameters[position]
+                state = states[number]
+                missing.append(StateStorage(parameter, state, dtype_of(state, group, parameter)))
+            for each, array in zip(missing, new_storage(missing), strict=True):
+                self.state[each.parameter].slots.reserve(each.state.number, array)
 
     def _step_with_hooks(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
         """Call the hooks around the closure and the update."""
@@ -399,14 +262,8 @@ class Optimizer:
             hint = "; gradients are passed as grads=" if np.iterable(closure) else ""
             raise TypeError(f"closure: expected a function, got {type(closure).__name__}{hint}")
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        for hook in self._step_pre_hooks.values():
-            replaced = hook(self, args, kwargs)
-            if replaced is not None:
-                if not (isinstance(replaced, tuple) and len(replaced) == 2):
-                    raise RuntimeError(
-                        f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but got {replaced}"
-                    )
-                args, kwargs = replaced
+        hooks = self._step_pre_hooks.values()
+        args, kwargs = call_pre_hooks(hooks, self, args, kwargs, "a step pre-hook")
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         loss = None if closure is None else closure()
         self._run(kwargs.get("grads"), kwargs.get("zero_grad", False))
@@ -448,8 +305,9 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups in torch.optim's layout, with parameters replaced by their position.
 
-        ``{"state": {0: {"momentum_buffer": array}, ...}, "param_groups": [{..., "params": [0, ...]}]}``;
-        the arrays are the optimizer's own, not copies.
+        ``{"state": {0: {key: array, ...}, ...}, "param_groups": [{..., "params": [0, ...]}]}``, where the keys
+        are those of the rule's states, such as SGD's ``"momentum_buffer"``; the arrays are the optimizer's own, not
+        copies.
         """
         for hook in self._state_dict_pre_hooks.values():
             hook(self)
@@ -469,14 +327,14 @@ class Optimizer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` (or torch.optim.SGD's, with arrays for tensors) returned.
 
-        Values are copied; a momentum buffer keeps its own dtype, and one that is a list gets its group's
-        ``momentum_dtype`` or else its parameter's dtype. Hyperparameters that the checkpoint lacks keep this
+        Values are copied; an array of a state keeps its own dtype, and a list gets the dtype of new states, such as
+        the group's ``momentum_dtype``, or else its parameter's. Hyperparameters that the checkpoint lacks keep this
         optimizer's defaults.
 
         Raises:
             TypeError: if `state_dict` is not laid out as `state_dict` returns it.
             KeyError: if it lacks "state" or "param_groups".
-            ValueError: if the groups do not match this optimizer's, or a momentum buffer does not have its
+            ValueError: if the groups do not match this optimizer's, or a state does not have its
                 parameter's shape, or it is the state dict of another kind of optimizer.
 
         The optimizer is then as it was.
@@ -489,7 +347,7 @@ class Optimizer:
             state_dict = state_dict if replaced is None else replaced
         check_layout(state_dict)
         _check_states(state_dict["state"])
-        refuse_other_optimizers(state_dict)
+        refuse_other_optimizers(state_dict, type(self).__name__, rule_of(self.rule))
         saved = state_dict["param_groups"]
         _require_matching(saved, self.param_groups)
         groups = [
@@ -516,34 +374,42 @@ class Optimizer:
     def _read_state(
         self, state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
     ) -> dict[Parameter, dict[str, Any]]:
-        """Return a checkpoint's state by parameter: momentum buffers as arrays, copies of all else."""
+        """Return a checkpoint's state by parameter: the rule's states as arrays, copies of all else."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        dtypes = [(p, _momentum_dtype(group, p)) for group in groups for p in group["params"]]
-        parameter_of = dict(zip(keys, dtypes, strict=True))
+        parameters = [(p, group) for group in groups for p in group["params"]]
+        parameter_of = dict(zip(keys, parameters, strict=True))
         state = {}
         for key, values in state_dict["state"].items():
             if key not in parameter_of:
                 raise ValueError(
                     f"state_dict['state']: no parameter has the key {_core.repr_text(key)}"
                 )
-            parameter, dtype = parameter_of[key]
-            momentum = values.get("momentum_buffer")
-            read = copy.deepcopy({k: v for k, v in values.items() if k != "momentum_buffer"})
-            if momentum is not None:
-                read["momentum_buffer"] = _momentum_array(key, momentum, parameter, dtype)
+            parameter, group = parameter_of[key]
+            own = {each.key: each for each in rule_of(self.rule).states}
+            read = copy.deepcopy({k: v for k, v in values.items() if k not in own})
+            for name, each in own.items():
+                if values.get(name) is not None:
+                    argument = f"state_dict['state'][{_core.repr_text(key)}]['{name}']"
+                    dtype = dtype_of(each, group, parameter)
+                    read[name] = read_state(argument, values[name], parameter, dtype)
             state[parameter] = read
         return state
 
     def _replace_state(self, new: Mapping[Parameter, Mapping[str, Any]]) -> None:
         """Put new values in the place of all state; a failure changes nothing.
 
-        Momentum buffers are copied into new storage, so that the momentum of a buffer is one flat array again, and
-        every other laid out like its parameter: pickle keeps some orders of axes and not others.
+        The rule's states are copied into new storage, so that a state of a buffer's parameters is one flat array
+        again, and every other laid out like its parameter: pickle keeps some orders of axes and not others.
         """
         state = {parameter: dict(values) for parameter, values in new.items()}
-        momenta = {p: v["momentum_buffer"] for p, v in state.items() if "momentum_buffer" in v}
-        for parameter, momentum in _filled_momentum(momenta).items():
-            state[parameter]["momentum_buffer"] = momentum
+        filled = [
+            (StateStorage(parameter, each, values[each.key].dtype), values[each.key])
+            for parameter, values in state.items()
+            for each in rule_of(self.rule).states
+            if each.key in values
+        ]
+        for storage, array in filled_storage(filled):
+            state[storage.parameter][storage.state.key] = array
         self.state.clear()
         for parameter, values in state.items():
             self.state[parameter].update(values)
@@ -560,7 +426,7 @@ class Optimizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.defaults = state["defaults"]
         self.param_groups = state["param_groups"]
-        self._state = OptimizerState()
+        self._state = OptimizerState(self.rule)
         self._start()
         self._replace_state(state["state"])
         set_attributes(self, state.get("attributes"))  # which pickles of earlier versions lack
@@ -616,11 +482,6 @@ def _may_list_parameters(params: Any) -> bool:
         return isinstance(params, Iterable) and not is_torch_module(params)
     is_array = hasattr(params, "__array__") or hasattr(params, "__dlpack__")
     return isinstance(params, Iterable) and not is_array and "sklearn" not in libraries
-
-
-def _momentum_dtype(group: Mapping[str, Any], parameter: Parameter) -> np.dtype[Any]:
-    """Return the dtype of a parameter's new momentum buffer."""
-    return storage_dtype(group.get("momentum_dtype") or parameter.dtype, "momentum_dtype")
 
 
 def _check_states(states: Mapping[Any, Any]) -> None:
@@ -696,100 +557,3 @@ def _as_parameter(value: Any, position: int) -> Parameter:
         f"params[{position}]: optimizer can only optimize Parameters, NumPy arrays and arrays on CUDA devices, "
         f"but got {kind}{hint}"
     )
-
-
-def _filled_momentum(
-    momenta: dict[Parameter, Array | DeviceArray],
-) -> dict[Parameter, Array | DeviceArray]:
-    """Return storage as `_new_momentum` does, with these values."""
-    storage = _new_momentum([(p, values.dtype) for p, values in momenta.items()])
-    for momentum, values in zip(storage, momenta.values(), strict=True):
-        if not isinstance(momentum, DeviceArray):
-            momentum[...] = values
-        elif isinstance(values, DeviceArray) and values.strides != momentum.strides:
-            momentum.assign(values.numpy())  # a device only copies what lies in the same order
-        else:
-            momentum.assign(values)
-    return dict(zip(momenta, storage, strict=True))
-
-
-class _Flat(NamedTuple):
-    """One flat array of momentum, by what the parameters that share it have in common."""
-
-    buffer: ParameterBuffer
-    dtype: np.dtype[Any]
-    device: int
-
-    def allocate(self, size: int) -> Any:
-        if self.device == CPU:
-            with naming_allocation("the momentum of a ParameterBuffer", (size,), self.dtype):
-                return _core.allocate(size, self.dtype)
-        return DeviceArray.empty(size, self.dtype, self.device)
-
-
-def _new_momentum(parameters: list[tuple[Parameter, np.dtype[Any]]]) -> list[Array | DeviceArray]:
-    """Return storage for the momentum of each parameter, laid out like it.
-
-    That of parameters in one buffer is one flat array, so that the step runs through all three without a break.
-    """
-    sizes: dict[_Flat, int] = {}
-    for parameter, dtype in parameters:
-        if parameter.buffer is not None:
-            flat = _Flat(parameter.buffer, dtype, parameter.device)
-            sizes[flat] = sizes.get(flat, 0) + parameter.size
-    arrays = {flat: flat.allocate(size) for flat, size in sizes.items()}
-    starts = dict.fromkeys(arrays, 0)
-    momenta: list[Array | DeviceArray] = []
-    for parameter, dtype in parameters:
-        if parameter.buffer is None:
-            momenta.append(_separate_momentum(parameter, dtype))
-            continue
-        flat = _Flat(parameter.buffer, dtype, parameter.device)
-        start = starts[flat]
-        starts[flat] = start + parameter.size
-        momenta.append(arrays[flat][start : starts[flat]].reshape(parameter.shape))
-    return momenta
-
-
-def _separate_momentum(parameter: Parameter, dtype: np.dtype[Any]) -> Array | DeviceArray:
-    """Return storage laid out like the parameter.
-
-    Large storage on the CPU is mapped by itself. malloc would often place it right behind the parameter, where a step
-    may take several times as long: see csrc/buffer.cpp.
-    """
-    data = parameter.data
-    if parameter.device != CPU:
-        return DeviceArray.empty_like(DeviceArray.of(data), dtype)
-    what = f"the momentum of parameter {parameter.name!r}" if parameter.name else "momentum"
-    with naming_allocation(what, data.shape, dtype):
-        if data.size * dtype.itemsize < 2 * _core.huge_page or not data.flags.c_contiguous:
-            return np.empty_like(data, dtype=dtype, subok=False)
-        return _core.allocate(data.size, dtype).reshape(data.shape)
-
-
-def _momentum_array(
-    key: Any, value: Any, parameter: Parameter, dtype: np.dtype[Any]
-) -> Array | DeviceArray:
-    """Return a checkpoint's momentum buffer as an array of one of the storage types: `dtype` for one of lists."""
-    argument = f"state_dict['state'][{_core.repr_text(key)}]['momentum_buffer']"
-    _core.require_plain(value, argument)
-    try:
-        array: Array | DeviceArray
-        if _core.is_on_device(value):
-            array = DeviceArray.of(value)
-            if parameter.device != array.device:
-                array = array.numpy()
-        else:
-            # DLPack knows torch's bfloat16, NumPy's own conversion does not.
-            shared = not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__")
-            array = _core.from_dlpack(value) if shared else np.asarray(value)
-            if not hasattr(value, "dtype") and array.dtype.kind in "iuf":
-                array = array.astype(dtype)
-    except Exception as error:
-        raise TypeError(f"{argument}: {error}") from error
-    storage_dtype(array.dtype, argument)
-    if array.shape != parameter.shape:
-        raise ValueError(
-            f"{argument}: expected shape {parameter.shape}, the parameter's, got {array.shape}"
-        )
-    return array

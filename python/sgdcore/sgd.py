@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from numpy.typing import DTypeLike
 
 from sgdcore._arrays import Array
-from sgdcore._hyperparameters import normalize_sgd_group
+from sgdcore._hyperparameters import float_of
 from sgdcore.optimizer import Optimizer, ParamsLike
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "check_hyperparameters"]
 
 
 class SGD(Optimizer):
@@ -90,4 +92,36 @@ class SGD(Optimizer):
         super().__init__(params, defaults)
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
-        normalize_sgd_group(group)
+        check_hyperparameters(group, float_of)
+        super()._normalize_group(group)
+
+
+def check_hyperparameters(
+    group: Mapping[str, Any], number_of: Callable[[str, Any], Any], *, nan_is_valid: bool = False
+) -> None:
+    """Check the hyperparameters that SGD and its kin have, for arrays and tensors alike.
+
+    Args:
+        group: has the hyperparameters.
+        number_of: called with the name of each and its value, returns what can be compared with a number.
+        nan_is_valid: whether NaN counts as in range, as in torch.
+
+    Raises:
+        ValueError: if one is out of range, in torch's words.
+    """
+
+    def is_negative(number: Any) -> bool:
+        return bool(number < 0) if nan_is_valid else not number >= 0
+
+    keys = ("lr", "momentum", "dampening", "weight_decay")
+    lr, momentum, dampening, weight_decay = (number_of(key, group[key]) for key in keys)
+    if is_negative(lr):
+        raise ValueError(f"Invalid learning rate: {group['lr']}")
+    if is_negative(momentum):
+        raise ValueError(f"Invalid momentum value: {group['momentum']}")
+    if is_negative(weight_decay):
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    if not nan_is_valid and math.isnan(dampening):
+        raise ValueError(f"Invalid dampening value: {group['dampening']}")
+    if group["nesterov"] and (momentum <= 0 or dampening != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")

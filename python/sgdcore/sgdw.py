@@ -7,8 +7,9 @@ from typing import Any
 from numpy.typing import DTypeLike
 
 from sgdcore._arrays import Array
-from sgdcore._hyperparameters import normalize_sgd_group
+from sgdcore._hyperparameters import float_of
 from sgdcore.optimizer import Optimizer, ParamsLike
+from sgdcore.sgd import check_hyperparameters
 
 __all__ = ["SGDW"]
 
@@ -97,4 +98,5 @@ class SGDW(Optimizer):
         super().__init__(params, defaults)
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
-        normalize_sgd_group(group)
+        check_hyperparameters(group, float_of)
+        super()._normalize_group(group)

@@ -1,4 +1,4 @@
-"""sgdcore for PyTorch: a drop-in for torch.optim.SGD, with the same bits from one fused pass.
+"""sgdcore for PyTorch: a drop-in for torch.optim.SGD, with the same bits from one fused pass, and its kin.
 
 >>> import torch, sgdcore
 >>> model = torch.nn.Linear(4, 2)
@@ -21,6 +21,7 @@ except ImportError as error:
 
 from sgdcore.torch.backward import StepInBackward, step_in_backward
 from sgdcore.torch.sgd import SGD
+from sgdcore.torch.sgdw import SGDW
 from sgdcore.torch.verification import Verification, verify
 
-__all__ = ["SGD", "StepInBackward", "Verification", "step_in_backward", "verify"]
+__all__ = ["SGD", "SGDW", "StepInBackward", "Verification", "step_in_backward", "verify"]

@@ -228,7 +228,7 @@ def _kind_of(kind: Any) -> int:
     return int(kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__)
 
 
-def new_plan(api: Any, rule: str = "sgd") -> _core.TorchPlan:
+def new_plan(api: Any, rule: str) -> _core.TorchPlan:
     """Return a plan that reads tensors through `api`, or through their Python attributes if it is None.
 
     Args:

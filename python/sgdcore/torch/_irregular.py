@@ -1,6 +1,6 @@
 """Steps over tensors that the core does not read by itself: turned into such as it does.
 
-The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose momentum is there already, also as
+The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose states are there already, also as
 parts of a DTensor, and sparse gradients where the rows without one stay as they are. Everything else comes here: first
 steps, complex tensors, views with gaps, tensor subclasses with operations of their own, shared memory. The parameters
 that are as usual go to the core the usual way, together with what was made of the others. Each of the others is
@@ -13,30 +13,56 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.optim.sgd import sgd as torch_sgd
 
 from sgdcore import _core, _devices
 from sgdcore._devices import CPU
+from sgdcore._rules import Rule, State
 from sgdcore.torch import _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
-__all__ = ["Scaling", "as_tensor", "factor_of", "has_own_operations", "label_of", "step"]
+__all__ = [
+    "Scaling",
+    "Updater",
+    "as_tensor",
+    "factor_of",
+    "has_own_operations",
+    "label_of",
+    "step",
+]
 
-_HYPERPARAMETERS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
-_COMPLEX_MOMENTUM = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+_COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
+
+
+class Updater(NamedTuple):
+    """What updates tensors.
+
+    Attributes:
+        plan: the core's; reads the tensors.
+        rule: the plan's rule.
+        by_operations: ``by_operations(parameter, gradient, states, group)`` updates a tensor that is no memory but
+            operations, and returns its states; those that take no part, or are new, are None.
+    """
+
+    plan: _core.TorchPlan
+    rule: Rule
+    by_operations: Callable[[Tensor, Tensor, _States, dict[str, Any]], _States]
+
+
+# One for each of the rule's states; None for those that take no part.
+_States = list[Tensor | None]
 
 
 class Scaling:
     """A GradScaler's found_inf and scale that stay on the device; see DeviceInterface in the core.
 
     Attributes:
-        pending: momentum buffers that a step may have left empty, since the device decides whether it happens; each
-            with the flags that say where, which the device clears.
+        pending: states that a step may have left empty, since the device decides whether it happens; the first of
+            each parameter, with the flags that say where, which the device clears.
     """
 
     def __init__(self, found_inf: Tensor | None, scale: Tensor | None) -> None:
@@ -78,35 +104,35 @@ class _Update:
     """One parameter's part of a step."""
 
     label: str
-    parameter: Tensor  # as the user has it, as is `momentum`
-    momentum: Tensor | None
+    parameter: Tensor  # as the user has it, as are `states`
+    states: _States
     group: int
     first: bool
-    pending: Tensor | None = None  # flags of a momentum buffer that the device may leave empty
+    pending: Tensor | None = None  # flags of states that the device may leave empty
     # What the core is given; None if there is nothing to compute: tensors on the meta device and
     # fake ones, which stand for a model whose memory is being planned.
-    arguments: tuple[Tensor, Tensor, Tensor | None] | None = None
+    arguments: tuple[Tensor, Tensor, _States] | None = None
     by_torch: bool = False  # the parameter has operations of its own, which torch's code calls
     # What brings the core's results back to the user's tensors, where it worked on copies.
     write_back: list[Callable[[], object]] = field(default_factory=list)
 
-    def item(self) -> tuple[Tensor, Tensor, Tensor | None, int, bool, int]:
+    def item(self, own_gradient: bool = False) -> tuple[Any, ...]:
+        """Return what the core takes; with a copy of the gradient if that is to be its `own_gradient`."""
         assert self.arguments is not None
+        parameter, grad, states = self.arguments
         flags = 0 if self.pending is None else self.pending.data_ptr()
-        return (*self.arguments, self.group, self.first, flags)
+        grad = grad.clone() if own_gradient else grad
+        return (parameter, grad, tuple(states), self.group, self.first, flags)
 
     def memory(self) -> list[tuple[int, int, bool]] | None:
         """Return the ranges of memory behind copies: address, bytes, and whether it is written; None without copies."""
         if not self.write_back:
             return None
-        tensors = (
-            (self.parameter, True),
-            (self.momentum, True),
-            (self.parameter.grad, False),
-        )
+        written = [(tensor, True) for tensor in (self.parameter, *self.states)]
+        tensors = [*written, (self.parameter.grad, False)]
         return [
-            (plain.data_ptr(), _reach(plain), written)
-            for tensor, written in tensors
+            (plain.data_ptr(), _reach(plain), is_written)
+            for tensor, is_written in tensors
             if tensor is not None
             and (plain := _elements(_plain(tensor, self.label))).layout is torch.strided
             and plain.numel() > 0
@@ -122,14 +148,14 @@ class _Step:
 
     Attributes:
         updates: what is prepared, by the parameter's position among all.
-        new: the parameters that lack only a momentum buffer, each with a new one, by position.
+        new: the parameters that lack only states, each with its states, by position.
         in_sequence: positions of the updates that overlap others in memory: they step one after the other, at last.
         left_out: positions of the parameters that are not for the core to find; None for all.
     """
 
     def __init__(
         self,
-        plan: _core.TorchPlan,
+        updater: Updater,
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
         grad_factor: float,
@@ -137,7 +163,7 @@ class _Step:
         pending: Mapping[Tensor, Tensor],
         place: tuple[int, int],
     ) -> None:
-        self.plan = plan
+        self.updater = updater
         self.groups = groups
         self.state = state
         self.grad_factor = grad_factor
@@ -145,7 +171,7 @@ class _Step:
         self.pending = pending
         self.place = place
         self.updates: dict[int, _Update] = {}
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.new: dict[int, tuple[Tensor, _States]] = {}
         self.in_sequence: set[int] = set()
         self.left_out: set[int] | None = set()
 
@@ -165,7 +191,7 @@ class _Step:
             parameter = group["params"][at]
             if position not in self.updates and parameter.grad is not None:
                 self.updates[position] = _prepare(
-                    self.plan,
+                    self.updater,
                     group,
                     index,
                     at,
@@ -174,29 +200,37 @@ class _Step:
                     self.state.get(parameter, {}),
                 )
 
-    def make_momenta(self, places: list[_Place]) -> None:
-        """Make the momentum buffers of parameters that lack only them."""
+    def make_states(self, places: list[_Place]) -> None:
+        """Make the states of parameters that lack only them."""
         if not places:
             return
-        _, index, at = places[0]
-        _require_no_capture(_label_at(self.groups[index], index, at, self.place))
         empty_like, dtype_of = _interface.empty_like, _interface.dtype_of
-        dtypes: dict[int, torch.dtype | None] = {}
+        in_use: dict[int, list[tuple[State, torch.dtype | None]]] = {}
         for position, index, at in places:
             group = self.groups[index]
-            if index not in dtypes:
-                dtypes[index] = dtype_of(group.get("momentum_dtype"))
+            if index not in in_use:
+                states, _ = self.updater.rule.states_in(group)
+                in_use[index] = [(s, dtype_of(group.get(s.dtype_key))) for s in states]
+                _require_no_capture(_label_at(group, index, at, self.place), states[0])
             parameter = group["params"][at]
-            momentum = empty_like(parameter, dtypes[index])
-            if parameter.grad.layout is not torch.strided:
-                momentum.zero_()  # for the rows that a lazy step leaves out
-            self.new[position] = parameter, momentum
+            values = self.state.get(parameter, {})
+            new: _States = [None] * len(self.updater.rule.states)
+            for state, dtype in in_use[index]:
+                tensor = values.get(state.key)
+                if tensor is None:
+                    tensor = empty_like(parameter, dtype)
+                    if parameter.grad.layout is not torch.strided:
+                        tensor.zero_()  # for the rows that a lazy step leaves out
+                new[state.number] = tensor
+            self.new[position] = parameter, new
 
     def step_by_torch(self) -> None:
         """Step the parameters that have operations of their own."""
         positions = [position for position, update in self.updates.items() if update.by_torch]
         updates = [self.updates.pop(position) for position in sorted(positions)]
-        _step_by_torch(self.groups, updates, self.state, self.grad_factor, self.scaling)
+        _step_by_torch(
+            self.updater, self.groups, updates, self.state, self.grad_factor, self.scaling
+        )
 
     def finish(self, overlapping: list[_Place], zero_grad: bool) -> bool:
         """Step all that is left. Return False if gradients are still to be set to zeros."""
@@ -213,7 +247,7 @@ class _Step:
             update = self.updates.get(position)
             if update is not None and update.arguments is not None:
                 self.in_sequence.add(position)
-                _require_apart(self.plan, self.groups, update, self.grad_factor)
+                _require_apart(self.updater, self.groups, update, self.grad_factor)
 
     def run(self, zero_grad: bool) -> bool:
         """Step the core's part and the updates. Return whether the core's gradients are cleared if they are to be."""
@@ -225,14 +259,14 @@ class _Step:
                 for position, update in real
             ]
             clears = clears and not self.in_sequence
-            found = self.plan.run_beside(
+            found = self.updater.plan.run_beside(
                 self.groups,
                 self.state,
                 clears,
                 self.grad_factor,
                 self.scaling,
                 None if self.left_out is None else sorted(self.left_out),
-                [(position, momentum) for position, (_, momentum) in self.new.items()],
+                [(position, tuple(states)) for position, (_, states) in self.new.items()],
                 items,
             )
             if found is True:
@@ -252,7 +286,7 @@ class _Step:
                     write()
         for position in sorted(self.in_sequence):
             _step_alone(
-                self.plan, self.groups, self.updates[position], self.grad_factor, self.scaling
+                self.updater, self.groups, self.updates[position], self.grad_factor, self.scaling
             )
         return clears
 
@@ -264,22 +298,27 @@ class _Step:
         return real
 
     def _note_new(self) -> None:
-        for parameter, momentum in self.new.values():
-            self.state.setdefault(parameter, {})["momentum_buffer"] = momentum
+        for parameter, states in self.new.values():
+            _note(self.updater.rule, self.state, parameter, states)
 
     def note_updates(self) -> None:
-        """Put new momentum buffers into the state, and tell autograd of what was written."""
+        """Put new states into the optimizer's, and tell autograd of what was written."""
         changed = []
         for update in self.updates.values():
-            changed.append(update.parameter)
-            if update.momentum is not None:
-                self.state.setdefault(update.parameter, {})["momentum_buffer"] = update.momentum
-                changed.append(update.momentum)
+            _note(self.updater.rule, self.state, update.parameter, update.states)
+            changed += [update.parameter, *(each for each in update.states if each is not None)]
         _interface.increment_versions(changed)
 
 
+def _note(rule: Rule, state: dict[Any, Any], parameter: Tensor, states: _States) -> None:
+    """Put the states of a parameter into the optimizer's."""
+    for declared, tensor in zip(rule.states, states, strict=True):
+        if tensor is not None:
+            state.setdefault(parameter, {})[declared.key] = tensor
+
+
 def step(
-    plan: _core.TorchPlan,
+    updater: Updater,
     groups: list[dict[str, Any]],
     state: dict[Any, Any],
     grad_factor: float,
@@ -293,13 +332,13 @@ def step(
     """Update all parameters that have a gradient, of whatever kind they are.
 
     Args:
-        plan: reads the tensors.
+        updater: updates the tensors.
         groups: the optimizer's, or a part of one of them.
         state: the optimizer's.
         grad_factor: multiplies every gradient.
-        found: what ``plan.run`` returned: what it found unusual.
+        found: what ``updater.plan.run`` returned: what it found unusual.
         scaling: what takes the place of `grad_factor` on devices.
-        pending: the flags of momentum buffers that earlier steps may have left empty. New ones go to
+        pending: the flags of states that earlier steps may have left empty. New ones go to
             `scaling.pending`.
         place: where `groups` begins in the optimizer's: the index of the group, and of the parameter in it.
         zero_grad: whether to set all gradients to zeros, too.
@@ -310,7 +349,7 @@ def step(
     Raises:
         TypeError, ValueError: naming the parameter that cannot be updated; before anything is changed.
     """
-    work = _Step(plan, groups, state, grad_factor, scaling, pending or {}, place)
+    work = _Step(updater, groups, state, grad_factor, scaling, pending or {}, place)
     overlapping: list[_Place] = []
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         if found is False:
@@ -321,7 +360,7 @@ def step(
             if scaling is not None:  # whose first steps the device may leave out
                 odd, missing = [*odd, *missing], []
             work.prepare([*odd, *overlapping])
-            work.make_momenta(missing)
+            work.make_states(missing)
         if not any(update.by_torch for update in work.updates.values()):
             return work.finish(overlapping, zero_grad)
     # First: an operation that a subclass lacks is found before anything else is changed.
@@ -331,13 +370,14 @@ def step(
 
 
 def _step_by_torch(
+    updater: Updater,
     groups: list[dict[str, Any]],
     updates: list[_Update],
     state: dict[Any, Any],
     grad_factor: float,
     scaling: Scaling | None,
 ) -> None:
-    """Step with torch's own loop, for subclasses that are no memory but operations."""
+    """Step with torch's operations, for subclasses that are no memory but operations."""
     if scaling is not None:
         left_out, grad_factor = scaling.on_host()
         if left_out:
@@ -346,39 +386,33 @@ def _step_by_torch(
         for update in updates:
             group, parameter = groups[update.group], update.parameter
             grad = _placed_like(parameter, parameter.grad, update.label)  # type: ignore[arg-type]
-            buffers = [update.momentum]
-            torch_sgd(
-                [parameter],
-                [grad if grad_factor == 1 else grad * grad_factor],
-                buffers,
-                has_sparse_grad=False,
-                foreach=False,
-                fused=False,
-                **{name: group[name] for name in _HYPERPARAMETERS},
-            )
-            momentum, dtype = buffers[0], _interface.dtype_of(group.get("momentum_dtype"))
-            if momentum is not None:
-                if update.first and dtype is not None:
-                    momentum = momentum.to(dtype)
-                state.setdefault(parameter, {})["momentum_buffer"] = momentum
+            grad = grad if grad_factor == 1 else grad * grad_factor
+            states = updater.by_operations(parameter, grad, update.states, group)
+            if update.first:
+                dtypes = (_interface.dtype_of(group.get(s.dtype_key)) for s in updater.rule.states)
+                states = [
+                    tensor if tensor is None or dtype is None else tensor.to(dtype)
+                    for tensor, dtype in zip(states, dtypes, strict=True)
+                ]
+            _note(updater.rule, state, parameter, states)
 
 
 def _require_apart(
-    plan: _core.TorchPlan, groups: list[dict[str, Any]], update: _Update, grad_factor: float
+    updater: Updater, groups: list[dict[str, Any]], update: _Update, grad_factor: float
 ) -> None:
     """Raise if an update cannot be computed whatever other parameters do."""
-    item = update.item()
-    if plan.run_items(groups, [item], grad_factor, dry_run=True):
-        return
-    item = (item[0], item[1].clone(), *item[2:])
-    if not plan.run_items(groups, [item], grad_factor, dry_run=True):
-        raise ValueError(
-            f"{update.label}: expected a momentum buffer and a parameter that do not overlap in memory"
-        )
+    for own_gradient in (False, True):
+        items = [update.item(own_gradient)]
+        if updater.plan.run_items(groups, items, grad_factor, dry_run=True):
+            return
+    keys = ", ".join(state.key for state in updater.rule.states)
+    raise ValueError(
+        f"{update.label}: expected a parameter and its {keys} that do not overlap in memory"
+    )
 
 
 def _step_alone(
-    plan: _core.TorchPlan,
+    updater: Updater,
     groups: list[dict[str, Any]],
     update: _Update,
     grad_factor: float,
@@ -390,11 +424,11 @@ def _step_alone(
     """
     if update.write_back:  # copies of what it was before the others
         update.write_back.clear()
-        _arrange(plan, groups[update.group], update)
-    item = update.item()
-    if not plan.run_items(groups, [item], grad_factor, dry_run=False, scaling=scaling):
-        item = (item[0], item[1].clone(), *item[2:])  # which overlaps the parameter or its momentum
-        plan.run_items(groups, [item], grad_factor, dry_run=False, scaling=scaling)
+        _arrange(updater, groups[update.group], update)
+    for own_gradient in (False, True):  # which may overlap the parameter or a state
+        items = [update.item(own_gradient)]
+        if updater.plan.run_items(groups, items, grad_factor, dry_run=False, scaling=scaling):
+            break
     for write in update.write_back:
         write()
 
@@ -417,17 +451,18 @@ def _clear(groups: list[dict[str, Any]], positions: Iterable[int]) -> bool:
 def _await_device(
     update: _Update, scaling: Scaling | None, pending: Mapping[Tensor, Tensor]
 ) -> None:
-    """Give a momentum buffer flags if only the device knows whether its first step happens."""
+    """Give a parameter's states flags if only the device knows whether their first step happens."""
     assert update.arguments is not None
-    parameter, _, momentum = update.arguments
-    if update.momentum is None or momentum is None:
+    parameter = update.arguments[0]
+    first_state = next((each for each in update.states if each is not None), None)
+    if first_state is None:
         return
-    update.pending = pending.get(update.momentum)
+    update.pending = pending.get(first_state)
     device = _interface.device_index(parameter)
     if update.first and scaling is not None and scaling.found_inf is not None and device != CPU:
-        count = -(-momentum.numel() // _core.chunk_size)
-        update.pending = torch.ones(count, dtype=torch.uint8, device=momentum.device)
-        scaling.pending[update.momentum] = update.pending
+        count = -(-parameter.numel() // _core.chunk_size)
+        update.pending = torch.ones(count, dtype=torch.uint8, device=parameter.device)
+        scaling.pending[first_state] = update.pending
 
 
 def _elements(tensor: Tensor) -> Tensor:
@@ -445,7 +480,7 @@ def _reach(tensor: Tensor) -> int:
 
 
 def _prepare(
-    plan: _core.TorchPlan,
+    updater: Updater,
     group: dict[str, Any],
     index: int,
     position: int,
@@ -457,22 +492,23 @@ def _prepare(
     if parameter.layout is not torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got one of layout {parameter.layout}")
     by_torch = has_own_operations(parameter)
-    momentum: Tensor | None = None
+    states: _States = [None] * len(updater.rule.states)
     first = False
-    if float(group["momentum"]) != 0:
+    for state in updater.rule.states_in(group)[0]:
         if not isinstance(values, dict):
             raise TypeError(f"the state of {label}: expected a dict, got {values!r}")
-        momentum = values.get("momentum_buffer")
-        if not (momentum is None or isinstance(momentum, Tensor)):
+        tensor = values.get(state.key)
+        if not (tensor is None or isinstance(tensor, Tensor)):
             raise TypeError(
-                f"the momentum buffer of {label}: expected a tensor or None, got {momentum!r}"
+                f"the {state.key} of {label}: expected a tensor or None, got {tensor!r}"
             )
-        first = momentum is None
-        if momentum is None and not by_torch:
-            momentum = _new_momentum(parameter, group, label)
-    update = _Update(label, parameter, momentum, index, first, by_torch=by_torch)
+        if tensor is None:
+            first = True
+            tensor = None if by_torch else _new_state(state, parameter, group, label)
+        states[state.number] = tensor
+    update = _Update(label, parameter, states, index, first, by_torch=by_torch)
     if not (by_torch or parameter.is_meta or isinstance(parameter, FakeTensor)):
-        _arrange(plan, group, update)
+        _arrange(updater, group, update)
     return update
 
 
@@ -500,54 +536,73 @@ def label_of(group: dict[str, Any], position: int, place: tuple[int, int]) -> st
     return f"param_groups[{place[0]}]['params'][{place[1]}]"
 
 
-def _arrange(plan: _core.TorchPlan, group: dict[str, Any], update: _Update) -> None:
+def _arrange(updater: Updater, group: dict[str, Any], update: _Update) -> None:
     """Find what the core is to be given."""
-    parameter, momentum, label = update.parameter, update.momentum, update.label
+    parameter, label = update.parameter, update.label
     grad = parameter.grad
     assert grad is not None
-    if momentum is not None and momentum.layout is not torch.strided:
-        # As torch leaves it after sparse gradients.
-        momentum = update.momentum = momentum.to_dense()
+    update.states = [
+        # As torch leaves a state after sparse gradients.
+        each.to_dense() if each is not None and each.layout is not torch.strided else each
+        for each in update.states
+    ]
     p = _plain(parameter, label)
     g = _plain(_placed_like(parameter, grad, label), f"the gradient of {label}")
-    b = None if momentum is None else _plain(momentum, f"the momentum buffer of {label}")
-    tensors = (p, g) if b is None else (p, g, b)
-    if any(_interface.device_index(tensor) != CPU for tensor in tensors):
-        for tensor, what in _named(label, p, g, b):
+    names = [f"the {state.key} of {label}" for state in updater.rule.states]
+    states = [
+        None if each is None else _plain(each, name)
+        for each, name in zip(update.states, names, strict=True)
+    ]
+    named = _Named(label, names)
+    if any(_interface.device_index(tensor) != CPU for tensor, _ in named(p, g, states)):
+        for tensor, what in named(p, g, states):
             _require_usable_device(tensor, what)
-        if b is not None and b.device != p.device:
-            raise ValueError(
-                f"the momentum buffer of {label}: expected a tensor on {p.device}, where its parameter is now, got one "
-                f"on {b.device}. Move a model before its optimizer takes a step; afterwards, "
-                "optimizer.load_state_dict(optimizer.state_dict()) moves the state to where the parameters are"
-            )
-    shape = p.shape
-    if any(tensor.shape != shape or _was_freed(tensor) for tensor in tensors):
-        _refuse_shape(label, p, g, b)
+        for tensor, what in named.states_of(states):
+            _require_same_device(tensor, what, p)
+    if any(tensor.shape != p.shape or _was_freed(tensor) for tensor, _ in named(p, g, states)):
+        _refuse_shape(p, named(p, g, states))
     if g.layout is not torch.strided:
-        if g.layout is torch.sparse_coo and g.sparse_dim() > 0 and _only_rows(group):
-            _prepare_rows(update, p, g, b)
-            p, g, b = update.arguments or (p, g, b)
+        only_rows = g.layout is torch.sparse_coo and g.sparse_dim() > 0
+        if only_rows and _only_rows(updater.rule, group):
+            p, g, states = _prepare_rows(update, p, g, states)
         else:
             g = g.to_dense()
-    p, g, b = _real(update, p, g, b)
-    tensors = (p, g) if b is None else (p, g, b)
-    if any(tensor.dtype not in STORAGE_TYPES for tensor in tensors):
-        _refuse_dtype(label, p, g, b)
+    p, g, states = _real(update, p, g, states)
+    if any(tensor.dtype not in STORAGE_TYPES for tensor, _ in named(p, g, states)):
+        _refuse_dtype(named(p, g, states))
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(
             f"{label}: expected elements with memory of their own, got an expanded tensor"
         )
-    if p.is_neg() or not plan.is_dense(p):
+    if p.is_neg() or not updater.plan.is_dense(p):
         p = _staged(update, p, p.resolve_neg().contiguous())
-    if b is not None and (b.is_neg() or b.stride() != p.stride()):
-        b = _staged(update, b, torch.empty_like(p, dtype=b.dtype).copy_(b))
-    update.arguments = (p, g.resolve_neg(), b)
+    for i, b in enumerate(states):
+        if b is not None and (b.is_neg() or b.stride() != p.stride()):
+            states[i] = _staged(update, b, torch.empty_like(p, dtype=b.dtype).copy_(b))
+    update.arguments = (p, g.resolve_neg(), states)
 
 
-def _refuse_shape(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> NoReturn:
+class _Named(NamedTuple):
+    """The names of a parameter's tensors in error messages."""
+
+    label: str
+    names: list[str]
+
+    def __call__(self, p: Tensor, g: Tensor, states: _States) -> Iterator[tuple[Tensor, str]]:
+        """Yield the parameter, the gradient and the states that take part, each with its name."""
+        yield p, self.label
+        yield g, f"the gradient of {self.label}"
+        yield from self.states_of(states)
+
+    def states_of(self, states: _States) -> Iterator[tuple[Tensor, str]]:
+        for tensor, name in zip(states, self.names, strict=True):
+            if tensor is not None:
+                yield tensor, name
+
+
+def _refuse_shape(p: Tensor, named: Iterable[tuple[Tensor, str]]) -> NoReturn:
     """Raise for a tensor of another shape than its parameter's, or without memory."""
-    for tensor, what in _named(label, p, g, b):
+    for tensor, what in named:
         if tensor.shape != p.shape:
             raise ValueError(
                 f"{what}: expected shape {tuple(p.shape)}, the parameter's, got {tuple(tensor.shape)}"
@@ -557,21 +612,11 @@ def _refuse_shape(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> NoRetur
     raise ValueError(f"{what}: expected a tensor with memory, got one whose memory was freed")
 
 
-def _refuse_dtype(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> NoReturn:
+def _refuse_dtype(named: Iterable[tuple[Tensor, str]]) -> NoReturn:
     """Raise for a tensor that has none of the core's types."""
-    tensor, what = next(
-        each for each in _named(label, p, g, b) if each[0].dtype not in STORAGE_TYPES
-    )
+    tensor, what = next(each for each in named if each[0].dtype not in STORAGE_TYPES)
     expected = ", ".join(STORAGE_TYPES.values())
     raise TypeError(f"{what}: expected one of {expected} or complex, got {tensor.dtype}")
-
-
-def _named(label: str, p: Tensor, g: Tensor, b: Tensor | None) -> Iterator[tuple[Tensor, str]]:
-    """Yield parameter, gradient and momentum buffer, if there is one, each with its name in error messages."""
-    yield p, label
-    yield g, f"the gradient of {label}"
-    if b is not None:
-        yield b, f"the momentum buffer of {label}"
 
 
 def _was_freed(tensor: Tensor) -> bool:
@@ -595,23 +640,32 @@ def _require_usable_device(tensor: Tensor, what: str) -> None:
         )
 
 
-def _new_momentum(parameter: Tensor, group: dict[str, Any], label: str) -> Tensor:
-    dtype = _interface.dtype_of(group.get("momentum_dtype")) or parameter.dtype
+def _require_same_device(state: Tensor, what: str, p: Tensor) -> None:
+    if state.device != p.device:
+        raise ValueError(
+            f"{what}: expected a tensor on {p.device}, where its parameter is now, got one on {state.device}. Move a "
+            "model before its optimizer takes a step; afterwards, optimizer.load_state_dict(optimizer.state_dict()) "
+            "moves the state to where the parameters are"
+        )
+
+
+def _new_state(state: State, parameter: Tensor, group: dict[str, Any], label: str) -> Tensor:
+    dtype = _interface.dtype_of(group.get(state.dtype_key)) or parameter.dtype
     if parameter.dtype.is_complex and not dtype.is_complex:
-        if dtype not in _COMPLEX_MOMENTUM:
+        if dtype not in _COMPLEX:
             raise TypeError(
-                f"momentum_dtype: expected float32 or float64 for the complex {label}, got {dtype}"
+                f"{state.dtype_key}: expected float32 or float64 for the complex {label}, got {dtype}"
             )
-        dtype = _COMPLEX_MOMENTUM[dtype]
-    _require_no_capture(label)
+        dtype = _COMPLEX[dtype]
+    _require_no_capture(label, state)
     # Zeros, for the rows that a lazy step leaves out.
     return _interface.empty_like(parameter, dtype).zero_()
 
 
-def _require_no_capture(label: str) -> None:
+def _require_no_capture(label: str, state: State) -> None:
     if _interface.is_capturing():
         raise RuntimeError(
-            f"{label} has no momentum buffer yet, and a graph would start with its first step at each replay: take a "
+            f"{label} has no {state.key} yet, and a graph would start with its first step at each replay: take a "
             "step before the capture"
         )
 
@@ -652,52 +706,47 @@ def _plain(tensor: Tensor, label: str) -> Tensor:
     return tensor.as_subclass(torch.Tensor)
 
 
-def _only_rows(group: dict[str, Any]) -> bool:
+def _only_rows(rule: Rule, group: dict[str, Any]) -> bool:
     """Tell whether a sparse gradient leaves the rows it does not name as they are.
 
-    Always so in the lazy mode, and where the dense result is the same: p - lr * 0 is p, unless maximize turns
-    the zeros negative.
+    Always so in the lazy mode, and where the dense result is the same.
     """
-    if group.get("sparse_mode", "dense") == "lazy":
-        return True
-    return (
-        float(group["momentum"]) == 0
-        and float(group["weight_decay"]) == 0
-        and not group["maximize"]
-    )
+    return group.get("sparse_mode", "dense") == "lazy" or rule.states_in(group)[1]
 
 
-def _prepare_rows(update: _Update, p: Tensor, g: Tensor, b: Tensor | None) -> None:
-    """Make the arguments copies of the rows that the sparse gradient names, to be put back afterwards."""
+def _prepare_rows(
+    update: _Update, p: Tensor, g: Tensor, states: _States
+) -> tuple[Tensor, Tensor, _States]:
+    """Return copies of the rows that the sparse gradient names, to be put back afterwards."""
     g = g.coalesce()
     rows = tuple(g.indices())
-    p_rows = p[rows]
-    update.write_back.append(lambda: p.index_put_(rows, p_rows))
-    b_rows = None
-    if b is not None:
-        b_rows = b[rows]
-        update.write_back.append(lambda: b.index_put_(rows, b_rows))
-    update.arguments = (p_rows, g.values(), b_rows)
+
+    def copied(tensor: Tensor) -> Tensor:
+        copy = tensor[rows]
+        update.write_back.append(lambda: tensor.index_put_(rows, copy))
+        return copy
+
+    return copied(p), g.values(), [None if each is None else copied(each) for each in states]
 
 
-def _real(
-    update: _Update, p: Tensor, g: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _real(update: _Update, p: Tensor, g: Tensor, states: _States) -> tuple[Tensor, Tensor, _States]:
     """Return complex tensors as real ones, over the same memory where possible; real ones as they are."""
     if not p.is_complex():
-        return p, g, b
-    if not g.is_complex() or not (b is None or b.is_complex()):
+        return p, g, states
+    if not all(each.is_complex() for each in (g, *states) if each is not None):
         raise TypeError(
-            f"{update.label}: expected a complex gradient and momentum buffer for a complex parameter"
+            f"{update.label}: expected a complex gradient and complex states for a complex parameter"
         )
-    if p.is_conj():
-        p = _staged(update, p, p.resolve_conj())
-    if b is not None and b.is_conj():
-        b = _staged(update, b, b.resolve_conj())
+
+    def real(tensor: Tensor) -> Tensor:
+        if tensor.is_conj():
+            tensor = _staged(update, tensor, tensor.resolve_conj())
+        return torch.view_as_real(tensor)
+
     return (
-        torch.view_as_real(p),
+        real(p),
         torch.view_as_real(g.resolve_conj()),
-        None if b is None else torch.view_as_real(b),
+        [None if each is None else real(each) for each in states],
     )
 
 

@@ -15,7 +15,7 @@ from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import exchange_api, new_plan
 from sgdcore.torch._irregular import label_of
 from sgdcore.torch._passes import current_pass, keeps_graph, nested_pass
-from sgdcore.torch.sgd import SGD
+from sgdcore.torch.optimizer import Optimizer
 
 __all__ = ["StepInBackward", "step_in_backward"]
 
@@ -88,11 +88,11 @@ def _hooks_of(parameter: Tensor) -> list[_Hook]:
 class StepInBackward:
     """Returned by `step_in_backward`; `remove` makes the optimizer step by itself again. Also a context manager."""
 
-    def __init__(self, optimizer: SGD) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._this = weakref.ref(self)
         self._handles: list[Any] = []
-        self._plan = new_plan(exchange_api())
+        self._plan = new_plan(exchange_api(), optimizer.rule)
         # The hooks of those that stepped since the last round's end: `step` is to clear their gradients. The parameters
         # themselves are not referred to, not even weakly, which torch.utils.swap_tensors would refuse.
         self._stepped: set[_Hook] = set()
@@ -302,7 +302,7 @@ class StepInBackward:
 
 
 @not_compiled
-def step_in_backward(optimizer: SGD) -> StepInBackward:
+def step_in_backward(optimizer: Optimizer) -> StepInBackward:
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
     The gradients of all parameters are then never in memory together, and each is used while it is in the cache. The
@@ -323,14 +323,14 @@ def step_in_backward(optimizer: SGD) -> StepInBackward:
         optimizer: the optimizer whose parameters are to be stepped.
 
     Raises:
-        TypeError: if the optimizer is not an sgdcore.torch.SGD.
+        TypeError: if the optimizer is none of sgdcore.torch.
         ValueError: if it is differentiable, or already steps in the backward pass, or a gradient is pending, or
             DistributedDataParallel, FullyShardedDataParallel or another optimizer's step_in_backward has one of the
             parameters, or a wrapper of `sgdcore.distributed` that cannot go with it has the optimizer.
             DistributedDataParallel raises it, too, when it is to wrap one of the parameters afterwards.
     """
-    if not isinstance(optimizer, SGD):
-        raise TypeError(f"optimizer: expected an sgdcore.torch.SGD, got {type(optimizer)}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected an optimizer of sgdcore.torch, got {type(optimizer)}")
     if optimizer._in_backward is not None:
         raise ValueError("optimizer: it already steps in the backward pass")
     wrapper = getattr(optimizer, "_wrapper", lambda: None)()  # of sgdcore.distributed

@@ -1,0 +1,86 @@
+// Assigning arrays to the states of a parameter.
+#include "states.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace sgdcore::bindings {
+
+int StateSlots::find(const std::string& key) const {
+    const auto& states = rule_->states;
+    const auto found = std::ranges::find_if(states, [&](const StateSpec& spec) { return spec.key == key; });
+    return found == states.end() ? -1 : static_cast<int>(found - states.begin());
+}
+
+void StateSlots::set(int state, const py::object& array) { assign(state, array, !array.is_none()); }
+
+void StateSlots::reserve(int state, const py::object& storage) {
+    if (!array(state).empty()) return;  // another thread's step was faster
+    assign(state, storage, false);
+}
+
+void StateSlots::assign(int state, const py::object& array, bool holds) {
+    ArrayRef ref;
+    if (!array.is_none()) {
+        ref = read_array(array, key(state));
+        require_updatable(ref, key(state));
+        const py::object parameter = parameter_();
+        if (parameter.is_none()) {
+            const std::string text = std::string(key(state)) + ": the parameter that the state belonged to is gone";
+            PyErr_SetString(PyExc_ReferenceError, text.c_str());
+            throw py::error_already_set();
+        }
+        require_same_layout(ref, py::cast<Parameter&>(parameter).data(), key(state));
+    }
+    Slot& slot = slots_[static_cast<std::size_t>(state)];
+    slot.holds = holds;
+    std::swap(slot.array, ref);  // the old one is released last, as in Parameter::set_data
+    ++version;
+    update_kept();
+}
+
+void StateSlots::note_step(std::uint32_t states) {
+    for (int state = 0; states >> state != 0; ++state) {
+        if ((states >> state & 1) != 0) slots_[static_cast<std::size_t>(state)].holds = true;
+    }
+    update_kept();
+}
+
+void StateSlots::note_other_values(bool exist) {
+    has_other_values_ = exist;
+    update_kept();
+}
+
+void StateSlots::detach() {
+    is_attached_ = false;
+    dependents.tell(&Dependent::slots_are_detached);
+    update_kept();
+}
+
+void StateSlots::update_kept() {
+    const bool says_something = has_other_values_ || std::ranges::any_of(slots_, &Slot::holds);
+    py::object kept;
+    if (is_attached_ && says_something) {
+        kept = parameter_();
+        if (kept.is_none()) kept = py::object();
+    }
+    std::swap(kept_, kept);  // the old one is released last: that may be the end of the parameter
+}
+
+int StateSlots::traverse(visitproc visit, void* arg) const {
+    Py_VISIT(kept_.ptr());
+    for (const Slot& slot : slots_) {
+        Py_VISIT(slot.array.array.ptr());
+        Py_VISIT(slot.array.on_device.ptr());
+    }
+    return 0;
+}
+
+void StateSlots::clear() {
+    ++version;  // since plans look at the states no more than they have to
+    const auto kept = std::move(kept_);
+    std::array<ArrayRef, max_states> arrays;
+    for (std::size_t i = 0; i < arrays.size(); ++i) std::swap(arrays[i], slots_[i].array);
+}
+
+}  // namespace sgdcore::bindings

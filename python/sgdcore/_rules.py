@@ -1,0 +1,61 @@
+"""The core's update rules as they declare themselves; each is a header in csrc/rules/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+from sgdcore import _core
+
+__all__ = ["Rule", "State", "rule_of"]
+
+
+class State(NamedTuple):
+    """A state of a rule: an array like the parameter that the optimizer keeps for it.
+
+    Attributes:
+        number: its place in the rule's declaration.
+        key: its key in a parameter's state.
+        dtype_key: the key of a group that names the dtype of new ones; without a value it is the parameter's.
+    """
+
+    number: int
+    key: str
+    dtype_key: str
+
+
+class Rule(NamedTuple):
+    """What a rule declares.
+
+    Attributes:
+        name: the rule's name.
+        numbers: the keys of its hyperparameters that are numbers.
+        flags: the keys of those that are true or false.
+        states: its states.
+    """
+
+    name: str
+    numbers: tuple[str, ...]
+    flags: tuple[str, ...]
+    states: tuple[State, ...]
+
+    def states_in(self, group: Mapping[str, Any]) -> tuple[list[State], bool]:
+        """Return the states that take part in a group's steps, and whether steps skip elements without a gradient.
+
+        An element whose gradient is zero then stays as it is, and so do its states.
+        """
+        in_use, skips = _core.states_in_use(self.name, dict(group))
+        return [state for state in self.states if in_use[state.number]], skips
+
+
+@cache
+def rule_of(name: str) -> Rule:
+    """Return the rule of that name."""
+    hypers, states = _core.declaration(name)
+    return Rule(
+        name,
+        numbers=tuple(key for key, is_flag in hypers if not is_flag),
+        flags=tuple(key for key, is_flag in hypers if is_flag),
+        states=tuple(State(i, *keys) for i, keys in enumerate(states)),
+    )

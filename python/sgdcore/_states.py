@@ -1,0 +1,284 @@
+"""What an optimizer of arrays remembers of its parameters: the states of its rule, and whatever users add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from sgdcore import _core
+from sgdcore._arrays import Array, storage_dtype
+from sgdcore._devices import CPU
+from sgdcore._hints import naming_allocation
+from sgdcore._rules import State, rule_of
+from sgdcore.device_array import DeviceArray
+from sgdcore.parameter import Parameter, ParameterBuffer
+
+__all__ = [
+    "OptimizerState",
+    "ParameterState",
+    "StateStorage",
+    "dtype_of",
+    "filled_storage",
+    "new_storage",
+    "read_state",
+]
+
+_REQUIRED: Any = object()  # stands for a default that was not given
+
+
+class ParameterState(MutableMapping[str, Any]):
+    """What an optimizer remembers of one parameter: the states of its rule, and whatever users add.
+
+    SGD's only state is ``"momentum_buffer"``. A state of the rule may be read, changed in place, replaced by an array
+    of the parameter's shape (float64, float32, float16 or bfloat16), or deleted, which makes the next step a first
+    one. A ParameterState that was taken out of the optimizer's keeps its values, and raises a ReferenceError when it is
+    given another state of the rule after its parameter is gone.
+    """
+
+    __slots__ = ("_other", "_rule", "slots")
+
+    def __init__(self, rule: str, parameter: Parameter) -> None:
+        self.slots = _core.StateSlots(rule, parameter)
+        self._rule = rule
+        self._other: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        state = self._find(key)
+        return self.slots.array(state) if self._holds(state) else self._other[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        state = self._find(key)
+        if state >= 0:
+            self.slots.set(state, value)
+        else:
+            self._other[key] = value
+            self.slots.note_other_values(True)
+
+    def __delitem__(self, key: str) -> None:
+        state = self._find(key)
+        if self._holds(state):
+            self.slots.set(state, None)
+        else:
+            del self._other[key]
+            self.slots.note_other_values(bool(self._other))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (s.key for s in rule_of(self._rule).states if self.slots.holds(s.number))
+        yield from self._other
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _find(self, key: object) -> int:
+        """Return the number of the rule's state with that key; -1 if there is none."""
+        return self.slots.find(key) if isinstance(key, str) else -1
+
+    def _holds(self, state: int) -> bool:
+        return state >= 0 and self.slots.holds(state)
+
+
+class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
+    """Maps each parameter to its state; lists those that have any, and makes an empty one on demand.
+
+    Keeps alive the parameters that it lists, and no others.
+
+    Args:
+        rule: the name of the rule whose states it has.
+    """
+
+    def __init__(self, rule: str) -> None:
+        self._rule = rule
+        # A state that is not empty keeps its parameter alive, for as long as it is in here.
+        self._states: WeakKeyDictionary[Parameter, ParameterState] = WeakKeyDictionary()
+
+    def __del__(self) -> None:
+        for state in self._states.values():
+            state.slots.detach()
+
+    def __getitem__(self, parameter: Parameter) -> ParameterState:
+        if not isinstance(parameter, Parameter):
+            raise TypeError(f"state: expected a Parameter as key, got {_core.repr_text(parameter)}")
+        state = self._states.get(parameter)
+        if state is None:
+            state = self._states[parameter] = ParameterState(self._rule, parameter)
+        return state
+
+    def __setitem__(self, parameter: Parameter, value: Mapping[str, Any]) -> None:
+        state = self[parameter]
+        fresh = ParameterState(self._rule, parameter)
+        fresh.update(value)  # raises before anything is replaced
+        state.clear()
+        state.update(fresh)
+
+    def __delitem__(self, parameter: Parameter) -> None:
+        self.pop(parameter)
+
+    def pop(self, parameter: Parameter, default: Any = _REQUIRED) -> Any:
+        """Remove a parameter's state and return it as it is; `default` if there is none, else raise KeyError."""
+        if parameter in self:
+            state = self._states.pop(parameter)
+            state.slots.detach()
+            return state
+        if default is _REQUIRED:
+            raise KeyError(parameter)
+        return default
+
+    # The inherited methods would find the empty state that is made on demand.
+    def get(self, parameter: Parameter, default: Any = None) -> Any:
+        """Return a parameter's state; `default` if it has none."""
+        return self._states[parameter] if parameter in self else default
+
+    def setdefault(self, parameter: Parameter, default: Any = None) -> Any:
+        """Return a parameter's state, which takes the values of `default`, a mapping or None, if there is none."""
+        if parameter not in self:
+            self[parameter] = {} if default is None else default
+        return self[parameter]
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return (parameter for parameter, state in self._states.items() if state)
+
+    def __contains__(self, parameter: object) -> bool:
+        return isinstance(parameter, Parameter) and bool(self._states.get(parameter))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def clear(self) -> None:
+        """Remove the state of every parameter."""
+        states = list(self._states.values())
+        self._states.clear()
+        for state in states:
+            state.slots.detach()
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class StateStorage(NamedTuple):
+    """What is to be known of the storage of a parameter's state."""
+
+    parameter: Parameter
+    state: State
+    dtype: np.dtype[Any]
+
+
+def dtype_of(state: State, group: Mapping[str, Any], parameter: Parameter) -> np.dtype[Any]:
+    """Return the dtype of a parameter's new state: the one that its group names, else the parameter's."""
+    return storage_dtype(group.get(state.dtype_key) or parameter.dtype, state.dtype_key)
+
+
+class _Flat(NamedTuple):
+    """One flat array of a state, by what the parameters that share it have in common."""
+
+    buffer: ParameterBuffer
+    state: State
+    dtype: np.dtype[Any]
+    device: int
+
+    @classmethod
+    def of(cls, storage: StateStorage) -> _Flat:
+        parameter = storage.parameter
+        return cls(parameter.buffer, storage.state, storage.dtype, parameter.device)
+
+    def allocate(self, size: int) -> Any:
+        if self.device == CPU:
+            what = f"the {self.state.key} of a ParameterBuffer"
+            with naming_allocation(what, (size,), self.dtype):
+                return _core.allocate(size, self.dtype)
+        return DeviceArray.empty(size, self.dtype, self.device)
+
+
+def new_storage(wanted: Sequence[StateStorage]) -> list[Array | DeviceArray]:
+    """Return storage for each state, laid out like its parameter.
+
+    That of parameters in one buffer is one flat array, so that the step runs through all of them without a break.
+    """
+    sizes: dict[_Flat, int] = {}
+    for each in wanted:
+        if each.parameter.buffer is not None:
+            flat = _Flat.of(each)
+            sizes[flat] = sizes.get(flat, 0) + each.parameter.size
+    arrays = {flat: flat.allocate(size) for flat, size in sizes.items()}
+    starts = dict.fromkeys(arrays, 0)
+    storage: list[Array | DeviceArray] = []
+    for each in wanted:
+        if each.parameter.buffer is None:
+            storage.append(_separate(each))
+            continue
+        flat = _Flat.of(each)
+        start = starts[flat]
+        starts[flat] = start + each.parameter.size
+        storage.append(arrays[flat][start : starts[flat]].reshape(each.parameter.shape))
+    return storage
+
+
+def _separate(wanted: StateStorage) -> Array | DeviceArray:
+    """Return storage laid out like the parameter.
+
+    Large storage on the CPU is mapped by itself. malloc would often place it right behind the parameter, where a step
+    may take several times as long: see csrc/buffer.cpp.
+    """
+    parameter, state, dtype = wanted
+    data = parameter.data
+    if parameter.device != CPU:
+        return DeviceArray.empty_like(DeviceArray.of(data), dtype)
+    what = f"the {state.key} of parameter {parameter.name!r}" if parameter.name else state.key
+    with naming_allocation(what, data.shape, dtype):
+        if data.size * dtype.itemsize < 2 * _core.huge_page or not data.flags.c_contiguous:
+            return np.empty_like(data, dtype=dtype, subok=False)
+        return _core.allocate(data.size, dtype).reshape(data.shape)
+
+
+def filled_storage(
+    wanted: Sequence[tuple[StateStorage, Array | DeviceArray]],
+) -> list[tuple[StateStorage, Array | DeviceArray]]:
+    """Return storage as `new_storage` does, with these values."""
+    filled = []
+    arrays = new_storage([storage for storage, _ in wanted])
+    for (storage, values), array in zip(wanted, arrays, strict=True):
+        if not isinstance(array, DeviceArray):
+            array[...] = values
+        elif isinstance(values, DeviceArray) and values.strides != array.strides:
+            array.assign(values.numpy())  # a device only copies what lies in the same order
+        else:
+            array.assign(values)
+        filled.append((storage, array))
+    return filled
+
+
+def read_state(
+    argument: str, value: Any, parameter: Parameter, dtype: np.dtype[Any]
+) -> Array | DeviceArray:
+    """Return a state of a checkpoint as an array of one of the storage types: `dtype` for one of lists.
+
+    Raises:
+        TypeError: if it is no such array.
+        ValueError: if it does not have the parameter's shape. Both name the `argument`.
+    """
+    _core.require_plain(value, argument)
+    try:
+        array: Array | DeviceArray
+        if _core.is_on_device(value):
+            array = DeviceArray.of(value)
+            if parameter.device != array.device:
+                array = array.numpy()
+        else:
+            # DLPack knows torch's bfloat16, NumPy's own conversion does not.
+            shared = not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__")
+            array = _core.from_dlpack(value) if shared else np.asarray(value)
+            if not hasattr(value, "dtype") and array.dtype.kind in "iuf":
+                array = array.astype(dtype)
+    except Exception as error:
+        raise TypeError(f"{argument}: {error}") from error
+    storage_dtype(array.dtype, argument)
+    if array.shape != parameter.shape:
+        raise ValueError(
+            f"{argument}: expected shape {parameter.shape}, the parameter's, got {array.shape}"
+        )
+    return array

@@ -1,0 +1,602 @@
+"""torch.optim.Optimizer's interface, with the update in the core."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from itertools import chain
+from typing import Any, ClassVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import optimizer as _optimizer
+
+from sgdcore import _core
+from sgdcore._arrays import as_tensor
+from sgdcore._checkpoint import check_layout, refuse_other_optimizers
+from sgdcore._devices import CPU
+from sgdcore._grad_scaler import asked_by_grad_scaler
+from sgdcore._hooks import call_pre_hooks
+from sgdcore._hyperparameters import float_of
+from sgdcore._rules import rule_of
+from sgdcore.device_array import DeviceArray
+from sgdcore.parameter import Parameter, ParameterBuffer
+from sgdcore.torch import _interface, _irregular
+from sgdcore.torch._compile import not_compiled
+from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
+
+__all__ = ["Optimizer", "number_of"]
+
+_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+# The same objects for the life of the process.
+_global_pre_hooks = _optimizer._global_optimizer_pre_hooks
+_global_post_hooks = _optimizer._global_optimizer_post_hooks
+
+
+class _Kept:
+    """A state on its way through load_state_dict, hidden from torch, which would cast it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _OfOneStep:
+    """An attribute that GradScaler sets before a step and removes after it.
+
+    All of them are kept in one dict, so that a step sees at a glance that there are none, and without asking for the
+    optimizer's ``__dict__``: Python makes that when first asked for, and finds attributes more slowly ever after.
+    """
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
+
+    @not_compiled
+    def __get__(self, optimizer: Optimizer | None, _: type) -> Any:
+        if optimizer is None:
+            return self
+        try:
+            return optimizer._of_one_step[self._name]
+        except KeyError:
+            raise AttributeError(f"no step under a GradScaler sets {self._name} now") from None
+
+    @not_compiled
+    def __set__(self, optimizer: Optimizer, value: Any) -> None:
+        optimizer._of_one_step[self._name] = value
+
+    @not_compiled
+    def __delete__(self, optimizer: Optimizer) -> None:
+        if optimizer._of_one_step.pop(self._name, self) is self:
+            raise AttributeError(self._name)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of the optimizers of torch parameters: all of torch.optim.Optimizer, with the update in the core.
+
+    Subclasses name the core's rule, check its hyperparameters, and say in torch's operations what the rule does.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define groups, as in torch.
+        defaults: the hyperparameters of groups that do not set their own.
+        own: the same for keys that torch lacks. One with its default is left out of defaults and groups: a checkpoint
+            is then torch's, too.
+
+    Raises:
+        TypeError, ValueError: if `params` are no parameters, or a hyperparameter in `own` is not valid.
+    """
+
+    rule: ClassVar[str]
+    found_inf = _OfOneStep()
+    grad_scale = _OfOneStep()
+
+    @not_compiled
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], own: Mapping[str, Any]
+    ) -> None:
+        self._start()
+        own_defaults = self._own_defaults()
+        defaults |= {key: value for key, value in own.items() if value != own_defaults[key]}
+        self._check_group(defaults)
+        torch.optim.Optimizer.__init__(self, _listed(params), defaults)
+
+    @staticmethod
+    def by_operations(
+        parameter: Tensor, grad: Tensor, states: list[Tensor | None], group: dict[str, Any]
+    ) -> list[Tensor | None]:
+        """Update a tensor that is no memory but operations, by torch's operations.
+
+        Args:
+            parameter: is updated in place.
+            grad: its gradient.
+            states: its states, in the order of the rule; None for those that take no part, or that are new.
+            group: has the hyperparameters.
+
+        Returns:
+            The states.
+        """
+        raise NotImplementedError
+
+    def _step_recorded(self) -> None:
+        """Step so that autograd records it; for groups that are ``differentiable``."""
+        raise ValueError(f"differentiable: {type(self).__name__} has no step that autograd records")
+
+    @classmethod
+    def _own_defaults(cls) -> dict[str, Any]:
+        """Return the keys of a group that torch lacks, with what they are where a group does not have them."""
+        return _own_defaults(cls.rule)
+
+    @property
+    @not_compiled
+    def state(self) -> defaultdict[Tensor, Any]:
+        """What is remembered of each parameter: a dict with the rule's states, tensors like the parameter.
+
+        SGD's only state is ``"momentum_buffer"``. A state may be read, changed in place, or replaced between steps.
+        """
+        # From now on somebody may hold a state, and each step looks whether it was moved.
+        self._plan.state_exposed = True
+        self._settle()
+        return self._state
+
+    @state.setter
+    @not_compiled
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        # The first one is torch's, in __init__, which keeps no reference to it.
+        self._plan.state_exposed = hasattr(self, "_state")
+        self._state = state
+
+    def _start(self) -> None:
+        """Set up what is not part of a checkpoint or a pickle."""
+        self._plan = new_plan(exchange_api(), self.rule)
+        self._run = self._plan.run  # one look-up less in each step
+        self._of_one_step: dict[str, Any] = {}
+        # States that may hold nothing yet, the first of each parameter, with the flags on their device that say so.
+        self._pending: dict[Tensor, Tensor] = {}
+        # The StepInBackward that steps for us; loading a state dict changes nothing about that.
+        self._in_backward: Any = getattr(self, "_in_backward", None)
+        # Subclasses with a step() of their own are wrapped by torch, hooks and all.
+        self._observed_outside = type(self).step is not Optimizer.step
+
+    @property
+    @not_compiled
+    def _step_supports_amp_scaling(self) -> bool:
+        # What GradScaler.step asks first: the scale and found_inf are then left to `step`.
+        return asked_by_grad_scaler() and self._takes_scale() and not self._step_is_replaced()
+
+    def _takes_scale(self) -> bool:
+        """Return whether `step` undoes the scale and leaves itself out for an overflow, given as attributes."""
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "GradScaler cannot be used with step_in_backward: the parameters were already updated, with "
+                "gradients that are still scaled"
+            )
+        return not _any_differentiable(self.param_groups)
+
+    def _step_is_replaced(self) -> bool:
+        """Return whether somebody replaced this optimizer's `step`, as accelerate does.
+
+        accelerate learns that a step was left out from `step` not being called, so GradScaler has to decide. What a
+        scheduler puts in the place of `step` only notes that there was a first call.
+        """
+        step = self.step
+        if getattr(step, "__func__", None) is type(self).step:
+            return False
+        return not hasattr(step, "_wrapped_by_lr_sched")
+
+    @not_compiled
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with the defaults for the hyperparameters it does not set.
+
+        Raises:
+            TypeError, ValueError: as torch does, and for an invalid dtype of a state or sparse_mode.
+        """
+        if isinstance(param_group, dict):
+            self._check_group(param_group)
+            if "params" in param_group:
+                param_group["params"] = _listed(param_group["params"])
+        super().add_param_group(param_group)
+        _interface.collapse_huge_pages(self.param_groups[-1]["params"])
+        if self._in_backward is not None:
+            try:
+                self._in_backward.add_last_group()
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    # The step
+
+    @overload
+    def step(self, closure: None = None, *, zero_grad: bool = False) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, zero_grad: bool = False) -> float: ...
+    @not_compiled
+    def step(
+        self, closure: Callable[[], float] | None = None, *, zero_grad: bool = False
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: called first, if given, with gradients enabled, to compute the loss, which is returned.
+            zero_grad: also set every gradient to zeros, in the same pass over memory.
+
+        Raises:
+            TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
+            KeyError: if a group lacks a hyperparameter; before anything is changed.
+        """
+        observed = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or _profiler_enabled()
+        )
+        if closure is None and not (observed or self._of_one_step or self._in_backward):
+            # What `_update` does in the usual case; the call to it would be a tenth of the time of a small step.
+            found = self._run(self.param_groups, self._state, zero_grad, 1.0, None)
+            if found is not True and not self._update_irregular(found, zero_grad, 1.0):
+                self.zero_grad(set_to_none=False)
+            return None
+        try:
+            if self._observed_outside or (closure is None and not observed):
+                return self._step(closure, zero_grad=zero_grad)
+            return self._observed_step(closure, zero_grad)
+        except BaseException:
+            # GradScaler removes what it set for one step only where that succeeds.
+            self._of_one_step.clear()
+            raise
+
+    # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _observed_step(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
+        """Step under torch's label for the profiler, with all hooks."""
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {"zero_grad": True} if zero_grad else {}
+        label = f"Optimizer.step#{type(self).__name__}.step"
+        with torch.autograd.profiler.record_function(label):
+            pre_hooks = chain(_global_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
+            args, kwargs = call_pre_hooks(pre_hooks, self, args, kwargs, str(type(self).step))
+            # As in torch, a hook may have named another optimizer, whose step it is then.
+            if not (args and isinstance(args[0], Optimizer)):
+                raise TypeError(
+                    f"a step pre-hook returned args that do not begin with an optimizer of sgdcore.torch: {args!r}"
+                )
+            loss = Optimizer._step(*args, **kwargs)
+            self._optimizer_step_code()
+            for post_hook in chain(
+                self._optimizer_step_post_hooks.values(), _global_post_hooks.values()
+            ):
+                post_hook(self, args, kwargs)
+        return loss
+
+    def _step(
+        self, closure: Callable[[], float] | None = None, *, zero_grad: bool = False
+    ) -> float | None:
+        """Step without hooks."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update(zero_grad)
+        return loss
+
+    def _update(self, zero_grad: bool) -> None:
+        if self._in_backward is not None:
+            self._in_backward.finish_round()  # and then the parameters that did not step in it
+        grad_factor, scaling = 1.0, None
+        if self._of_one_step:
+            found_inf = self._of_one_step.get("found_inf")
+            scale = self._of_one_step.get("grad_scale")
+            scaling = _scaling_on_device(found_inf, scale)
+            if scaling is None:
+                if found_inf is not None and float(found_inf) != 0:
+                    if zero_grad:
+                        self.zero_grad(set_to_none=False)
+                    return
+                if scale is not None:
+                    grad_factor = _irregular.factor_of(scale)
+        # What the device decides not to do would not clear the gradients either.
+        clear_later = zero_grad and scaling is not None
+        clear_now = zero_grad and not clear_later
+        found = self._run(self.param_groups, self._state, clear_now, grad_factor, scaling)
+        if found is not True:
+            clear_later |= not self._update_irregular(found, clear_now, grad_factor, scaling)
+        if clear_later:
+            self.zero_grad(set_to_none=False)
+
+    def _update_irregular(
+        self,
+        found: Any,
+        zero_grad: bool,
+        grad_factor: float,
+        scaling: _irregular.Scaling | None = None,
+    ) -> bool:
+        """Step where the plan found something unusual. Return False if gradients are still to be set to zeros."""
+        if scaling is not None and any(
+            p.grad is not None and p.grad.layout is not torch.strided
+            for group in self.param_groups
+            for p in group["params"]
+        ):
+            # Rows of a state have no flags, so the host has to know.
+            left_out, grad_factor = scaling.on_host()
+            scaling = None
+            if left_out:
+                return not zero_grad
+        if _any_differentiable(self.param_groups):
+            self._step_recorded()
+            return not zero_grad
+        cleared = _irregular.step(
+            self._updater(self._plan),
+            self.param_groups,
+            self._state,
+            grad_factor,
+            found,
+            scaling=scaling,
+            pending=self._pending,
+            zero_grad=zero_grad,
+        )
+        if scaling is not None and scaling.pending:
+            self._pending.update(scaling.pending)
+            self._set_pending()
+        return cleared
+
+    def _updater(self, plan: _core.TorchPlan) -> _irregular.Updater:
+        return _irregular.Updater(plan, rule_of(self.rule), self.by_operations)
+
+    def _set_pending(self) -> None:
+        self._plan.set_pending([(s, flags.data_ptr()) for s, flags in self._pending.items()])
+
+    def _settle(self) -> None:
+        """Remove states whose first step the device left out. Waits for the device, where there are any."""
+        if not self._pending:
+            return
+        empty = {id(s) for s, flags in self._pending.items() if bool(flags.any())}
+        keys = [state.key for state in rule_of(self.rule).states]
+        for values in self._state.values():
+            if isinstance(values, dict) and any(id(values.get(key)) in empty for key in keys):
+                for key in keys:
+                    values.pop(key, None)
+        self._pending.clear()
+        self._set_pending()
+
+    def _update_part(
+        self,
+        plan: _core.TorchPlan,
+        groups: list[dict[str, Any]],
+        found: Any,
+        place: tuple[int, int],
+    ) -> None:
+        """Step a part of a group in which `plan.run` found something unusual."""
+        _irregular.step(self._updater(plan), groups, self._state, 1.0, found, place=place)
+
+    # Checkpoints
+
+    @not_compiled
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups in torch's layout, dtypes by their names; see torch.optim.Optimizer."""
+        # Before the user's hooks, which see what is saved.
+        hook = self.register_state_dict_post_hook(_name_dtypes, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    @not_compiled
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a copy of a state dict of this class, of the NumPy class of the same name, or of torch's.
+
+        Unlike in torch, a state keeps its dtype rather than being cast to the parameter's; where this group names the
+        dtype of the state (``momentum_dtype``) and the checkpoint does not, as torch's, it is cast to that.
+
+        Raises:
+            TypeError, KeyError: if `state_dict` is not laid out as an optimizer's, such as a model's.
+            ValueError: if the groups do not match, or a state does not have its parameter's shape, or it is
+                the state dict of another kind of optimizer.
+
+        The optimizer is then as it was.
+        """
+        if not isinstance(state_dict, Mapping):
+            check_layout(state_dict)
+        # Hooks run in the order of registration, so this one sees what the user's return.
+        hook = self.register_load_state_dict_pre_hook(_read_checkpoint)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called by load_state_dict, copy and pickle; the first two pass what may be kept, so nothing is changed in
+        # place.
+        defaults = state.get("defaults") or self.defaults
+        groups = state.get("param_groups", ())
+        # What a checkpoint of torch's does not say of a group stays as it is.
+        earlier = getattr(self, "param_groups", ())
+        if len(earlier) != len(groups):
+            earlier = [defaults] * len(groups)
+        for group, known in zip(groups, earlier, strict=True):
+            for key in self._own_defaults():
+                if key not in group and key in known:
+                    group[key] = known[key]
+            self._check_group(group)
+        group_of = {p: group for group in groups for p in group["params"]}
+        for parameter, values in state.get("state", {}).items():
+            kept = values.items() if isinstance(values, dict) else ()
+            for key, value in [(key, value) for key, value in kept if isinstance(value, _Kept)]:
+                values[key] = value.tensor
+                if parameter in group_of:
+                    values[key] = self._loaded_state(
+                        key, value.tensor, parameter, group_of[parameter]
+                    )
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key in rule_of(self.rule).flags:  # which checkpoints of other optimizers may lack
+                if key not in group:
+                    group[key] = defaults.get(key, False)
+        if "state" in state:
+            self._state = self.__dict__.pop("state")  # where torch has put it
+        self._start()
+
+    def _loaded_state(
+        self, key: str, tensor: Tensor, parameter: Tensor, group: Mapping[str, Any]
+    ) -> Tensor:
+        """Return a copy of a state of a checkpoint: on the parameter's device, in its layout."""
+        dtype_keys = {state.key: state.dtype_key for state in rule_of(self.rule).states}
+        return _state_for(key, parameter, tensor, group.get(dtype_keys[key]))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Check the hyperparameters that torch does not have; a dtype given by its name becomes torch's."""
+        for state in rule_of(self.rule).states:
+            dtype = group.get(state.dtype_key)
+            if isinstance(dtype, str):
+                dtype = group[state.dtype_key] = _interface.dtype_of(dtype)
+            if dtype is not None and dtype not in STORAGE_TYPES:
+                expected = ", ".join(str(dtype) for dtype in STORAGE_TYPES)
+                raise TypeError(
+                    f"{state.dtype_key}: expected one of {expected} or None, got {dtype!r}"
+                )
+        mode = group.get("sparse_mode", "dense")
+        if mode not in ("dense", "lazy"):
+            raise ValueError(f"sparse_mode: expected 'dense' or 'lazy', got {mode!r}")
+
+
+@cache
+def _own_defaults(rule: str) -> dict[str, Any]:
+    return {state.dtype_key: None for state in rule_of(rule).states} | {"sparse_mode": "dense"}
+
+
+def number_of(name: str, value: Any) -> Any:
+    """Return a hyperparameter as something that compares with a number: a tensor of one element as it is.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is no number.
+    """
+    if not isinstance(value, Tensor):
+        return float_of(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+    return value
+
+
+def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
+    """Return a GradScaler's numbers as something that leaves them on their device; None if they are on the CPU."""
+    tensors = [each for each in (found_inf, scale) if isinstance(each, Tensor)]
+    if all(_interface.device_index(each) == CPU for each in tensors):
+        return None
+    return _irregular.Scaling(
+        *(None if each is None else _irregular.as_tensor(each) for each in (found_inf, scale))
+    )
+
+
+def _any_differentiable(groups: Iterable[dict[str, Any]]) -> bool:
+    # Groups that a user made need not have it: torch's step does not ask them.
+    return any(group.get("differentiable", False) for group in groups)
+
+
+def _listed(params: Any) -> Any:
+    """Return parameters as a list; raise if one is of a kind that is easily mistaken for a parameter."""
+    if isinstance(params, Tensor | set | frozenset):
+        return params  # which torch takes, or refuses
+    hint = _hint_for(params)
+    if hint:
+        raise TypeError(
+            f"params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+            f"{torch.typename(params)}{hint}"
+        )
+    if not isinstance(params, Iterable):
+        return params
+    entries = list(params)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Tensor | dict):  # a parameter, or a group
+            continue
+        value = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        hint = _hint_for(value)
+        if hint:
+            raise TypeError(
+                f"params[{i}]: optimizer can only optimize Tensors, but one of the params is "
+                f"{torch.typename(value)}{hint}"
+            )
+    return entries
+
+
+def _hint_for(value: Any) -> str:
+    """Say what to pass instead of what is no parameter of torch's; empty if there is nothing to say."""
+    if isinstance(value, Tensor):  # at once: one call for each parameter
+        return ""
+    if isinstance(value, torch.nn.Module):
+        return "; pass its parameters, as model.parameters()"
+    if isinstance(value, np.ndarray | Parameter | ParameterBuffer | DeviceArray):
+        return "; arrays are for sgdcore.SGD, or become tensors by torch.from_numpy"
+    if isinstance(value, Mapping) and any(isinstance(key, str) for key in value):
+        return "; put a group in a list, or pass names with list(params.items())"
+    return ""
+
+
+def _name_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Write dtypes as names: torch.distributed.checkpoint and JSON take plain values only."""
+    for group in state_dict["param_groups"]:
+        for state in rule_of(optimizer.rule).states:
+            if isinstance(group.get(state.dtype_key), torch.dtype):
+                group[state.dtype_key] = STORAGE_TYPES[group[state.dtype_key]]
+
+
+def _read_checkpoint(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Check a state dict, and wrap the rule's states, so that torch's casting passes them by."""
+    name, rule = type(optimizer).__name__, rule_of(optimizer.rule)
+    check_layout(state_dict)
+    refuse_other_optimizers(state_dict, name, rule)
+    for i, group in enumerate(state_dict["param_groups"]):
+        missing = [key for key in rule.numbers if key not in group]
+        if missing:
+            raise ValueError(
+                f"state_dict['param_groups'][{i}]: expected {name}'s hyperparameters, got none called "
+                f"{', '.join(missing)}"
+            )
+    state = {}
+    for key, values in state_dict["state"].items():
+        if isinstance(values, dict):
+            own = {each.key: values[each.key] for each in rule.states if each.key in values}
+            values = values | {name: _kept(value) for name, value in own.items()}
+        state[key] = values
+    groups = _without_own_defaults(optimizer, state_dict["param_groups"])
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, np.ndarray):  # of an optimizer of arrays
+        value = as_tensor(value)
+    return _Kept(value) if isinstance(value, Tensor) else value
+
+
+def _without_own_defaults(
+    optimizer: Any, saved: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a checkpoint's groups without what says nothing: earlier versions saved all of our keys."""
+    groups = [dict(group) for group in saved]
+    # torch refuses other numbers of groups.
+    for group, present in zip(groups, optimizer.param_groups, strict=False):
+        for key, default in optimizer._own_defaults().items():
+            if key not in present and group.get(key, present) == default:
+                del group[key]
+    return groups
+
+
+def _state_for(key: str, parameter: Tensor, state: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a copy of a loaded state: on the parameter's device, in its layout."""
+    if state.shape != parameter.shape:
+        raise ValueError(
+            f"state_dict: expected a {key} of shape {tuple(parameter.shape)}, its parameter's, "
+            f"got {tuple(state.shape)}"
+        )
+    if dtype is None or state.dtype.is_complex:
+        dtype = state.dtype
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if _irregular.has_own_operations(state) or (
+        distributed is not None and isinstance(state, distributed.DTensor)
+    ):
+        loaded: Tensor = state.to(device=parameter.device, dtype=dtype, copy=True)
+        return loaded
+    with torch.no_grad():
+        if state.layout is not torch.strided:  # torch's, of sparse gradients
+            state = state.to_dense()
+        return _interface.empty_like(parameter, dtype).copy_(state)
