@@ -478,7 +478,7 @@ def test_step_in_backward_of_a_late_group_and_refusals() -> None:
     loss_of(model, 1).backward()
     with pytest.raises(ValueError, match="some parameters have gradients"):
         step_in_backward(optimizer)
-    with pytest.raises(TypeError, match=r"expected an sgdcore\.torch\.SGD"):
+    with pytest.raises(TypeError, match=r"expected an optimizer of sgdcore\.torch"):
         step_in_backward(torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
 
 

@@ -13,6 +13,12 @@ const RuleInfo& info_of(const std::string& rule) { return rules()[static_cast<st
 }  // namespace
 
 void register_rules(py::module_& module) {
+    module.def("rule_names", [] {
+        py::list names;
+        for (const RuleInfo& info : rules()) names.append(info.name);
+        return names;
+    });
+
     // ((key, whether it is a flag), ...), ((key of the state, key of its dtype), ...)
     module.def(
         "declaration",

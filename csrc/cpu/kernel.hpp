@@ -28,10 +28,10 @@ using Conversion = void (*)(const std::byte* from, std::int64_t size, std::byte*
 using Scaling = void (*)(std::byte* elements, std::int64_t size, double factor);
 
 /// A step's memory traffic without its arithmetic, the yardstick of the benchmarks: reads `size` bytes of each array
-/// and writes `param` and `momentum`, exchanging their contents. Without momentum (null) it writes the exclusive or of
+/// and writes `param` and `state`, exchanging their contents. Without a state (null) it writes the exclusive or of
 /// `param` and `grad` to `param`. Sets `grad` to zero where `clear` says so. Returns a value that depends on `grad`, so
 /// that its reads happen.
-using MemoryPass = std::uint64_t (*)(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size,
+using MemoryPass = std::uint64_t (*)(std::byte* param, std::byte* grad, std::byte* state, std::int64_t size,
                                      bool clear);
 
 /// The storage types of a tensor's arrays; all its states have one.

@@ -12,7 +12,7 @@ namespace {
 struct Arrays {
     std::byte* param;
     std::byte* grad;
-    std::byte* momentum;
+    std::byte* state;
     std::int64_t size;
     bool clear;
     MemoryPass pass;
@@ -23,14 +23,14 @@ void run_slice(void* context, int thread, int count) {
     Arrays& arrays = *static_cast<Arrays*>(context);
     const std::int64_t share = arrays.size / count / cache_line * cache_line, begin = share * thread;
     const std::int64_t size = thread + 1 == count ? arrays.size - begin : share;
-    std::byte* const momentum = arrays.momentum == nullptr ? nullptr : arrays.momentum + begin;
-    arrays.check ^= arrays.pass(arrays.param + begin, arrays.grad + begin, momentum, size, arrays.clear);
+    std::byte* const state = arrays.state == nullptr ? nullptr : arrays.state + begin;
+    arrays.check ^= arrays.pass(arrays.param + begin, arrays.grad + begin, state, size, arrays.clear);
 }
 
 }  // namespace
 
-std::uint64_t memory_pass(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size, bool clear) {
-    Arrays arrays{param, grad, momentum, size, clear, instruction_set().table->memory_pass};
+std::uint64_t memory_pass(std::byte* param, std::byte* grad, std::byte* state, std::int64_t size, bool clear) {
+    Arrays arrays{param, grad, state, size, clear, instruction_set().table->memory_pass};
     run_parallel(num_threads(), run_slice, &arrays);
     return arrays.check;
 }

@@ -8,6 +8,6 @@ namespace sgdcore::cpu {
 
 /// Reads and writes `size` bytes of each array as a step does, on as many threads as a large step uses; see MemoryPass
 /// in kernel.hpp.
-std::uint64_t memory_pass(std::byte* param, std::byte* grad, std::byte* momentum, std::int64_t size, bool clear);
+std::uint64_t memory_pass(std::byte* param, std::byte* grad, std::byte* state, std::int64_t size, bool clear);
 
 }  // namespace sgdcore::cpu

@@ -463,7 +463,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& b
 
 // The yardstick of the benchmarks
 
-/// What one thread does of a step's memory traffic without its arithmetic: parameter and momentum change places, with
+/// What one thread does of a step's memory traffic without its arithmetic: parameter and state change places, with
 /// the gradient's bits flipped in one of them, so that it has to be read.
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void memory_pass(const MemoryPassArrays& arrays, std::int64_t thread,
                                                     std::int64_t threads) {
@@ -477,14 +477,14 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void memory_pass(const MemoryPassArrays& arra
             at[i] = (quad < arrays.quads ? quad : first) * vector_bytes;
             p[i].load(arrays.param + at[i]);
             g[i].load(arrays.grad + at[i]);
-            b[i].load(arrays.momentum + at[i]);
+            b[i].load(arrays.state + at[i]);
         }
         SGDCORE_UNROLL
         for (int i = 0; i < turn; ++i) {
             if (first + i * threads >= arrays.quads) break;
             for (int word = 0; word < 4; ++word) b[i].words[word] ^= g[i].words[word];
             b[i].store(arrays.param + at[i]);
-            p[i].store(arrays.momentum + at[i]);
+            p[i].store(arrays.state + at[i]);
         }
     }
 }

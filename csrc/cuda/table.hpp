@@ -83,9 +83,9 @@ struct Launch {
     bool zero_grad;
 };
 
-/// The three arrays of a step with momentum, of `quads` vectors each, for the benchmarks.
+/// The three arrays of a step with a state, of `quads` vectors each, for the benchmarks.
 struct MemoryPassArrays {
-    std::byte *param, *momentum;
+    std::byte *param, *state;
     const std::byte* grad;
     std::int64_t quads;
 };

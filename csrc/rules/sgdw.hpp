@@ -40,6 +40,10 @@ struct SgdW : Sgd {
         }
     };
 
+    /// Without decay a variant is SGD's, whose CPU kernels serve both rules.
+    template <Variant variant>
+    using Kernel = std::conditional_t<variant.weight_decay, SgdW, Sgd>;
+
     /// Updates the parameter `p` and the momentum of one element, given its gradient `g`.
     template <class C, Variant variant>
     SGDCORE_HOST_DEVICE SGDCORE_INLINE static void update(const Coefficients<C>& k, C& p, C g, C (&state)[1]) {

@@ -12,14 +12,14 @@ NumPy (such as ml_dtypes); they are recognised by the dtype's name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["ReferenceSGD", "compute_dtype", "fma", "sgd_update", "sgdw_update"]
+__all__ = ["ReferenceSGD", "compute_dtype", "fma", "sgd_update", "sgdw_update", "updates"]
 
 Array = NDArray[Any]
 
@@ -185,6 +185,13 @@ def sgdw_update(
     """
     decay = (lr if scale_decay_by_lr else 1.0) * weight_decay
     return _update(param, grad, momentum_buffer, lr=lr, decoupled_decay=decay, **hyper)
+
+
+#: The oracle of each rule by the rule's name: ``(param, grad, *states, **hyperparameters) -> (param, *states)``.
+updates: dict[str, Callable[..., tuple[Array | None, ...]]] = {
+    "sgd": sgd_update,
+    "sgdw": sgdw_update,
+}
 
 
 def _update(

@@ -63,13 +63,14 @@ def set_isa(isa: str | None) -> None:
 def build_info() -> dict[str, Any]:
     """Return what was built and what is used, as ``python -m sgdcore info`` prints it.
 
-    Keys: version, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda_built and cuda (bool:
-    whether its module was built, and whether it can be used here), cuda_reason (why not), python, numpy. If it was
-    built also cuda_compiler and cuda_architectures, and where it can be used cuda_devices.
+    Keys: version, rules, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda_built and cuda
+    (bool: whether its module was built, and whether it can be used here), cuda_reason (why not), python, numpy. If it
+    was built also cuda_compiler and cuda_architectures, and where it can be used cuda_devices.
     """
     built = _core.instruction_sets()
     return {
         "version": _core.__version__,
+        "rules": _core.rule_names(),
         "isa": _core.instruction_set(),
         "isa_available": [name for name, supported in built.items() if supported],
         "isa_built": list(built),
