@@ -19,7 +19,7 @@ namespace sgdcore::bindings {
 namespace {
 
 // Guarded by the GIL, as far as they change; the runtime lives as long as the process.
-cuda::Runtime* runtime = nullptr;
+cuda::Runtime* current_runtime = nullptr;
 bool usable = false;  // it was seen to have a device
 
 struct Part {
@@ -74,13 +74,13 @@ void load_runtime() {
 }  // namespace
 
 cuda::Runtime& device_runtime() {
-    if (runtime == nullptr) load_runtime();
-    if (runtime == nullptr) throw std::runtime_error("the CUDA runtime was not registered");
+    if (current_runtime == nullptr) load_runtime();
+    if (current_runtime == nullptr) throw std::runtime_error("the CUDA runtime was not registered");
     if (!usable) {
-        usable = runtime->device_count() > 0;
+        usable = current_runtime->device_count() > 0;
         if (!usable) throw std::runtime_error("there is no CUDA device");
     }
-    return *runtime;
+    return *current_runtime;
 }
 
 bool device_is_usable() {
@@ -93,10 +93,10 @@ bool device_is_usable() {
     return true;
 }
 
-bool has_device_runtime() { return runtime != nullptr; }
+bool has_device_runtime() { return current_runtime != nullptr; }
 
 void use_device_runtime(cuda::Runtime* other) {
-    runtime = other;
+    current_runtime = other;
     usable = false;
 }
 

@@ -1,8 +1,9 @@
 // The interface between the kernels, compiled once per instruction set, and the code that picks and drives them.
 //
-// A rule has a kernel for each of its variants and each combination of storage types in `direct_storage`. Any other
-// combination is converted block by block to the compute type, whose kernel is among these, and back. So the number of
-// kernels is rules x variants x direct combinations, and that of conversions is storage types x compute types.
+// A rule has a kernel for each of its variants and each combination of storage types in `direct_storage`, but for
+// first steps over 16-bit storage. Anything else is converted block by block to the compute type, whose kernel is among
+// these, and back. So the number of kernels is rules x variants x direct combinations, and that of conversions is
+// storage types x compute types.
 //
 // No standard containers here: this header is included by the kernel source, where an inline function must not
 // survive as a symbol (see platform.hpp).
@@ -72,6 +73,7 @@ struct RuleKernels {
     const Kernel* kernels;
     int variants;
 
+    /// Null for a first step whose storage is converted.
     Kernel find(int direct, int variant) const { return kernels[direct * variants + variant]; }
 };
 

@@ -68,7 +68,8 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     const int direct = alike ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
     const int variant = hyper.variant(tensor.first);
     const Use* const uses = uses_of<R>.of[variant];
-    if (direct >= 0) return {kernels.find(direct, variant), true, wide, uses};
+    const Kernel kernel = direct < 0 ? nullptr : kernels.find(direct, variant);
+    if (kernel != nullptr) return {kernel, true, wide, uses};
     return {kernels.find(direct_index.find({compute, compute, compute}), variant), false, wide, uses};
 }
 
