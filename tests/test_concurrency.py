@@ -23,6 +23,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -506,8 +507,11 @@ def step(optimizer):
     return lambda: optimizer.step(grads=grads)
 """
 
-ON_DEVICES = """
-_core.use_runtime(_core.simulated_runtime(1))
+ON_DEVICES = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from simulated import Simulated
+Simulated(1)
 _devices.load_runtime = lambda: None
 """
 

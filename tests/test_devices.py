@@ -20,6 +20,7 @@ from processes import allow_fork, in_fork, stepping
 from sgdcore import _core, _devices
 from sgdcore.__main__ import main
 from sgdcore.device_array import DeviceArray, device_number
+from simulated import Simulated
 from support import (
     BFLOAT16,
     STORAGE_TYPES,
@@ -36,17 +37,6 @@ HYPERS: list[dict[str, Any]] = [
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
     {"lr": 0.3, "momentum": 0.5, "dampening": 0.5, "maximize": True},
 ]
-
-
-class Simulated:
-    """Two devices; counts what they are told to do."""
-
-    def __init__(self) -> None:
-        self.runtime = _core.simulated_runtime(2)
-        _core.use_runtime(self.runtime)
-
-    def __getitem__(self, what: str) -> int:
-        return _core.simulated_counts(self.runtime)[what]
 
 
 @pytest.fixture
@@ -196,7 +186,7 @@ def test_failure_of_a_device_says_which_were_stepped(device: Simulated, failing:
     cpu = sgdcore.Parameter(value.copy())
     cpu.grad = grad
     optimizer = sgdcore.SGD([*params, cpu], lr=0.1)
-    _core.simulated_failure(device.runtime, "launch", failing)
+    device.fail("launch", failing)
     stepped = "; before that, the parameters were updated on CUDA device 0" if failing else ""
     with pytest.raises(_core.CudaError, match=f"^launch on device {failing}: .* told to{stepped}$"):
         optimizer.step()
@@ -513,11 +503,11 @@ def test_the_state_is_untouched_where_a_step_is_refused(device: Simulated) -> No
 
 
 def test_memory_pass_exchanges_and_refuses(device: Simulated) -> None:
-    values = {name: numbers(i, (64,)) for i, name in enumerate(("param", "grad", "momentum"))}
+    values = {name: numbers(i, (64,)) for i, name in enumerate(("param", "grad", "state"))}
     arrays = {name: on_device(value) for name, value in values.items()}
     bits = {name: value.view(np.uint32) for name, value in values.items()}
     _core.memory_pass_on_device(**arrays, stream=0)
-    expected = {**bits, "param": bits["momentum"] ^ bits["grad"], "momentum": bits["param"]}
+    expected = {**bits, "param": bits["state"] ^ bits["grad"], "state": bits["param"]}
     for name, array in arrays.items():
         assert (array.numpy().view(np.uint32) == expected[name]).all()
 
@@ -527,8 +517,8 @@ def test_memory_pass_exchanges_and_refuses(device: Simulated) -> None:
         ("grad", values["grad"], ValueError, "expected an array on CUDA device 0, .* on the CPU"),
         ("grad", on_device(values["grad"], 1), ValueError, ".* got one on CUDA device 1"),
         ("grad", arrays["grad"][1:], ValueError, r"expected shape \(64,\), .* got \(63,\)"),
-        ("momentum", on_device(np.zeros(64)), TypeError, "expected dtype float32, .* got float64"),
-        ("momentum", odd, ValueError, "expected an address .* multiple of 16, .* 4 bytes behind"),
+        ("state", on_device(np.zeros(64)), TypeError, "expected dtype float32, .* got float64"),
+        ("state", odd, ValueError, "expected an address .* multiple of 16, .* 4 bytes behind"),
     ]:
         with pytest.raises(error, match=f"^{name}: {words}"):
             _core.memory_pass_on_device(**{**arrays, name: bad}, stream=0)
@@ -536,7 +526,7 @@ def test_memory_pass_exchanges_and_refuses(device: Simulated) -> None:
         ("param", arrays["param"], ValueError, "expected an array on the CPU, .* CUDA device 0"),
         ("grad", arrays["grad"], ValueError, "expected an array on the CPU, .* on CUDA device 0"),
         ("grad", values["grad"][1:], ValueError, r"expected shape \(64,\), .* got \(63,\)"),
-        ("momentum", np.zeros(64), TypeError, "expected dtype float32, .* got float64"),
+        ("state", np.zeros(64), TypeError, "expected dtype float32, .* got float64"),
     ]:
         with refused(error, f"^{name}: {words}", None, *values.values()):
             _core.memory_pass(**{**values, name: bad})

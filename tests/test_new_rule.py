@@ -93,6 +93,6 @@ sys.path[:0] = [{str(package.parent)!r}, {str(ROOT / "tests")!r}]
 options = ["-q", "-p", "no:cacheprovider", "-k", "aggmo or classes"]
 sys.exit(pytest.main([*options, {str(ROOT / "tests" / "test_rules.py")!r}]))
 """
-    output = run(sys.executable, "-c", script)
+    output = run(sys.executable, "-c", script, SGDCORE_TEST_SOURCES=str(source / "csrc"))
     assert "failed" not in output
     assert int(re.findall(r"(\d+) passed", output)[-1]) > 100

@@ -20,6 +20,7 @@ import sgdcore
 from sgdcore import _core, reference
 from sgdcore._rules import rule_of
 from sgdcore.device_array import DeviceArray
+from simulated import Simulated
 from support import STORAGE_TYPES, Array, assert_same_bits, numbers
 
 Hyper = dict[str, Any]
@@ -256,7 +257,7 @@ def test_a_state_of_another_shape_is_refused_and_nothing_changes(rule: str) -> N
 
 @pytest.fixture
 def device() -> Iterator[None]:
-    _core.use_runtime(_core.simulated_runtime(1))
+    Simulated()
     yield
     _core.use_runtime(None)
 

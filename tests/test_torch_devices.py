@@ -20,7 +20,7 @@ from sgdcore import _core
 from sgdcore.torch import _interface
 from sgdcore.torch import backward as backward_module
 from sgdcore.torch import optimizer as optimizer_module
-from test_devices import Simulated
+from simulated import Simulated
 from torch_support import (
     HYPERS,
     Pair,

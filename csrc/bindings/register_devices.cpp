@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/simulated.hpp"
+#include "../cuda/runtime.hpp"
 #include "arrays.hpp"
 #include "devices.hpp"
 #include "gil.hpp"
@@ -65,12 +65,6 @@ void copy_array(const py::array& to, const py::array& from, int device, std::uin
     runtime.synchronize(device, pointer_of<void>(stream));
 }
 
-cuda::SimulatedRuntime& simulated(const py::object& capsule) {
-    auto* runtime = static_cast<cuda::Runtime*>(PyCapsule_GetPointer(capsule.ptr(), cuda::Runtime::capsule_name));
-    if (runtime == nullptr) throw py::error_already_set();
-    return dynamic_cast<cuda::SimulatedRuntime&>(*runtime);
-}
-
 }  // namespace
 
 void register_devices(py::module_& module) {
@@ -87,30 +81,6 @@ void register_devices(py::module_& module) {
         },
         py::arg("capsule"));
     module.def("has_runtime", &has_device_runtime);
-    // For the tests: devices that are simulated on the CPU. They stay for the life of the process.
-    module.def(
-        "simulated_runtime",
-        [](int devices) {
-            return py::capsule(static_cast<cuda::Runtime*>(new cuda::SimulatedRuntime(devices)),
-                               cuda::Runtime::capsule_name);
-        },
-        py::arg("devices"));
-    module.def(
-        "simulated_failure",
-        [](const py::object& capsule, const std::string& call, int device) {
-            cuda::SimulatedRuntime& runtime = simulated(capsule);
-            runtime.failing = call;
-            runtime.failing_device = device;
-        },
-        py::arg("capsule"), py::arg("call"), py::arg("device"));
-    module.def(
-        "simulated_counts",
-        [](const py::object& capsule) {
-            const auto& counts = simulated(capsule).counts;
-            return py::dict(py::arg("launches") = counts.launches, py::arg("copies") = counts.copies,
-                            py::arg("allocations") = counts.allocations);
-        },
-        py::arg("capsule"));
     module.attr("chunk_size") = chunk_size;
     module.def("device_count", [] { return device_runtime().device_count(); });
     module.def("device_name", [](int device) { return device_runtime().device_name(device); }, py::arg("device"));

@@ -1,10 +1,11 @@
-// The kernels, with the bodies that kernel.hpp has for host and device, and their starts.
+// The kernels, with the bodies that kernel.hpp and memory_pass.hpp have for host and device, and their starts.
 #include "kernel.hpp"
 
 #include <algorithm>
 #include <limits>
 
 #include "cudart.hpp"
+#include "memory_pass.hpp"
 
 namespace sgdcore::cuda {
 namespace {

@@ -8,10 +8,10 @@
 
 #include "cases.hpp"
 #include "check.hpp"
-#include "cuda/simulated.hpp"
 #include "cuda/stepper.hpp"
 #include "data.hpp"
 #include "reference.hpp"
+#include "simulated.hpp"
 
 namespace sgdcore::test {
 namespace {

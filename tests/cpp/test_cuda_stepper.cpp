@@ -6,10 +6,10 @@
 #include <vector>
 
 #include "check.hpp"
-#include "cuda/simulated.hpp"
 #include "cuda/stepper.hpp"
 #include "data.hpp"
 #include "reference.hpp"
+#include "simulated.hpp"
 
 namespace sgdcore::test {
 namespace {

@@ -10,8 +10,9 @@
 #include <numeric>
 #include <random>
 
-#include "../float_mode.hpp"
-#include "kernel.hpp"
+#include "cuda/kernel.hpp"
+#include "cuda/memory_pass.hpp"
+#include "float_mode.hpp"
 
 namespace sgdcore::cuda {
 namespace {

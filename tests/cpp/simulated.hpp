@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime.hpp"
+#include "cuda/runtime.hpp"
 
 namespace sgdcore::cuda {
 

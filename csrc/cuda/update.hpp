@@ -1,0 +1,217 @@
+// The loop around the rule: what a block's threads do with one chunk.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "memory.hpp"
+
+namespace sgdcore::cuda {
+
+/// One chunk's work under the rule R, put together by one thread of a block for all.
+template <class R>
+struct Work {
+    std::byte *param, *grad, *states[state_count<R>];  // at the chunk's first element; grad at the tensor's, if strided
+    const Axis* axes;
+    std::int64_t start;  // the chunk's first element in its tensor
+    std::int32_t count, head, axis_count, variant;
+    Path path;
+    Use uses[state_count<R>];
+    bool grad_in_vectors, zero_grad, scaled, in_float64;
+    DType param_dtype, grad_dtype, state_dtypes[state_count<R>];
+    double factor;
+    typename R::template Coefficients<float> in_float;
+    typename R::template Coefficients<double> in_double;
+};
+
+/// Calls `function` with the index of a variant as a constant. All threads of a block take the same way.
+template <class R, class Function>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_variant(int variant, Function function) {
+#define SGDCORE_VARIANT(index)                                                                  \
+    case index:                                                                                 \
+        if constexpr (index < variant_count<R>) function(std::integral_constant<int, index>{}); \
+        break;
+    static_assert(max_variants == 16);  // a variant missing below would update nothing
+    switch (variant) {
+        SGDCORE_VARIANT(0)
+        SGDCORE_VARIANT(1)
+        SGDCORE_VARIANT(2)
+        SGDCORE_VARIANT(3)
+        SGDCORE_VARIANT(4)
+        SGDCORE_VARIANT(5)
+        SGDCORE_VARIANT(6)
+        SGDCORE_VARIANT(7)
+        SGDCORE_VARIANT(8)
+        SGDCORE_VARIANT(9)
+        SGDCORE_VARIANT(10)
+        SGDCORE_VARIANT(11)
+        SGDCORE_VARIANT(12)
+        SGDCORE_VARIANT(13)
+        SGDCORE_VARIANT(14)
+        SGDCORE_VARIANT(15)
+        default:
+            break;
+    }
+#undef SGDCORE_VARIANT
+}
+
+template <class C, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE const typename R::template Coefficients<C>& coefficients_of(const Work<R>& work) {
+    if constexpr (sizeof(C) == sizeof(double)) {
+        return work.in_double;
+    } else {
+        return work.in_float;
+    }
+}
+
+/// Where the gradient of an element is.
+template <class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const Work<R>& work, int index) {
+    std::byte* address = in_device_memory(work.grad);
+    if (work.axis_count == 0) return address + index * static_cast<int>(item_size(work.grad_dtype));
+    std::int64_t rest = work.start + index;
+    for (int axis = work.axis_count; axis-- > 0;) {
+        const Axis& a = work.axes[axis];
+        address += rest % a.length * a.stride;
+        rest /= a.length;
+    }
+    return address;
+}
+
+template <class C, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work<R>& work, int index) {
+    constexpr int states = state_count<R>;
+    std::byte* const param = in_device_memory(work.param);
+    std::byte* const grad = grad_of(work, index);
+    C p = load_as<C>(work.param_dtype, param, index);
+    C g = load_as<C>(work.grad_dtype, grad, 0);
+    C s[states] = {};
+    SGDCORE_UNROLL
+    for (int state = 0; state < states; ++state) {
+        if (work.uses[state] != Use::update) continue;
+        s[state] = load_as<C>(work.state_dtypes[state], in_device_memory(work.states[state]), index);
+    }
+    if (work.scaled) g = static_cast<C>(work.factor) * g;
+    with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
+        R::template update<C, R::variants[decltype(variant)::value]>(coefficients_of<C>(work), p, g, s);
+    });
+    SGDCORE_UNROLL
+    for (int state = 0; state < states; ++state) {
+        if (work.uses[state] == Use::none) continue;
+        store_as(work.state_dtypes[state], in_device_memory(work.states[state]), index, s[state]);
+    }
+    store_as(work.param_dtype, param, index, p);
+    if (work.zero_grad) store_as(work.grad_dtype, grad, 0, C{0});
+}
+
+/// Updates an element of any storage types.
+template <class R>
+SGDCORE_HOST_DEVICE inline void update_element(const Work<R>& work, int index) {
+    if (work.in_float64) {
+        update_element_in<double>(work, index);
+    } else {
+        update_element_in<float>(work, index);
+    }
+}
+
+/// Updates what one thread has of a chunk, in vectors, from `work.head` on. Returns how many elements all threads
+/// together update. All loads of a turn are under way before the first is needed.
+template <class Param, class Grad, class State, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int thread) {
+    using C = storage::ComputeType<Param, Grad, State>;
+    constexpr int states = state_count<R>;
+    constexpr int smallest = item_of<Param> < item_of<Grad> ? item_of<Param> : item_of<Grad>;
+    constexpr int lanes = vector_bytes / smallest;
+    constexpr int turn = lanes == 8 ? 1 : 2;  // vectors; eight elements of float32 arithmetic, four of float64
+    const int vectors = (work.count - work.head) / lanes;
+    std::byte* const param = in_device_memory(work.param + work.head * item_of<Param>);
+    std::byte* const grad = in_device_memory(work.grad + work.head * item_of<Grad>);
+    std::byte* state_memory[states];
+    SGDCORE_UNROLL
+    for (int state = 0; state < states; ++state) {
+        // A state that takes no part is null, to which nothing may be added.
+        const int head = work.uses[state] == Use::none ? 0 : work.head * item_of<State>;
+        state_memory[state] = in_device_memory(work.states[state] + head);
+    }
+
+    for (int first = thread; first < vectors; first += turn * block_threads) {
+        int at[turn];
+        Vector<Param, lanes> p_stored[turn];
+        Vector<Grad, lanes> g_stored[turn];
+        Vector<State, lanes> s_stored[states][turn];
+        SGDCORE_UNROLL
+        for (int i = 0; i < turn; ++i) {
+            const int vector = first + i * block_threads;
+            at[i] = (vector < vectors ? vector : first) * lanes;  // a second time instead of none
+            p_stored[i].load(param + at[i] * item_of<Param>);
+            if (work.grad_in_vectors) {
+                g_stored[i].load(grad + at[i] * item_of<Grad>);
+            } else {
+                g_stored[i].load_elements(grad + at[i] * item_of<Grad>);
+            }
+        }
+        SGDCORE_UNROLL
+        for (int state = 0; state < states; ++state) {
+            if (work.uses[state] == Use::update) {
+                SGDCORE_UNROLL
+                for (int i = 0; i < turn; ++i) s_stored[state][i].load(state_memory[state] + at[i] * item_of<State>);
+            } else {
+                SGDCORE_UNROLL
+                for (int i = 0; i < turn; ++i) s_stored[state][i] = {};
+            }
+        }
+
+        C p[turn * lanes], g[turn * lanes], s[turn * lanes][states];
+        SGDCORE_UNROLL
+        for (int i = 0; i < turn * lanes; ++i) {
+            p[i] = static_cast<C>(Param::decode(p_stored[i / lanes].word(i % lanes)));
+            g[i] = static_cast<C>(Grad::decode(g_stored[i / lanes].word(i % lanes)));
+            SGDCORE_UNROLL
+            for (int state = 0; state < states; ++state) {
+                s[i][state] = static_cast<C>(State::decode(s_stored[state][i / lanes].word(i % lanes)));
+            }
+        }
+        if (work.scaled) {
+            SGDCORE_UNROLL
+            for (int i = 0; i < turn * lanes; ++i) g[i] = static_cast<C>(work.factor) * g[i];
+        }
+        with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
+            const typename R::template Coefficients<C> coefficients = coefficients_of<C>(work);
+            SGDCORE_UNROLL
+            for (int i = 0; i < turn * lanes; ++i) {
+                R::template update<C, R::variants[decltype(variant)::value]>(coefficients, p[i], g[i], s[i]);
+            }
+        });
+
+        SGDCORE_UNROLL
+        for (int i = 0; i < turn; ++i) {
+            if (first + i * block_threads >= vectors) break;
+            SGDCORE_UNROLL
+            for (int lane = 0; lane < lanes; ++lane) {
+                p_stored[i].set_word(lane, Param::encode(p[i * lanes + lane]));
+            }
+            p_stored[i].store(param + at[i] * item_of<Param>);
+            SGDCORE_UNROLL
+            for (int state = 0; state < states; ++state) {
+                if (work.uses[state] == Use::none) continue;
+                SGDCORE_UNROLL
+                for (int lane = 0; lane < lanes; ++lane) {
+                    s_stored[state][i].set_word(lane, State::encode(s[i * lanes + lane][state]));
+                }
+                s_stored[state][i].store(state_memory[state] + at[i] * item_of<State>);
+            }
+            if (work.zero_grad) {
+                std::byte* const to = grad + at[i] * item_of<Grad>;
+                g_stored[i] = {};
+                if (work.grad_in_vectors) {
+                    g_stored[i].store(to);
+                } else {
+                    for (int lane = 0; lane < lanes; ++lane) store_word<Grad>(to, lane, 0);
+                }
+            }
+        }
+    }
+    return vectors * lanes;
+}
+
+}  // namespace sgdcore::cuda
