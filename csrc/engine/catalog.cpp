@@ -31,12 +31,11 @@ std::span<const RuleInfo> list(RuleList<R...>) {
 std::span<const RuleInfo> rules() { return list(Rules{}); }
 
 int rule_number(std::string_view name) {
-    std::string known;
     for (int number = 0; number < Rules::size; ++number) {
-        const std::string_view candidate = rules()[static_cast<std::size_t>(number)].name;
-        if (candidate == name) return number;
-        known += (number == 0 ? "" : ", ") + std::string(candidate);
+        if (rules()[static_cast<std::size_t>(number)].name == name) return number;
     }
+    std::string known;
+    for (const RuleInfo& rule : rules()) known += (known.empty() ? "" : ", ") + std::string(rule.name);
     throw std::invalid_argument("rule: expected one of " + known + ", got '" + std::string(name) + "'");
 }
 

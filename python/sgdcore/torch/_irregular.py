@@ -209,14 +209,16 @@ class _Step:
         for position, index, at in places:
             group = self.groups[index]
             if index not in in_use:
-                states, _ = self.updater.rule.states_in(group)
-                in_use[index] = [(s, dtype_of(group.get(s.dtype_key))) for s in states]
-                _require_no_capture(_label_at(group, index, at, self.place), states[0])
+                found, _ = self.updater.rule.states_in(group)
+                in_use[index] = [(s, dtype_of(group.get(s.dtype_key))) for s in found]
+                _require_no_capture(_label_at(group, index, at, self.place), found[0])
             parameter = group["params"][at]
-            values = self.state.get(parameter, {})
+            states = in_use[index]
+            # Where there is one state, it is that which is missing.
+            known = self.state.get(parameter, {}) if len(states) > 1 else {}
             new: _States = [None] * len(self.updater.rule.states)
-            for state, dtype in in_use[index]:
-                tensor = values.get(state.key)
+            for state, dtype in states:
+                tensor = known.get(state.key)
                 if tensor is None:
                     tensor = empty_like(parameter, dtype)
                     if parameter.grad.layout is not torch.strided:
