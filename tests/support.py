@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 import sgdcore
 
 Array = NDArray[Any]
+
+# Some tables are tested in part, and whole in `.ci/nightly`.
+WHOLE = os.environ.get("SGDCORE_WHOLE") == "1"
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 STORAGE_TYPES = {

@@ -27,6 +27,7 @@ from sgdcore.__main__ import main
 from sgdcore.bench import cases, contenders, measure, report, stats, training
 from sgdcore.bench.cases import Case
 from sgdcore.bench.measure import Extent, Result
+from support import WHOLE
 
 ROOT = Path(__file__).parents[1]
 SHORT = Extent(rounds=3, turn=0.0, budget=0.0)
@@ -207,8 +208,10 @@ def test_torchs_contenders_have_memory_as_torch_allocates_it() -> None:
 # --- Checking and timing ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grads", ["warm", "cold"])
-@pytest.mark.parametrize("clear", [False, True], ids=["keeping", "clearing"])
+@pytest.mark.parametrize(
+    ("clear", "grads"),
+    [(False, "warm"), (True, "cold"), (False, "cold"), (True, "warm")][: 4 if WHOLE else 2],
+)
 @pytest.mark.parametrize("hyper", list(cases.HYPERS))
 def test_everybody_computes_what_the_oracle_does(hyper: str, clear: bool, grads: str) -> None:
     names = [name for name in LIBRARIES if name != "torch compiled"]
@@ -343,9 +346,14 @@ def enter(
     monkeypatch.setitem(contenders.CONTENDERS, name, cls)
 
 
-@pytest.mark.parametrize("dtype", list(cases.DTYPES))
-@pytest.mark.parametrize("hyper", list(cases.HYPERS))
-@pytest.mark.parametrize("workload", ["tiny", "mlp"])
+@pytest.mark.parametrize(
+    ("workload", "hyper", "dtype"),
+    [
+        (workload, hyper, dtype)
+        for workload, hyper, dtype in itertools.product(["tiny", "mlp"], cases.HYPERS, cases.DTYPES)
+        if WHOLE or workload == "tiny" or hyper == "nesterov"
+    ],
+)
 def test_one_that_does_nothing_is_wrong(
     workload: str, hyper: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

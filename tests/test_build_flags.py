@@ -2,6 +2,8 @@
 
 Configures the core, and runs its own commands for compiling and linking on cmake/numerics_check.cpp, a program that
 checks arithmetic. Needs CMake and Ninja, which the [dev] extra brings.
+
+The flags are given together; with ``SGDCORE_WHOLE=1``, each by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from support import WHOLE
 
 ROOT = Path(__file__).parent.parent
 CHECK = ROOT / "cmake" / "numerics_check.cpp"
@@ -117,13 +121,18 @@ BOTH = [
     "-freciprocal-math",
     "-frounding-math",
     "-ffp-contract=fast -mfma",
-    "-flto -ffast-math",
 ]
 GCC = [*BOTH, "-fsingle-precision-constant", "-mfpmath=387"]
 CLANG = [*BOTH, "-ffp-model=fast", "-fdenormal-fp-math=positive-zero", "-fapprox-func"]
+AT_THE_LINK = "-flto -ffast-math"
 
 
-@pytest.mark.parametrize("flags", GCC)
+def builds(flags: list[str]) -> list[str]:
+    """Return the flags of each build."""
+    return [*flags, AT_THE_LINK] if WHOLE else [" ".join(flags), AT_THE_LINK]
+
+
+@pytest.mark.parametrize("flags", builds(GCC))
 def test_gcc(tmp_path: Path, flags: str) -> None:
     status, text = configure(
         tmp_path, "-DCMAKE_CXX_COMPILER=g++", CXXFLAGS=flags, CFLAGS=flags, LDFLAGS=flags
@@ -132,7 +141,7 @@ def test_gcc(tmp_path: Path, flags: str) -> None:
     build_and_run_check(tmp_path)
 
 
-@pytest.mark.parametrize("flags", CLANG)
+@pytest.mark.parametrize("flags", builds(CLANG))
 def test_clang(tmp_path: Path, flags: str) -> None:
     status, text = configure(
         tmp_path, f"-DCMAKE_CXX_COMPILER={clang()}", CXXFLAGS=flags, CFLAGS=flags, LDFLAGS=flags
@@ -205,10 +214,11 @@ def test_a_linked_start_up_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "flags"),
     [
-        ("NVCC_APPEND_FLAGS", "-ftz=true"),
-        ("NVCC_APPEND_FLAGS", "--use_fast_math"),
         ("CUDAFLAGS", "-Xcompiler -ffast-math"),
-    ],
+        ("NVCC_APPEND_FLAGS", "--use_fast_math"),
+        ("NVCC_APPEND_FLAGS", "-ftz=true"),
+        ("NVCC_APPEND_FLAGS", "-prec-div=false"),
+    ][: 4 if WHOLE else 2],
 )
 def test_cuda(tmp_path: Path, variable: str, flags: str) -> None:
     if shutil.which("nvcc") is None:

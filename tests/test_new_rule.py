@@ -1,7 +1,7 @@
 """A rule is added as CONTRIBUTING.md says: the core is built with the one of tests/rule, and everything follows.
 
 The rule has three states, one of which does not always take part. Its tests are those of every rule, test_rules.py.
-Needs CMake, Ninja and a compiler.
+Needs CMake, Ninja, pybind11 and a compiler.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import sgdcore
+from support import WHOLE
 from test_build_flags import has_tools
 
 ROOT = Path(__file__).parent.parent
@@ -64,8 +65,10 @@ def add_rule(source: Path) -> None:
         file.write("\n\n" + (RULE / "oracle.py").read_text().partition('"""\n\n')[2])
 
 
+@pytest.mark.skipif(not WHOLE, reason="builds for a minute: SGDCORE_WHOLE=1, as .ci/nightly does")
 @pytest.mark.skipif(not has_tools(), reason="needs cmake 3.26, ninja and g++")
 def test_the_core_takes_a_rule_of_four_lines(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
     source = tmp_path / "source"
     parts = ("CMakeLists.txt", "cmake", "csrc", "python")
     for part in parts:

@@ -356,7 +356,6 @@ def test_without_an_engine_the_number_of_ranks_is_needed(monkeypatch: pytest.Mon
         ({"seed": 2**63}, ValueError, f"seed: expected less than {2**63}, got {2**63}"),
         ({"seed": 0.5}, TypeError, "seed: expected an integer, got 0.5"),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
