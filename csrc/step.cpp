@@ -30,11 +30,10 @@ void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
         if (tensor.size < 0) throw std::invalid_argument("step: negative tensor size");
         const Hyper& hyper = hypers[tensor.hyper];
         bool known_dtypes = known(tensor.param_dtype) && known(tensor.grad_dtype), null_state = false;
-        for (int state = 0; hyper.states >> state != 0; ++state) {
-            if (!hyper.has_state(state)) continue;
+        for_each_state(hyper.states, [&](int state) {
             known_dtypes = known_dtypes && known(tensor.state_dtypes[state]);
             null_state = null_state || tensor.states[state] == nullptr;
-        }
+        });
         if (!known_dtypes) throw std::invalid_argument("step: unknown storage type");
         if (tensor.size > 0 && !tensor.grad_axes.empty() && !axes_match(tensor.grad_axes, tensor.size)) {
             throw std::invalid_argument("step: the gradient's axes do not match the tensor's size");

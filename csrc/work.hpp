@@ -52,6 +52,14 @@ struct Hyper {
     int variant(bool first) const { return variants[first]; }
 };
 
+/// Calls `function(state)` for the number of each state in a set, in which bit s is state s.
+template <class Function>
+void for_each_state(std::uint32_t states, Function&& function) {
+    for (int state = 0; states >> state != 0; ++state) {
+        if ((states >> state & 1) != 0) function(state);
+    }
+}
+
 /// One tensor of the work list: where its arrays are and which hyperparameters apply.
 ///
 /// `param` and the states are `size` contiguous elements in the parameter's memory order. So is `grad`, unless

@@ -232,8 +232,14 @@ Plan::Listed Plan::list_tensors(bool given) {
         used_grads_[i] = grad.empty() ? nullptr : &grad;
         if (grad.empty()) continue;
         listed.new_grads |= entry.grad_version != parameter.grad_version;
-        Operands operands{parameter.data(), grad, {}, given ? given_[i].axes : parameter.grad_axes(),
-                          entry.group,      false};
+        Operands operands{
+            .data = parameter.data(),
+            .grad = grad,
+            .states = {},
+            .grad_axes = given ? given_[i].axes : parameter.grad_axes(),
+            .group = entry.group,
+            .first = false,
+        };
         for (int state = 0; state < state_count; ++state) {
             if (!hypers_[entry.group].has_state(state)) continue;
             operands.states[state] = &entry.slots->array(state);

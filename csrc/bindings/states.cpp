@@ -40,9 +40,7 @@ void StateSlots::assign(int state, const py::object& array, bool holds) {
 }
 
 void StateSlots::note_step(std::uint32_t states) {
-    for (int state = 0; states >> state != 0; ++state) {
-        if ((states >> state & 1) != 0) slots_[static_cast<std::size_t>(state)].holds = true;
-    }
+    for_each_state(states, [&](int state) { slots_[static_cast<std::size_t>(state)].holds = true; });
     update_kept();
 }
 

@@ -247,10 +247,9 @@ template <class Function>
 void TorchListing::for_each_write(std::size_t index, Function&& function) const {
     const TensorRef& tensor = tensors_[index];
     function(extent_of(tensor.param, tensor.size, tensor.param_dtype));
-    for (int state = 0; found_[index].in_use >> state != 0; ++state) {
-        if ((found_[index].in_use >> state & 1) == 0) continue;
+    for_each_state(found_[index].in_use, [&](int state) {
         function(extent_of(tensor.states[state], tensor.size, tensor.state_dtypes[state]));
-    }
+    });
 }
 
 /// False if there may be entangled tensors, which are to be found then. Looks at what has moved only.

@@ -22,9 +22,7 @@ struct TorchViews {
     /// Calls `function(state)` for the number of each state that takes part.
     template <class Function>
     void for_each_state(Function&& function) const {
-        for (int state = 0; in_use >> state != 0; ++state) {
-            if ((in_use >> state & 1) != 0) function(state);
-        }
+        sgdcore::for_each_state(in_use, function);
     }
 };
 

@@ -140,7 +140,9 @@ class TorchPlan {
     /// Holds the states of the parameter at the pass's position if nobody can have moved them since they were read.
     bool hold_known_states(Pass& pass);
     /// What is known of the states of the parameter at a position.
-    Known* known_states(Memory& memory, std::size_t position) const { return &memory.states[position * state_count()]; }
+    Known* known_states(Memory& memory, std::size_t position) const {
+        return memory.states.data() + position * state_count();
+    }
     std::size_t state_count() const { return state_keys_.size(); }
     /// Reads a tensor, or this process's part of a DTensor; false if it is unusual.
     bool read(PyObject* tensor, TensorKind kind, References& held, Known& known, TorchView& view,

@@ -45,7 +45,7 @@ class Updater(NamedTuple):
         plan: the core's; reads the tensors.
         rule: the plan's rule.
         by_operations: ``by_operations(parameter, gradient, states, group)`` updates a tensor that is no memory but
-            operations, and returns its states; those that take no part, or are new, are None.
+            operations, and returns its states. A state that takes no part, or that is new, is given as None.
     """
 
     plan: _core.TorchPlan
@@ -116,12 +116,12 @@ class _Update:
     # What brings the core's results back to the user's tensors, where it worked on copies.
     write_back: list[Callable[[], object]] = field(default_factory=list)
 
-    def item(self, own_gradient: bool = False) -> tuple[Any, ...]:
-        """Return what the core takes; with a copy of the gradient if that is to be its `own_gradient`."""
+    def item(self, copies_grad: bool = False) -> tuple[Any, ...]:
+        """Return what the core takes. A gradient that overlaps what the step writes has to be copied."""
         assert self.arguments is not None
         parameter, grad, states = self.arguments
         flags = 0 if self.pending is None else self.pending.data_ptr()
-        grad = grad.clone() if own_gradient else grad
+        grad = grad.clone() if copies_grad else grad
         return (parameter, grad, tuple(states), self.group, self.first, flags)
 
     def memory(self) -> list[tuple[int, int, bool]] | None:
@@ -403,8 +403,8 @@ def _require_apart(
     updater: Updater, groups: list[dict[str, Any]], update: _Update, grad_factor: float
 ) -> None:
     """Raise if an update cannot be computed whatever other parameters do."""
-    for own_gradient in (False, True):
-        items = [update.item(own_gradient)]
+    for copies_grad in (False, True):
+        items = [update.item(copies_grad)]
         if updater.plan.run_items(groups, items, grad_factor, dry_run=True):
             return
     keys = ", ".join(state.key for state in updater.rule.states)
@@ -427,8 +427,8 @@ def _step_alone(
     if update.write_back:  # copies of what it was before the others
         update.write_back.clear()
         _arrange(updater, groups[update.group], update)
-    for own_gradient in (False, True):  # which may overlap the parameter or a state
-        items = [update.item(own_gradient)]
+    for copies_grad in (False, True):  # the gradient may overlap the parameter or a state
+        items = [update.item(copies_grad)]
         if updater.plan.run_items(groups, items, grad_factor, dry_run=False, scaling=scaling):
             break
     for write in update.write_back:
