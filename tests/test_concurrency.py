@@ -13,6 +13,7 @@ import gc
 import json
 import multiprocessing
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,46 @@ def test_groups_changed_during_steps() -> None:
     rebinding(optimizer, change, 60)
     for parameter in parameters:
         assert (parameter.data == parameter.data[0]).all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["optimizer.OptimizerState.__getitem__", "optimizer.dtype_of", "optimizer.new_storage"],
+)
+def test_groups_changed_while_a_step_is_prepared(
+    monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """Another thread may change the groups between any two lines of the step's Python code."""
+    values = [numbers(i, (4,)) for i in range(3)]
+    parameters = [sgdcore.Parameter(value.copy()) for value in values]
+    for parameter in parameters:
+        parameter.grad = np.ones(4, np.float32)
+    optimizer = sgdcore.SGD(
+        [{"params": parameters[:1]}, {"params": parameters[1:2], "momentum": 0.5}], lr=1
+    )
+    first, second = optimizer.param_groups
+    # What the other thread leaves, the last of them for good: more parameters, fewer, and those of the other group.
+    changes = iter([(parameters[:2], []), ([], parameters[2:]), (parameters[2:], parameters[:2])])
+    interrupted = []
+    path = f"sgdcore.{function}"
+    original = pkgutil.resolve_name(path)
+
+    def interrupt(*args: Any) -> Any:
+        result = original(*args)
+        interrupted.append(function)
+        first["params"], second["params"] = next(changes, (first["params"], second["params"]))
+        return result
+
+    optimizer.param_groups[0]["params"] = [parameters[2]]  # the plan does not match
+    monkeypatch.setattr(path, interrupt)
+    optimizer.step()
+    monkeypatch.undo()
+    assert interrupted
+    stepped = {id(parameter) for parameter in first["params"] + second["params"]}
+    for parameter, value in zip(parameters, values, strict=True):
+        assert_same_bits(parameter.data, value - 1 if id(parameter) in stepped else value)
+    in_second = {id(parameter) for parameter in second["params"]}
+    assert {id(parameter) for parameter in optimizer.state} == in_second
 
 
 def test_arrays_are_read_before_a_gradient_can_change_the_list() -> None:

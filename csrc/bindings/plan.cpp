@@ -90,14 +90,14 @@ AtExit(F) -> AtExit<F>;
 
 }  // namespace
 
-void Plan::build(const py::list& param_groups, const py::list& slots) {
+void Plan::build(const py::list& parameters, const py::list& slots) {
     if (running_.is_inside()) throw std::runtime_error("the optimizer's parameters cannot change while it is stepping");
     std::vector<Entry> entries;
-    std::size_t next = 0;
-    for (std::size_t group = 0; group < param_groups.size(); ++group) {
-        const py::list params = param_groups[group]["params"];
-        for (const py::handle object : params) {
-            py::object slots_object = slots[next++];
+    for (std::size_t group = 0; group < parameters.size(); ++group) {
+        const py::list in_group = parameters[group], their_slots = slots[group];
+        for (std::size_t i = 0; i < in_group.size(); ++i) {
+            const py::object object = in_group[i];
+            py::object slots_object = their_slots[i];
             auto* states = &py::cast<StateSlots&>(slots_object);
             auto* parameter = &py::cast<Parameter&>(object);
             entries.push_back({std::move(slots_object), states, parameter, object.ptr(),
@@ -105,11 +105,12 @@ void Plan::build(const py::list& param_groups, const py::list& slots) {
                                parameter->grad_version - 1});
         }
     }
-    group_count_ = param_groups.size();
+    group_count_ = parameters.size();
     std::swap(entries_, entries);  // the old ones are released last, as in clear
     stop_relying_on(entries);
     rely_on(entries_);
     outdated_ = false;
+    missing_.clear();
     disjoint_grads_checked_ = false;
     used_grads_.assign(entries_.size(), nullptr);
     tensors_.resize(entries_.size());
@@ -140,6 +141,16 @@ bool Plan::matches(const py::list& param_groups) const {
         }
     }
     return next == entries_.size();
+}
+
+std::optional<std::vector<Plan::Missing>> Plan::missing_states(const py::list& param_groups) const {
+    if (!matches(param_groups)) return std::nullopt;
+    std::vector<Missing> missing;
+    for (const auto& [entry, state] : missing_) {
+        missing.push_back({py::reinterpret_borrow<py::object>(entries_[entry].parameter_object),
+                           py::reinterpret_borrow<py::object>(group_at(param_groups, entries_[entry].group)), state});
+    }
+    return missing;
 }
 
 void Plan::read_given(const py::object& grads) {
@@ -454,6 +465,7 @@ void Plan::clear() {
     group_count_ = 0;
     outdated_ = false;
     writes_.clear();
+    missing_.clear();
 }
 
 void Plan::outdate() {

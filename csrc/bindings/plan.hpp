@@ -5,8 +5,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -25,9 +27,10 @@ class Plan : private Dependent {
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
 
-    /// Takes in the groups as they are now; `slots` holds StateSlots for each parameter, in order.
+    /// Takes in the parameters of each group, a list of lists; `slots` holds the StateSlots of each in the same form.
+    /// Nobody else may hold these lists: another thread could change them here.
     /// Raises ValueError if two parameters, or a parameter and a state, overlap.
-    void build(const py::list& param_groups, const py::list& slots);
+    void build(const py::list& parameters, const py::list& slots);
 
     /// True while every group holds the very parameters of the last `build`, in order.
     bool matches(const py::list& param_groups) const;
@@ -36,9 +39,10 @@ class Plan : private Dependent {
     /// storage of a state is missing (see missing_states). Every check comes before the first write.
     bool run(const py::list& param_groups, const py::object& grads, bool zero_grad);
 
-    /// The states whose storage the last `run` found missing: positions of the parameters and numbers of the states.
-    using Missing = std::vector<std::pair<std::size_t, int>>;
-    const Missing& missing_states() const { return missing_; }
+    /// A state whose storage is missing: its parameter, the parameter's group, and the state's number.
+    using Missing = std::tuple<py::object, py::object, int>;
+    /// What the last `run` found missing; nothing if the groups have changed since and the plan has to be built.
+    std::optional<std::vector<Missing>> missing_states(const py::list& param_groups) const;
 
     /// Has the plan built anew by the next step; one under way goes on with what it found.
     void outdate();
@@ -122,7 +126,7 @@ class Plan : private Dependent {
     const RuleInfo& info_;
     std::size_t group_count_ = 0;
     std::vector<Entry> entries_;
-    Missing missing_;
+    std::vector<std::pair<std::size_t, int>> missing_;  // entries, and numbers of states without storage
 
     // Refilled by every run; their capacity is kept, so that a step does not allocate.
     std::vector<Hyper> hypers_;

@@ -14,11 +14,10 @@ void register_plan(py::module_& module) {
     py::class_<Plan>(module, "Plan", garbage_collected<Plan>())
         .def(py::init([](const std::string& rule) { return std::make_unique<Plan>(rule_number(rule)); }),
              py::arg("rule"))
-        .def("build", &Plan::build, py::arg("param_groups"), py::arg("slots"))
+        .def("build", &Plan::build, py::arg("parameters"), py::arg("slots"))
         .def("outdate", &Plan::outdate)
-        .def("matches", &Plan::matches, py::arg("param_groups"))
         .def("run", &Plan::run, py::arg("param_groups"), py::arg("grads"), py::arg("zero_grad"))
-        .def("missing_states", &Plan::missing_states);
+        .def("missing_states", &Plan::missing_states, py::arg("param_groups"));
 }
 
 }  // namespace sgdcore::bindings

@@ -173,15 +173,19 @@ class Optimizer:
                 group[state.dtype_key] = storage_dtype(group[state.dtype_key], state.dtype_key).name
 
     def _build_plan(self, groups: list[dict[str, Any]]) -> None:
+        # Copies: the caller may change the groups' lists from another thread.
+        parameters = []
         for i, group in enumerate(groups):
             params = group["params"]
+            if isinstance(params, list):
+                params = params.copy()
             if not isinstance(params, list) or not all(isinstance(p, Parameter) for p in params):
                 raise TypeError(
                     f"param_groups[{i}]['params']: expected a list of Parameters, "
                     f"got {_core.repr_text(params)}"
                 )
-        parameters = chain.from_iterable(group["params"] for group in groups)
-        self._plan.build(groups, [self.state[parameter].slots for parameter in parameters])
+            parameters.append(params)
+        self._plan.build(parameters, [[self.state[p].slots for p in params] for params in parameters])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters.
@@ -243,14 +247,13 @@ class Optimizer:
     def _run(self, grads: Any, zero_grad: bool) -> None:
         """Update all parameters, after making what the plan lacks."""
         while not self._plan.run(self.param_groups, grads, zero_grad):
-            if not self._plan.matches(self.param_groups):
+            found = self._plan.missing_states(self.param_groups)
+            if found is None:
                 self._build_plan(self.param_groups)
                 continue
             states = rule_of(self.rule).states
-            parameters = [(p, group) for group in self.param_groups for p in group["params"]]
             missing = []
-            for position, number in self._plan.missing_states():
-                parameter, group = parameters[position]
+            for parameter, group, number in found:
                 state = states[number]
                 missing.append(StateStorage(parameter, state, dtype_of(state, group, parameter)))
             for each, array in zip(missing, new_storage(missing), strict=True):
