@@ -252,6 +252,31 @@ def test_fullgraph_says_what_to_do() -> None:
         assert_same_bits(p, q)
 
 
+@pytest.mark.usefixtures("messages")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("closure", [None, lambda: torch.tensor(1.0)])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_fullgraph_of_the_step_itself_is_refused_before_it(
+    first: bool, closure: Callable[[], Tensor] | None, hooked: bool
+) -> None:
+    model = Model()
+    if hooked:
+        model.optimizer.register_step_pre_hook(lambda *_: None)
+    model.loss(torch.ones(2, 4)).backward()
+    if not first:
+        model.optimizer.step()
+    before = [p.detach().clone() for p in model.module.parameters()]
+    compiled = torch.compile(model.optimizer.step, backend="eager", fullgraph=True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"call step\(\) outside of the compiled function"):
+            compiled(closure)
+    for p, q in zip(model.module.parameters(), before, strict=True):
+        assert_same_bits(p, q)
+    torch.compile(model.optimizer.step, backend="eager")(closure)
+    for p, q in zip(model.module.parameters(), before, strict=True):
+        assert not torch.equal(p, q)
+
+
 def test_import_leaves_the_compiler_out() -> None:
     code = f"import sys, {sgdcore.__name__}.torch; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

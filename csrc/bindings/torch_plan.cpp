@@ -19,6 +19,11 @@ namespace {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
+/// Whether something else than CPython evaluates the frames of Python code, as torch.compile's compiler does.
+bool frames_are_intercepted() {
+    return _PyInterpreterState_GetEvalFrameFunc(PyInterpreterState_Get()) != _PyEval_EvalFrameDefault;
+}
+
 /// mapping[key], borrowed; null if it is not there.
 PyObject* lookup(PyObject* mapping, PyObject* key) {
     PyObject* value = PyDict_GetItemWithError(mapping, key);
@@ -301,6 +306,7 @@ py::object TorchPlan::run_beside(const py::object& groups, const py::object& sta
 
 py::object TorchPlan::attempt(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                               const py::object& scaling, Beside* beside) {
+    if (frames_are_intercepted()) call(attribute_of("sgdcore.torch._compile", "refuse_fullgraph"));
     const py::list param_groups = list_of(groups);
     const Lease lease(*this);
     Memory& memory = *lease;

@@ -185,7 +185,9 @@ class Optimizer:
                     f"got {_core.repr_text(params)}"
                 )
             parameters.append(params)
-        self._plan.build(parameters, [[self.state[p].slots for p in params] for params in parameters])
+        self._plan.build(
+            parameters, [[self.state[p].slots for p in params] for params in parameters]
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters.

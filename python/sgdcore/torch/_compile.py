@@ -6,13 +6,14 @@ costs the graph around it one break, and runs as it does without torch.compile, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["not_compiled"]
+__all__ = ["not_compiled", "refuse_fullgraph"]
 
 _REASON = (
     "the update runs in sgdcore's core, which cannot be part of a graph: compile forward and backward pass with "
@@ -42,3 +43,18 @@ def _skip_frames(code: CodeType) -> None:
         eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
     else:
         eval_frame.skip_code(code)  # type: ignore[attr-defined]
+
+
+def refuse_fullgraph() -> None:
+    """Raise a RuntimeError if the step itself was given to torch.compile with ``fullgraph=True``.
+
+    torch would find that there is nothing to compile only after the step, and would not say what to do instead.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sgdcore."):
+        frame = frame.f_back
+    # The function that torch.compile returns is a closure over its options.
+    if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+        options = frame.f_locals.get("self")
+        if getattr(options, "fullgraph", False):
+            raise RuntimeError(_REASON)
