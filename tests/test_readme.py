@@ -18,7 +18,7 @@ def test_examples() -> None:
 def test_commands_are_one_line_each() -> None:
     """`.ci/run` takes the test command from its marker."""
     text = README.read_text()
-    for marker, last in (("demo", "-m sgdcore demo"), ("test", "-m pytest")):
+    for marker, last in (("demo", "-m sgdcore demo"), ("test", "-m pytest -n 2 --dist loadfile")):
         blocks = re.findall(rf"<!-- {marker} command -->\n```sh\n(.*?)```", text, re.DOTALL)
         assert len(blocks) == 1
         assert blocks[0].count("\n") == 1
