@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
+from sgdcore import _core
+from sgdcore._rules import rule_of
+
 __all__ = [
     "DTYPES",
     "HYPERS",
+    "SGD",
     "TRAINING",
     "WORKLOADS",
     "Case",
@@ -18,18 +22,40 @@ __all__ = [
     "Shapes",
     "full",
     "quick",
+    "rule_in",
     "select",
+    "states_in",
 ]
 
 Shapes = list[tuple[int, ...]]
 
-# By name. The learning rate is large enough that three steps which do nothing are found wrong in any dtype.
+SGD = "sgd"
+
+# By name. The learning rate is large enough that three steps which do nothing are found wrong in any dtype. Each rule
+# but SGD has one set of its own name, with all its numbers, so that all its states take part.
 HYPERS: dict[str, dict[str, Any]] = {
     "plain": {"lr": 0.1},
     "momentum": {"lr": 0.1, "momentum": 0.9},
     "nesterov": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
+    **{
+        rule: dict.fromkeys(rule_of(rule).numbers, 0.1)
+        for rule in _core.rule_names()
+        if rule != SGD
+    },
 }
 DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # and their bytes
+
+
+def rule_in(hyper: str) -> str:
+    """Return the rule that a name in HYPERS is for."""
+    return hyper if hyper in _core.rule_names() else SGD
+
+
+def states_in(hyper: str) -> int:
+    """Return how many states take part in a step with a name in HYPERS."""
+    rule = rule_of(rule_in(hyper))
+    group = dict.fromkeys((*rule.numbers, *rule.flags), 0) | HYPERS[hyper]
+    return len(rule.states_in(group)[0])
 
 
 def _resnet50() -> Shapes:
@@ -94,7 +120,7 @@ class Case:
     Attributes:
         workload: a name in WORKLOADS or TRAINING.
         hyper: a name in HYPERS.
-        dtype: of parameters, gradients and momentum.
+        dtype: of parameters, gradients and states.
         threads: how many threads each contender may use.
         grads: "warm": the same gradient arrays at each step; "cold": other ones at each step, and caches emptied
             before it.
@@ -124,6 +150,11 @@ class Case:
         return self.grads == "cold" or self.clear or self.is_step_alone
 
     @property
+    def rule(self) -> str:
+        """The name of the rule."""
+        return rule_in(self.hyper)
+
+    @property
     def shapes(self) -> Shapes:
         """The tensors' shapes."""
         return WORKLOADS[self.workload]
@@ -135,8 +166,8 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """The least that a step moves: p and g read, p written; momentum read and written; a cleared g written."""
-        streams = 3 + 2 * ("momentum" in HYPERS[self.hyper]) + self.clear
+        """The least that a step moves: p and g read, p written; states read and written; a cleared g written."""
+        streams = 3 + 2 * states_in(self.hyper) + self.clear
         return streams * self.elements * DTYPES[self.dtype]
 
     @property
@@ -177,13 +208,14 @@ def quick(threads: int) -> list[Grid]:
 def full(threads: int) -> list[Grid]:
     """Return everything: all hyperparameters x dtypes x threads; cold and cleared gradients for one of them.
 
-    For workloads of more than 2**25 elements hyperparameters and dtypes are not crossed, which would take most of the
-    time and show what smaller ones show.
+    Rules but SGD are measured in float32 and bfloat16, with small and large tensors. For workloads of more than 2**25
+    elements hyperparameters and dtypes are not crossed, which would take most of the time and show what smaller ones
+    show.
     """
     large = [name for name in WORKLOADS if Case(name, "plain", "float32", 1).elements > 1 << 25]
     everything: Grid = {
         "workload": [name for name in WORKLOADS if name not in large] + list(TRAINING),
-        "hyper": list(HYPERS),
+        "hyper": [hyper for hyper in HYPERS if rule_in(hyper) == SGD],
         "dtype": list(DTYPES),
         "threads": sorted({1, threads}),
         "grads": ["warm"],
@@ -199,7 +231,13 @@ def full(threads: int) -> list[Grid]:
         "grads": ["warm", "cold"],
         "clear": [False, True],
     }
-    return [everything, dtypes, hypers, gradients]
+    rules: Grid = {
+        **everything,
+        "workload": ["tiny", "161x8", "resnet50"],
+        "hyper": [hyper for hyper in HYPERS if rule_in(hyper) != SGD],
+        "dtype": ["float32", "bfloat16"],
+    }
+    return [everything, dtypes, hypers, gradients, rules]
 
 
 def select(grids: Sequence[Grid], filters: Mapping[str, list[Any] | None]) -> list[Case]:

@@ -22,7 +22,7 @@ import numpy as np
 import sgdcore
 from sgdcore import _core
 from sgdcore._arrays import Array, as_tensor, storage_dtype
-from sgdcore.bench.cases import HYPERS, Case
+from sgdcore.bench.cases import HYPERS, SGD, Case, states_in
 
 __all__ = ["CONTENDERS", "RIVAL_OF", "Contender", "Problem", "Unsuitable", "contender"]
 
@@ -41,7 +41,7 @@ class Problem:
 
     Attributes:
         case: the case.
-        hyper: SGD's keyword arguments.
+        hyper: the keyword arguments of the rule's optimizer.
         params: starting values; to be copied.
         gradients: one list of arrays, or two for cold gradients. Not to be written to.
         patient: whether a contender takes part that needs long to start; else it raises Unsuitable.
@@ -81,8 +81,11 @@ class Contender(ABC):
 
     Attributes:
         step: what is timed: one whole step, clearing the gradients too if the case says so.
+        rule: the only rule that it computes; None if it computes every rule.
         name, kind, needs: set by `contender`. `kind` is what it works on: "numpy", "torch", "jax" or "ceiling".
     """
+
+    rule: str | None = SGD
 
     name: str
     kind: str
@@ -125,14 +128,22 @@ def contender(name: str, kind: str, needs: str) -> Callable[[type[Contender]], t
 # --- sgdcore ----------------------------------------------------------------------------------------
 
 
+def optimizer_of(module: Any, rule: str) -> Any:
+    """Return the class of a module, sgdcore or sgdcore.torch, that has the rule."""
+    return next(each for each in vars(module).values() if getattr(each, "rule", None) == rule)
+
+
 @contender("sgdcore", "numpy", "sgdcore")
 class Separate(Contender):
     """Separate arrays, as users of NumPy mostly have them."""
 
+    rule = None
+
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.params = [sgdcore.Parameter(values.copy()) for values in problem.params]
-        self.optimizer = sgdcore.SGD(self.params, **problem.hyper)
+        make = optimizer_of(sgdcore, problem.case.rule)
+        self.optimizer = make(self.params, **problem.hyper)
         clear = problem.case.clear
         self.step = partial(self.optimizer.step, zero_grad=True) if clear else self.optimizer.step
         self.own = [[g.copy() if clear else g for g in each] for each in problem.gradients]
@@ -153,11 +164,14 @@ class Separate(Contender):
 class Flat(Contender):
     """A ParameterBuffer."""
 
+    rule = None
+
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         arrays = {str(i): values for i, values in enumerate(problem.params)}
         self.buffer = sgdcore.ParameterBuffer(arrays)
-        self.optimizer = sgdcore.SGD(self.buffer, **problem.hyper)
+        make = optimizer_of(sgdcore, problem.case.rule)
+        self.optimizer = make(self.buffer, **problem.hyper)
         clear = problem.case.clear
         self.step = partial(self.optimizer.step, zero_grad=True) if clear else self.optimizer.step
 
@@ -222,12 +236,14 @@ class Torch(Contender):
 
 @contender("sgdcore.torch", "torch", "torch")
 class OursInTorch(Torch):
-    """sgdcore.torch.SGD."""
+    """The optimizer of sgdcore.torch."""
+
+    rule = None
 
     def make_step(self, hyper: dict[str, Any], clear: bool) -> Callable[[], Any]:
         import sgdcore.torch
 
-        optimizer = sgdcore.torch.SGD(self.params, **hyper)
+        optimizer = optimizer_of(sgdcore.torch, self.problem.case.rule)(self.params, **hyper)
         return partial(optimizer.step, zero_grad=True) if clear else optimizer.step
 
 
@@ -521,12 +537,17 @@ class Optax(Contender):
 class Streams(Contender):
     """The same memory read and written without arithmetic, in one flat piece."""
 
+    rule = None
+
     def __init__(self, problem: Problem) -> None:
         case = problem.case
         size = case.elements
         if case.bytes < 1 << 20:
             raise Unsuitable("the arrays fit into the cache")
-        names = ["param", "grad"] + ["momentum"] * ("momentum" in problem.hyper)
+        states = states_in(case.hyper)
+        if states > 1:
+            raise Unsuitable(f"it reads and writes one state at most, the rule has {states}")
+        names = ["param", "grad"] + ["state"] * states
         arrays = {name: sgdcore.ParameterBuffer({name: (size,)}, case.dtype).data for name in names}
         for array in arrays.values():
             array[:] = 1
@@ -542,6 +563,8 @@ class Streams(Contender):
 @contender("empty call", "ceiling", "sgdcore")
 class EmptyCall(Contender):
     """A Python function without a body."""
+
+    rule = None
 
     def __init__(self, problem: Problem) -> None:  # noqa: ARG002
         def step() -> None:

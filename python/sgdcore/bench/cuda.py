@@ -19,7 +19,8 @@ import numpy as np
 
 import sgdcore
 from sgdcore import _core, _devices
-from sgdcore.bench.cases import HYPERS, WORKLOADS, Shapes
+from sgdcore.bench.cases import HYPERS, SGD, WORKLOADS, Shapes, rule_in, states_in
+from sgdcore.bench.contenders import optimizer_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +68,8 @@ class _Set:
         self._held: list[Any] = []
         for contender in contenders:
             if contender == "sgdcore.torch":
-                self.steps[contender] = sgdcore.torch.SGD(groups, **kwargs).step
+                make = optimizer_of(sgdcore.torch, rule_in(hyper))
+                self.steps[contender] = make(groups, **kwargs).step
             elif contender in torch_kwargs:
                 optimizer = torch.optim.SGD(groups, **kwargs, **torch_kwargs[contender])
                 step = optimizer.step
@@ -129,7 +131,9 @@ class _Set:
         return step
 
 
-def _contenders(full: bool) -> list[str]:
+def _contenders(hyper: str, full: bool) -> list[str]:
+    if rule_in(hyper) != SGD:
+        return ["sgdcore.torch", *_CEILINGS]
     names = ["sgdcore.torch", "torch loop", "torch foreach", "torch fused"]
     if full:
         names.append("torch compiled")
@@ -143,7 +147,7 @@ def _moved(name: str, hyper: str, contender: str) -> int:
     elements = sum(int(np.prod(shape)) for shape in CASES[name][0])
     if contender == "device copy":
         return 2 * 4 * elements
-    streams = 5 if contender == "same streams" or HYPERS[hyper].get("momentum") else 3
+    streams = 5 if contender == "same streams" else 3 + 2 * states_in(hyper)
     return streams * 4 * elements
 
 
@@ -155,7 +159,8 @@ def _check(name: str, hyper: str) -> str:
     generator = torch.Generator().manual_seed(2)
     cpu = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     ours = [torch.nn.Parameter(p.detach().cuda()) for p in cpu]
-    optimizers = [sgdcore.torch.SGD(params, **HYPERS[hyper]) for params in (cpu, ours)]
+    make = optimizer_of(sgdcore.torch, rule_in(hyper))
+    optimizers = [make(params, **HYPERS[hyper]) for params in (cpu, ours)]
     for _ in range(3):
         for p, q in zip(cpu, ours, strict=True):
             p.grad = torch.randn(p.shape, generator=generator)
@@ -219,7 +224,7 @@ def _fitting() -> Iterator[str]:
     free = torch.cuda.mem_get_info()[0]
     for name, (shapes, _) in CASES.items():
         elements = sum(int(np.prod(shape)) for shape in shapes)
-        # Parameters, gradients, one momentum for each contender, and three arrays for each ceiling.
+        # Parameters, gradients, one state for each contender, and three arrays for each ceiling.
         if elements * 4 * (2 + 5 + 2 * 3) < 0.9 * free:
             yield name
 
@@ -228,7 +233,7 @@ def _measure(name: str, hyper: str, full: bool, console: Console) -> dict[str, A
     import torch
 
     wrong = _check(name, hyper) if name != "flat1G" else ""
-    contenders = _contenders(full)
+    contenders = _contenders(hyper, full)
     elements = sum(int(np.prod(shape)) for shape in CASES[name][0])
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     # Sets that together exceed the cache twice; a step over tiny tensors is not about memory.

@@ -24,11 +24,12 @@ import numpy as np
 
 import sgdcore
 from sgdcore._arrays import Array
+from sgdcore._rules import rule_of
 from sgdcore.bench import training
-from sgdcore.bench.cases import DTYPES, Case
+from sgdcore.bench.cases import DTYPES, HYPERS, Case
 from sgdcore.bench.contenders import CONTENDERS, Problem, Unsuitable
 from sgdcore.bench.stats import Ratio, ratio, spread
-from sgdcore.reference import ReferenceSGD
+from sgdcore.reference import updates
 
 __all__ = ["Extent", "Measured", "Result", "fitting", "run"]
 
@@ -257,6 +258,8 @@ def _start(
         problem.patient = name in asked
         began = time.perf_counter()
         try:
+            if cls.rule not in (None, case.rule):
+                raise Unsuitable(f"it computes {cls.rule} only")
             each = cls(problem)
             if cls.kind == "ceiling":
                 found = Result(cls.kind, "ceiling")
@@ -322,22 +325,33 @@ def _enter(results: dict[str, Result], name: str, found: Result) -> bool:
 def _expected(problem: Problem, picks: Sequence[Array]) -> Array:
     """Return the oracle's parameters after three steps, at the places that are compared."""
     gradients = [_picked(each, picks) for each in problem.gradients]
-    oracle = ReferenceSGD([_picked(problem.params, picks)], **problem.hyper)
-    for step in range(_STEPS):
-        oracle.step([gradients[step % len(gradients)]])
-    return oracle.params[0]
+    return _after_steps(
+        _picked(problem.params, picks),
+        [gradients[step % len(gradients)] for step in range(_STEPS)],
+        problem.case,
+    )
+
+
+def _after_steps(param: Array, gradients: Iterable[Array], case: Case) -> Array:
+    """Return an array after the oracle's steps with these gradients."""
+    values: Sequence[Any] = [param] + [None] * len(rule_of(case.rule).states)
+    for gradient in gradients:
+        values = updates[case.rule](values[0], gradient, *values[1:], **HYPERS[case.hyper])
+    found: Array = values[0]
+    return found
 
 
 def _trained(case: Case) -> Array:
     """Return all parameters after three steps of a training that the oracle has confirmed at the usual places."""
     witness = training.of(case, *training.variants()["torch loop"])
     picks = [_pick(values) for values in witness.result()]
-    oracle = ReferenceSGD([_picked(witness.result(), picks)], **witness.hyper)
+    start, gradients = _picked(witness.result(), picks), []
     for _ in range(_STEPS):
         witness.backward()
-        oracle.step([_picked(witness.gradients(), picks)])
+        gradients.append(_picked(witness.gradients(), picks))
         witness.update()
-    wrong_by = _difference(_picked(witness.result(), picks), oracle.params[0], case.dtype)
+    expected = _after_steps(start, gradients, case)
+    wrong_by = _difference(_picked(witness.result(), picks), expected, case.dtype)
     if wrong_by > WRONG:
         raise RuntimeError(
             f"{case.title}: torch's own update differs from the oracle by {wrong_by:.2g}"
