@@ -90,12 +90,20 @@ def test_the_core_takes_a_rule_of_four_lines(tmp_path: Path) -> None:
     script = f"""
 import sys
 import pytest
+OURS = ["sgdcore", "sgdcore flat", "sgdcore.torch"]
 # An editable installation finds its own copy of the package before any path.
 sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in type(each).__module__]
 sys.path[:0] = [{str(package.parent)!r}, {str(ROOT / "tests")!r}]
+from sgdcore.bench import measure
+from sgdcore.bench.cases import Case
+short = measure.Extent(rounds=3, turn=0.0, budget=0.0)
+measured = measure.run(Case("tiny", "aggmo", "float32", 1), OURS, short)
+for contender, result in measured.results.items():
+    print(contender, "is timed:", result.check == "equal" and len(result.seconds) == 3)
 options = ["-q", "-p", "no:cacheprovider", "-k", "aggmo or classes"]
 sys.exit(pytest.main([*options, {str(ROOT / "tests" / "test_rules.py")!r}]))
 """
     output = run(sys.executable, "-c", script, SGDCORE_TEST_SOURCES=str(source / "csrc"))
     assert "failed" not in output
+    assert output.count("is timed: True") == 3
     assert int(re.findall(r"(\d+) passed", output)[-1]) > 100
