@@ -19,9 +19,13 @@ inline bool overlap(const Extent& a, const Extent& b) { return a.begin < b.end &
 
 // For vectors of extents, or of what is derived from them. None may be empty.
 
+/// The first `sorted` ones are in order already.
 template <class Range>
-void sort_by_address(std::vector<Range>& ranges) {
-    std::sort(ranges.begin(), ranges.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+void sort_by_address(std::vector<Range>& ranges, std::size_t sorted = 0) {
+    const auto before = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
+    const auto middle = ranges.begin() + static_cast<std::ptrdiff_t>(sorted);
+    std::sort(middle, ranges.end(), before);
+    std::inplace_merge(ranges.begin(), middle, ranges.end(), before);
 }
 
 /// Of ranges sorted by address, the first that overlaps the next one; the end if they are disjoint.

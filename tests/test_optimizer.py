@@ -8,9 +8,11 @@ compared with sgdcore.reference, or with the same training without the feature.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import inspect
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -1614,9 +1616,10 @@ def test_many_groups_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> No
     groups = [{"params": [array]} for array in arrays]
     optimizer = sgdcore.SGD(groups, lr=0.5)
     assert built == [50]
-    optimizer.add_param_group({"params": [np.ones(2, np.float32)]})
-    assert built == [50, 51]
-    optimizer.step(grads=[np.ones(2, np.float32)] * 51)
+    for _ in range(2):
+        optimizer.add_param_group({"params": [np.ones(2, np.float32)]})
+    assert built == [50]  # nor is it checked anew for each that comes later
+    optimizer.step(grads=[np.ones(2, np.float32)] * 52)
     assert all(array.tolist() == [0.5, 0.5] for array in arrays)
     with pytest.raises(ValueError, match="appear in more than one parameter group, or twice"):
         sgdcore.SGD([*groups, {"params": [arrays[0]]}], lr=0.5)
@@ -1624,6 +1627,51 @@ def test_many_groups_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> No
         sgdcore.SGD([*groups, {"params": [arrays[0][:1]]}], lr=0.5)
     with pytest.raises(ValueError, match="with/without names"):
         sgdcore.SGD([*groups, {"params": [("a", np.ones(2, np.float32))]}], lr=0.5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_groups_added_after_anything_are_checked_against_all_that_is_there(seed: int) -> None:
+    """A group is refused where an optimizer made of the same groups is, and the optimizer steps as that one does."""
+    rng = np.random.default_rng(seed)
+    memory = np.ones(40, np.float64)
+    optimizer = sgdcore.SGD([memory[36:38]], lr=1.0, momentum=0.5)
+    refused = 0
+    for _ in range(30):
+        groups, kind = optimizer.param_groups, int(rng.integers(6))
+        group = groups[int(rng.integers(len(groups)))]
+        parameter = group["params"][0] if group["params"] else None
+        if kind == 0 and len(groups) > 1:
+            groups.remove(group)
+        elif kind == 1:
+            group["params"] = [*group["params"], sgdcore.Parameter(np.ones(2))]
+        elif kind == 2 and parameter is not None:
+            parameter.data = np.ones(parameter.shape)
+        elif kind == 3 and parameter is not None:
+            start = int(rng.integers(36))
+            values = memory[start : start + parameter.size].reshape(parameter.shape)
+            optimizer.state[parameter]["momentum_buffer"] = values
+        elif kind == 4:
+            with contextlib.suppress(ValueError):
+                optimizer.step(grads=[np.ones(p.shape) for p in parameters_of(optimizer)])
+        start = int(rng.integers(34))
+        new = sgdcore.Parameter(memory[start : start + int(rng.integers(0, 3))])
+        if rng.integers(4) == 0 and parameter is not None:
+            new = sgdcore.Parameter(parameter.data)
+        before = [list(group["params"]) for group in groups]
+        listed = parameters_of(optimizer)
+        held = [optimizer.state[p]["momentum_buffer"] for p in listed if p in optimizer.state]
+        in_use = [*held, *(p.data for p in listed)]
+        fits = not any(np.may_share_memory(a, b) for a, b in itertools.combinations(in_use, 2))
+        fits = fits and not any(np.may_share_memory(new.data, a) or new.data is a for a in in_use)
+        if fits:
+            optimizer.add_param_group({"params": [new]})
+            assert groups[-1]["params"] == [new]
+        else:
+            refused += 1
+            with pytest.raises(ValueError, match=r"overlap in memory|appear in more than one"):
+                optimizer.add_param_group({"params": [new]})
+            assert [group["params"] for group in groups] == before
+    assert 0 < refused < 30
 
 
 def test_get_and_setdefault_of_the_state_know_an_empty_one() -> None:

@@ -3,6 +3,7 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -91,38 +92,67 @@ AtExit(F) -> AtExit<F>;
 }  // namespace
 
 void Plan::build(const py::list& parameters, const py::list& slots) {
-    if (running_.is_inside()) throw std::runtime_error("the optimizer's parameters cannot change while it is stepping");
+    require_no_step();
     std::vector<Entry> entries;
     for (std::size_t group = 0; group < parameters.size(); ++group) {
-        const py::list in_group = parameters[group], their_slots = slots[group];
-        for (std::size_t i = 0; i < in_group.size(); ++i) {
-            const py::object object = in_group[i];
-            py::object slots_object = their_slots[i];
-            auto* states = &py::cast<StateSlots&>(slots_object);
-            auto* parameter = &py::cast<Parameter&>(object);
-            entries.push_back({std::move(slots_object), states, parameter, object.ptr(),
-                               static_cast<std::uint32_t>(group), parameter->data_version, states->version,
-                               parameter->grad_version - 1});
-        }
+        append(entries, group, parameters[group], slots[group]);
     }
     group_count_ = parameters.size();
     std::swap(entries_, entries);  // the old ones are released last, as in clear
     stop_relying_on(entries);
     rely_on(entries_);
     outdated_ = false;
-    missing_.clear();
     disjoint_grads_checked_ = false;
+    writes_.clear();
+    start_with(0);
+}
+
+void Plan::add_group(const py::list& parameters, const py::list& slots) {
+    require_no_step();
+    std::vector<Entry> entries;
+    append(entries, group_count_, parameters, slots);
+    rely_on(entries);
+    const std::size_t first = entries_.size();
+    entries_.insert(entries_.end(), std::make_move_iterator(entries.begin()), std::make_move_iterator(entries.end()));
+    ++group_count_;
+    start_with(first);
+}
+
+void Plan::require_no_step() const {
+    if (running_.is_inside()) throw std::runtime_error("the optimizer's parameters cannot change while it is stepping");
+}
+
+void Plan::append(std::vector<Entry>& entries, std::size_t group, const py::list& parameters, const py::list& slots) {
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+        const py::object object = parameters[i];
+        py::object slots_object = slots[i];
+        auto* states = &py::cast<StateSlots&>(slots_object);
+        auto* parameter = &py::cast<Parameter&>(object);
+        entries.push_back({std::move(slots_object), states, parameter, object.ptr(), static_cast<std::uint32_t>(group),
+                           parameter->data_version, states->version, parameter->grad_version - 1});
+    }
+}
+
+void Plan::start_with(std::size_t first) {
+    missing_.clear();
     used_grads_.assign(entries_.size(), nullptr);
     tensors_.resize(entries_.size());
     tensor_count_ = 0;
     first_.reserve(entries_.size());
     hypers_.reserve(group_count_);
     try {
-        collect_writes();
+        collect_writes(first);
     } catch (...) {
         clear();  // a plan that was not checked must match no groups
         throw;
     }
+}
+
+bool Plan::is_current(const py::list& param_groups) const {
+    return matches(param_groups) && std::ranges::none_of(entries_, [](const Entry& entry) {
+               return entry.data_version != entry.parameter->data_version ||
+                      entry.states_version != entry.slots->version;
+           });
 }
 
 bool Plan::matches(const py::list& param_groups) const {
@@ -272,7 +302,10 @@ Plan::Listed Plan::list_tensors(bool given) {
 }
 
 void Plan::check_memory(const Listed& listed, bool given, bool zero_grad) {
-    if (listed.rebound) collect_writes();
+    if (listed.rebound) {
+        writes_.clear();
+        collect_writes(0);
+    }
     if (listed.rebound || listed.new_grads) {
         disjoint_grads_checked_ = false;  // first: what a refused step has looked at is not looked at again
         check_grads_against_writes(given);
@@ -343,24 +376,26 @@ void Plan::hold_arrays() {
     }
 }
 
-void Plan::collect_writes() {
-    writes_.clear();
-    for (std::size_t i = 0; i < entries_.size(); ++i) {
-        const ArrayRef& data = entries_[i].parameter->data();
-        writes_.push_back({extent_of(data), i, Kind::data, data.array});
-        for (int state = 0; state < entries_[i].slots->count(); ++state) {
-            const ArrayRef& array = entries_[i].slots->array(state);
-            if (!array.empty()) writes_.push_back({extent_of(array), i, Kind::state, array.array, state});
+void Plan::collect_writes(std::size_t first) {
+    ++checks_;
+    const std::size_t sorted = writes_.size();
+    const auto add = [this](const ArrayRef& array, std::size_t entry, Kind kind, int state) {
+        if (const Extent extent = extent_of(array); extent.begin != extent.end) {
+            writes_.push_back({extent, entry, kind, array.array, state});
         }
-    }
-    std::erase_if(writes_, [](const Range& range) { return range.begin == range.end; });
-    sort_by_address(writes_);
-    if (const auto first = find_overlap(writes_); first != writes_.end()) refuse_overlap(first[0], first[1]);
-    for (Entry& entry : entries_) {
+    };
+    for (std::size_t i = first; i < entries_.size(); ++i) {
+        Entry& entry = entries_[i];
+        add(entry.parameter->data(), i, Kind::data, 0);
+        for (int state = 0; state < entry.slots->count(); ++state) {
+            if (!entry.slots->array(state).empty()) add(entry.slots->array(state), i, Kind::state, state);
+        }
         entry.data_version = entry.parameter->data_version;
         entry.states_version = entry.slots->version;
         entry.grad_version = entry.parameter->grad_version - 1;  // not compared with these ranges yet
     }
+    sort_by_address(writes_, sorted);
+    if (const auto found = find_overlap(writes_); found != writes_.end()) refuse_overlap(found[0], found[1]);
 }
 
 void Plan::check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const {

@@ -32,6 +32,16 @@ class Plan : private Dependent {
     /// Raises ValueError if two parameters, or a parameter and a state, overlap.
     void build(const py::list& parameters, const py::list& slots);
 
+    /// Takes in one more group of a plan that is current, at a cost that hardly grows with the groups before it.
+    /// Raises ValueError as `build` does.
+    void add_group(const py::list& parameters, const py::list& slots);
+
+    /// True if the plan matches the groups and knows where their parameters and states are.
+    bool is_current(const py::list& param_groups) const;
+
+    /// How often memory was checked: while the number stays, the plan's parameters are where they were.
+    std::uint64_t checks() const { return checks_; }
+
     /// True while every group holds the very parameters of the last `build`, in order.
     bool matches(const py::list& param_groups) const;
 
@@ -89,6 +99,12 @@ class Plan : private Dependent {
     void rely_on(const std::vector<Entry>& entries);
     void stop_relying_on(const std::vector<Entry>& entries);
 
+    void require_no_step() const;
+    /// Adds an entry for each of a group's parameters.
+    static void append(std::vector<Entry>& entries, std::size_t group, const py::list& parameters,
+                       const py::list& slots);
+    /// Makes room for a step over all entries, and checks the memory of those from `first` on.
+    void start_with(std::size_t first);
     /// Lets go what a step used.
     void forget_step();
     /// Raises TypeError if no parameter has ever had a gradient and the optimizer made them all of arrays: whoever gave
@@ -110,7 +126,8 @@ class Plan : private Dependent {
     /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays or remove
     /// parameters.
     void hold_arrays();
-    void collect_writes();
+    /// Adds what a step writes for the entries from `first` on; raises ValueError if ranges overlap.
+    void collect_writes(std::size_t first);
     void check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const;
     void check_disjoint_grads(bool given);
     /// True if the ranges, which overlap, are known to have no byte in common because their gaps fit into each other,
@@ -142,6 +159,7 @@ class Plan : private Dependent {
     std::vector<Range> grad_ranges_;
     std::vector<Extent> runs_;
     DeviceSteps device_steps_;
+    std::uint64_t checks_ = 0;
     bool disjoint_grads_checked_ = false;
     bool parameters_held_ = false;
     bool outdated_ = false;  // during the step under way

@@ -59,8 +59,8 @@ class Optimizer:
     """
 
     rule: ClassVar[str]
-    # The identities of the parameters so far, while the constructor adds groups.
-    _known: set[int] | None = None
+    # The constructor adds its groups before it builds the plan.
+    _constructing = False
 
     def __init__(self, params: ParamsLike, defaults: dict[str, Any]) -> None:
         if not hasattr(self, "rule"):
@@ -85,10 +85,10 @@ class Optimizer:
             whole = isinstance(params, ParameterBuffer | set | frozenset)
             groups = [{"params": params if whole else groups}]
         # The plan is built once, of all groups: building it for each would take time that is quadratic in their number.
-        self._known = set()
+        self._constructing = True
         for group in groups:
             self.add_param_group(group)
-        self._known = None
+        del self._constructing
         self._build_plan(self.param_groups)
 
     def _start(self) -> None:
@@ -96,6 +96,8 @@ class Optimizer:
         self._plan = _core.Plan(self.rule)
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
+        # The identities of the parameters, and the plan's number of checks with which they hold.
+        self._known: tuple[int, set[int]] = 0, set()
         self._step_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._step_post_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -147,19 +149,27 @@ class Optimizer:
                 f"cannot add param group {which} to the optimizer"
             )
         self._normalize_group(group)
-        known = self._known
-        if known is None:
+        is_current = self._constructing or self._plan.is_current(self.param_groups)
+        checks, known = self._known
+        if not is_current or checks != self._plan.checks:
             known = {_identity(p) for each in self.param_groups for p in each["params"]}
+        added: set[int] = set()
         for position, parameter in enumerate(group["params"]):
-            if _identity(parameter) in known:
+            identity = _identity(parameter)
+            if identity in known or identity in added:
                 label = repr(parameter.name) if parameter.name else f"at position {position}"
                 raise ValueError(
                     f"some parameters appear in more than one parameter group, or twice: parameter {label}"
                 )
-            known.add(_identity(parameter))
-        if self._known is None:
+            added.add(identity)
+        if not is_current:
             self._build_plan([*self.param_groups, group])
+        elif not self._constructing:
+            params = list(group["params"])
+            self._plan.add_group(params, [self.state[p].slots for p in params])
         self.param_groups.append(group)
+        known |= added
+        self._known = self._plan.checks, known
 
     def _warn_of_near_keys(self, keys: Iterable[Any]) -> None:
         known = {*self.defaults, "params", "param_names"}
@@ -456,6 +466,7 @@ class _Own:
         {
             "_load_state_dict_post_hooks",
             "_load_state_dict_pre_hooks",
+            "_constructing",
             "_known",
             "_plan",
             "_run_plan",
