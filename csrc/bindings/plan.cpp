@@ -385,17 +385,21 @@ void Plan::collect_writes(std::size_t first) {
         }
     };
     for (std::size_t i = first; i < entries_.size(); ++i) {
-        Entry& entry = entries_[i];
+        const Entry& entry = entries_[i];
         add(entry.parameter->data(), i, Kind::data, 0);
         for (int state = 0; state < entry.slots->count(); ++state) {
             if (!entry.slots->array(state).empty()) add(entry.slots->array(state), i, Kind::state, state);
         }
+    }
+    sort_by_address(writes_, sorted);
+    if (const auto found = find_overlap(writes_); found != writes_.end()) refuse_overlap(found[0], found[1]);
+    // Only now: what is refused is checked again by the next step.
+    for (std::size_t i = first; i < entries_.size(); ++i) {
+        Entry& entry = entries_[i];
         entry.data_version = entry.parameter->data_version;
         entry.states_version = entry.slots->version;
         entry.grad_version = entry.parameter->grad_version - 1;  // not compared with these ranges yet
     }
-    sort_by_address(writes_, sorted);
-    if (const auto found = find_overlap(writes_); found != writes_.end()) refuse_overlap(found[0], found[1]);
 }
 
 void Plan::check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const {
