@@ -80,6 +80,10 @@ void SimulatedRuntime::fail_if_told(int device, const char* call) const {
     }
 }
 
+void SimulatedRuntime::refuse_memory(int device, const char* call) {
+    throw CudaError(std::string(call) + " on device " + std::to_string(device) + ": the memory is not the device's");
+}
+
 int SimulatedRuntime::device_of(const void* address) {
     const std::lock_guard lock(mutex());
     const auto* const byte = static_cast<const std::byte*>(address);
@@ -164,6 +168,7 @@ bool SimulatedRuntime::capturing(int device, Stream stream) {
 void SimulatedRuntime::copy(int device, void* to, const void* from, std::size_t size, Stream stream) {
     const std::lock_guard lock(mutex());
     fail_if_told(device, "copy");
+    if (device_of(to) != device && device_of(from) != device) refuse_memory(device, "copy");
     ++counts.copies;
     counts.copied_bytes += static_cast<std::int64_t>(size);
     add(stream, [=] { std::memcpy(to, from, size); });
@@ -172,6 +177,7 @@ void SimulatedRuntime::copy(int device, void* to, const void* from, std::size_t 
 void SimulatedRuntime::fill(int device, void* to, int byte, std::size_t size, Stream stream) {
     const std::lock_guard lock(mutex());
     fail_if_told(device, "fill");
+    if (device_of(to) != device) refuse_memory(device, "fill");
     add(stream, [=] { std::memset(to, byte, size); });
 }
 

@@ -14,7 +14,8 @@
 namespace sgdcore::cuda {
 
 /// Devices whose memory is the host's. What a stream gets is done only when it has to be: by `synchronize`, by an event
-/// that is waited for, or when the stream holds more than `lag` operations.
+/// that is waited for, or when the stream holds more than `lag` operations. Memory that is copied or filled and is not
+/// the device's is refused, where CUDA might take it: a mistake of whoever describes it.
 class SimulatedRuntime final : public Runtime {
   public:
     struct Counts {
@@ -73,6 +74,7 @@ class SimulatedRuntime final : public Runtime {
     void add(Stream stream, Operation operation);
     void advance(Stream stream, std::size_t position);
     void fail_if_told(int device, const char* call) const;
+    [[noreturn]] static void refuse_memory(int device, const char* call);
 
     const int devices_;
     const std::size_t lag_;
