@@ -185,7 +185,7 @@ def test_one_kernel_for_all_tensors_and_groups() -> None:
         pair.on_cpu.step()
         kernels = kernels_of(pair.on_cuda.step)
         assert len(kernels) == 1, kernels
-        assert "sgd_step" in kernels[0]
+        assert "step_kernel" in kernels[0]
         pair.check()
 
 
