@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -25,7 +26,11 @@ void sort_by_address(std::vector<Range>& ranges, std::size_t sorted = 0) {
     const auto before = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
     const auto middle = ranges.begin() + static_cast<std::ptrdiff_t>(sorted);
     std::sort(middle, ranges.end(), before);
-    std::inplace_merge(ranges.begin(), middle, ranges.end(), before);
+    if (sorted == 0) return;
+    std::vector<Range> merged;
+    merged.reserve(ranges.size());
+    std::merge(ranges.begin(), middle, middle, ranges.end(), std::back_inserter(merged), before);
+    ranges.swap(merged);
 }
 
 /// Of ranges sorted by address, the first that overlaps the next one; the end if they are disjoint.

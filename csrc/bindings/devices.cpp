@@ -106,17 +106,15 @@ cuda::Stepper& DeviceSteps::stepper(int device) {
     return *stepper;
 }
 
-void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param_groups,
-                       const std::vector<Hyper>& hypers, const std::vector<GroupScalars>& scalars, StepOptions options,
-                       const DeviceInterface& interface) {
+void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param_groups, const GroupHypers& hypers,
+                       StepOptions options, const DeviceInterface& interface) {
     std::map<int, Part> parts;
     bool on_host = false;
     for (const TensorRef& tensor : tensors) {
         parts[tensor.device].tensors.push_back(tensor);
-        on_host = on_host || needs_numbers_on_host(tensor, scalars);
+        on_host = on_host || needs_numbers_on_host(tensor, hypers.on_device());
     }
-    std::vector<Hyper> host_hypers = hypers;
-    if (on_host) read_hypers(options.rule, param_groups, host_hypers, nullptr);  // waits for them
+    const std::vector<Hyper> host_hypers = on_host ? read_hypers_on_host(options.rule, param_groups) : hypers.all();
     bool cpu_left_out = false;
     for (auto& [device, part] : parts) {
         if (device == cpu_device) {
@@ -128,7 +126,7 @@ void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param
             continue;
         }
         cuda::check_for_device(part.tensors, host_hypers, options.zero_grad);
-        part.scalars = scalars_of(device, scalars);
+        part.scalars = scalars_of(device, hypers.on_device());
         part.options.stream =
             pointer_of<void>(py::cast<std::uintptr_t>(call(interface.stream, py::make_tuple(device))));
         if (!interface.scaling.is_none()) {

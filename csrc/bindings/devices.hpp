@@ -48,10 +48,9 @@ class DeviceSteps {
     /// std::invalid_argument before anything is changed. A CudaError says which devices were stepped before the one
     /// that failed.
     ///
-    /// `scalars` are the groups' numbers on devices. Nothing waits for a device, unless tensors that are not on it need
-    /// a number that is.
-    void step(std::span<const TensorRef> tensors, const py::list& param_groups, const std::vector<Hyper>& hypers,
-              const std::vector<GroupScalars>& scalars, StepOptions options, const DeviceInterface& interface);
+    /// Nothing waits for a device, unless tensors that are not on it need a number that is.
+    void step(std::span<const TensorRef> tensors, const py::list& param_groups, const GroupHypers& hypers,
+              StepOptions options, const DeviceInterface& interface);
 
   private:
     /// Leaves a stepper that a fork brought here as it is: a thread that is not here may have been changing it.

@@ -52,13 +52,24 @@ bool converts_by_item(const py::object& value) {
            unless_python_ends([&] { return PyObject_HasAttr(value.ptr(), tensor_mark); }) != 0;
 }
 
+/// What is read of one group.
+struct GroupValues {
+    Values values;
+    GroupScalars scalars;
+    bool on_device = false;  // one of the numbers is
+    bool plain = true;       // all are floats, integers and bools, which never change
+};
+
 /// group[key]: a float, whatever converts to one, or an array or tensor of one element. If there is a `place`, a number
 /// on a device stays there, and is NaN here.
-double number_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code,
-                 DeviceNumber* place = nullptr) {
+double number_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code, DeviceNumber* place,
+                 bool& plain) {
     PyObject* const item = group_item(group, key, index);
     if (PyFloat_CheckExact(item)) return PyFloat_AS_DOUBLE(item);
-    if (!PyLong_CheckExact(item)) before_code();
+    if (!PyLong_CheckExact(item)) {
+        plain = false;
+        before_code();
+    }
     const auto value = py::reinterpret_borrow<py::object>(item);  // what follows may run code that changes the group
     if (place != nullptr && !PyLong_CheckExact(item) && is_on_device(value)) {
         const std::string text = hyper_text(key, index);
@@ -79,9 +90,10 @@ double number_of(PyObject* group, PyObject* key, std::size_t index, const Before
     return number;
 }
 
-bool flag_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code) {
+bool flag_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code, bool& plain) {
     PyObject* const item = group_item(group, key, index);
     if (item == Py_False || item == Py_True) return item == Py_True;
+    plain = false;
     before_code();
     const auto value = py::reinterpret_borrow<py::object>(item);
     const int truth = unless_python_ends([&] { return PyObject_IsTrue(value.ptr()); });
@@ -103,6 +115,37 @@ struct HyperKeys {
 PyObject* const* keys_of(int rule) {
     static const HyperKeys keys;
     return keys.of[rule];
+}
+
+/// Reads a group; numbers that may be read on devices stay there if `leave_on_device`.
+GroupValues read_group(int rule, PyObject* group, std::size_t index, bool leave_on_device,
+                       const BeforeCode& before_code) {
+    PyObject* const* const keys = keys_of(rule);
+    GroupValues found;
+    DeviceNumber* next = found.scalars.numbers;
+    int hyper = 0;
+    for (const HyperSpec& spec : rules()[static_cast<std::size_t>(rule)].hypers) {
+        PyObject* const key = keys[hyper];
+        DeviceNumber* const place = spec.on_device ? next++ : nullptr;
+        found.values[hyper++] =
+            spec.kind == HyperSpec::flag
+                ? flag_of(group, key, index, before_code, found.plain)
+                : number_of(group, key, index, before_code, leave_on_device ? place : nullptr, found.plain);
+        found.on_device |= place != nullptr && place->address != nullptr;
+    }
+    return found;
+}
+
+/// A number that is another one after each change of the dict, and for each dict; 0 where CPython keeps none.
+std::uint64_t version_of([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000 && !defined(PYPY_VERSION)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+    return 0;
+#endif
 }
 
 }  // namespace
@@ -131,35 +174,40 @@ PyObject* group_item(PyObject* group, PyObject* key, std::size_t index) {
     return value;
 }
 
-void read_hypers(int rule, const py::list& param_groups, std::vector<Hyper>& hypers,
-                 std::vector<GroupScalars>* on_device, BeforeCode before_code) {
-    const RuleInfo& info = rules()[static_cast<std::size_t>(rule)];
-    PyObject* const* const keys = keys_of(rule);
-    hypers.clear();
-    if (on_device != nullptr) on_device->clear();
-    for (std::size_t i = 0; i < param_groups.size(); ++i) {
-        // Held, since a conversion may run code that changes the list.
-        const auto held = py::reinterpret_borrow<py::object>(group_at(param_groups, i));
-        PyObject* const group = held.ptr();
-        Values values;
-        GroupScalars scalars;
-        DeviceNumber* next = scalars.numbers;
-        bool found_on_device = false;
-        int hyper = 0;
-        for (const HyperSpec& spec : info.hypers) {
-            PyObject* const key = keys[hyper];
-            DeviceNumber* const place = spec.on_device ? next++ : nullptr;
-            values[hyper++] = spec.kind == HyperSpec::flag
-                                  ? flag_of(group, key, i, before_code)
-                                  : number_of(group, key, i, before_code, on_device ? place : nullptr);
-            found_on_device |= place != nullptr && place->address != nullptr;
+void GroupHypers::read(int rule, const py::list& param_groups, BeforeCode before_code) {
+    on_device_.clear();
+    std::size_t i = 0;
+    for (; i < param_groups.size(); ++i) {
+        PyObject* const group = group_at(param_groups, i);
+        if (i == all_.size()) {
+            all_.emplace_back();
+            seen_.emplace_back();
         }
-        hypers.push_back(info.hyper(values));
-        if (!found_on_device) continue;
-        on_device->resize(i + 1);
-        on_device->back() = scalars;
+        const Seen now{group, version_of(group)};
+        if (now.version != 0 && now.version == seen_[i].version && now.dict == seen_[i].dict) continue;
+        seen_[i] = {};
+        // Held, since a conversion may run code that changes the list.
+        const auto held = py::reinterpret_borrow<py::object>(group);
+        const GroupValues found = read_group(rule, group, i, true, before_code);
+        all_[i] = rules()[static_cast<std::size_t>(rule)].hyper(found.values);
+        if (found.plain) seen_[i] = now;
+        if (!found.on_device) continue;
+        on_device_.resize(i + 1);
+        on_device_.back() = found.scalars;
     }
-    if (on_device != nullptr && !on_device->empty()) on_device->resize(hypers.size());
+    all_.resize(i);
+    seen_.resize(i);
+    if (!on_device_.empty()) on_device_.resize(i);
+}
+
+std::vector<Hyper> read_hypers_on_host(int rule, const py::list& param_groups) {
+    std::vector<Hyper> hypers;
+    for (std::size_t i = 0; i < param_groups.size(); ++i) {
+        const auto held = py::reinterpret_borrow<py::object>(group_at(param_groups, i));
+        hypers.push_back(
+            rules()[static_cast<std::size_t>(rule)].hyper(read_group(rule, held.ptr(), i, false, {}).values));
+    }
+    return hypers;
 }
 
 }  // namespace sgdcore::bindings

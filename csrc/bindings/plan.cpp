@@ -243,8 +243,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
-    read_hypers(rule_, param_groups, hypers_, &scalars_,
-                {[](void* plan) { static_cast<Plan*>(plan)->hold_parameters(); }, this});
+    hypers_.read(rule_, param_groups, {[](void* plan) { static_cast<Plan*>(plan)->hold_parameters(); }, this});
     if (hypers_.size() != group_count_) return false;  // Python code changed the groups
     const bool given = !grads.is_none();
     if (given) read_given(grads);
@@ -264,7 +263,7 @@ Plan::Listed Plan::list_tensors(bool given) {
     Listed listed;
     listed.new_grads = given;
     // A number on a device makes a step on the CPU wait for it; a device reads it by itself.
-    listed.on_device = !scalars_.empty();
+    listed.on_device = !hypers_.on_device().empty();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         const Entry& entry = entries_[i];
         const Parameter& parameter = *entry.parameter;
@@ -331,7 +330,7 @@ void Plan::update(const py::list& param_groups, const Listed& listed, const Step
     if (listed.on_device) {
         update_on_devices(param_groups, options);
     } else {
-        step_on_cpu(tensors(), listed.elements, hypers_, options);
+        step_on_cpu(tensors(), listed.elements, hypers_.all(), options);
     }
 }
 
@@ -352,7 +351,7 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
         }
         return py::object(py::int_(0));
     };
-    device_steps_.step(tensors(), param_groups, hypers_, scalars_, options, {.stream = py::cpp_function(stream)});
+    device_steps_.step(tensors(), param_groups, hypers_, options, {.stream = py::cpp_function(stream)});
 }
 
 void Plan::hold_arrays() {

@@ -15,6 +15,7 @@
 #include "../process.hpp"
 #include "../work.hpp"
 #include "devices.hpp"
+#include "hypers.hpp"
 #include "states.hpp"
 
 namespace sgdcore::bindings {
@@ -146,8 +147,7 @@ class Plan : private Dependent {
     std::vector<std::pair<std::size_t, int>> missing_;  // entries, and numbers of states without storage
 
     // Refilled by every run; their capacity is kept, so that a step does not allocate.
-    std::vector<Hyper> hypers_;
-    std::vector<GroupScalars> scalars_;
+    GroupHypers hypers_;
     std::vector<TensorRef> tensors_;  // the first tensor_count_; the others wait for steps with more gradients
     std::size_t tensor_count_ = 0;
     std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient

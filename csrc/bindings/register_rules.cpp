@@ -40,14 +40,13 @@ void register_rules(py::module_& module) {
         [](const std::string& rule, const py::dict& group) {
             py::list groups;
             groups.append(group);
-            std::vector<Hyper> hypers;
-            std::vector<GroupScalars> on_device;
-            read_hypers(rule_number(rule), groups, hypers, &on_device);
+            GroupHypers hypers;
+            hypers.read(rule_number(rule), groups);
             py::list in_use;
             for (std::size_t state = 0; state < info_of(rule).states.size(); ++state) {
-                in_use.append(hypers.front().has_state(static_cast<int>(state)));
+                in_use.append(hypers[0].has_state(static_cast<int>(state)));
             }
-            return py::make_tuple(py::tuple(in_use), hypers.front().skips_zero_grads);
+            return py::make_tuple(py::tuple(in_use), hypers[0].skips_zero_grads);
         },
         py::arg("rule"), py::arg("group"));
 }

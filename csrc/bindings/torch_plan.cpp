@@ -311,7 +311,7 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     const Lease lease(*this);
     Memory& memory = *lease;
     const bool complete = std::exchange(memory.complete, false);
-    read_hypers(rule_, param_groups, memory.hypers, &memory.scalars);
+    memory.hypers.read(rule_, param_groups);
     const bool everything_left_out = beside != nullptr && beside->everything_left_out;
     if (!everything_left_out && !PyDict_Check(state.ptr())) return py::bool_(false);
     Pass pass{memory, States(state.ptr()), zero_grad, beside};
@@ -327,8 +327,8 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     listing.finish();
     memory.complete = true;
     const std::vector<std::size_t>& entangled = listing.entangled();
-    const bool takes_turns =
-        !entangled.empty() && !zero_grad && scaling.is_none() && memory.scalars.empty() && listing.can_take_turns();
+    const bool takes_turns = !entangled.empty() && !zero_grad && scaling.is_none() &&
+                             memory.hypers.on_device().empty() && listing.can_take_turns();
     if (find_overlaps(pass, param_groups) || !pass.is_complete() || (!entangled.empty() && !takes_turns)) {
         pass.add_overlapping(param_groups, entangled);
         return pass.report(true);
@@ -405,7 +405,7 @@ void TorchPlan::take_turns(const Memory& memory, const StepOptions& options) con
         others.push_back(tensors[i]);
         elements += tensors[i].size;
     }
-    step_on_cpu(others, elements, memory.hypers, options);
+    step_on_cpu(others, elements, memory.hypers.all(), options);
     for (const std::size_t index : entangled) {
         TensorRef tensor = tensors[index];
         std::vector<std::byte> copy;
@@ -414,7 +414,7 @@ void TorchPlan::take_turns(const Memory& memory, const StepOptions& options) con
                         tensor.grad + tensor.size * static_cast<std::int64_t>(item_size(tensor.grad_dtype)));
             tensor.grad = copy.data();
         }
-        step_on_cpu({&tensor, 1}, tensor.size, memory.hypers, options);
+        step_on_cpu({&tensor, 1}, tensor.size, memory.hypers.all(), options);
     }
 }
 
@@ -593,7 +593,7 @@ TorchPlan::Outcome TorchPlan::list_dense(Pass& pass, PyObject* parameter, PyObje
 TorchPlan::Outcome TorchPlan::list_rows(Pass& pass, PyObject* parameter, PyObject* grad, PyObject* group) {
     static PyObject* const mode_key = interned("sparse_mode");
     Memory& memory = pass.memory;
-    if (pass.zero_grad || !memory.scalars.empty()) return Outcome::odd;
+    if (pass.zero_grad || !memory.hypers.on_device().empty()) return Outcome::odd;
     PyObject* const mode = lookup(group, mode_key);
     const bool lazy = mode != nullptr && PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "lazy") == 0;
     const bool rows_only = lazy || memory.hypers[pass.group].skips_zero_grads;
@@ -715,13 +715,13 @@ void TorchPlan::update(const Memory& memory, std::span<const TensorRef> work, st
                        const py::list& param_groups, const StepOptions& options, const py::object& scaling,
                        const std::vector<std::uint8_t*>& pending) {
     // Numbers on a device make a step on the CPU wait for them.
-    if (on_device || !memory.scalars.empty() || !scaling.is_none()) {
+    if (on_device || !memory.hypers.on_device().empty() || !scaling.is_none()) {
         std::vector<TensorRef> tensors(work.begin(), work.end());
         for (std::size_t i = 0; i < pending.size(); ++i) tensors[i].pending = pending[i];
         const DeviceInterface interface{.stream = reader_.current_stream(), .scaling = scaling};
-        device_steps_.step(tensors, param_groups, memory.hypers, memory.scalars, options, interface);
+        device_steps_.step(tensors, param_groups, memory.hypers, options, interface);
     } else {
-        step_on_cpu(work, elements, memory.hypers, options);
+        step_on_cpu(work, elements, memory.hypers.all(), options);
     }
 }
 
@@ -730,7 +730,7 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     const py::list param_groups = list_of(groups);
     Memory memory;
     std::vector<std::uint8_t*> pending;
-    read_hypers(rule_, param_groups, memory.hypers, &memory.scalars);
+    memory.hypers.read(rule_, param_groups);
     Layouts layouts;
     memory.listing.start();
     std::size_t position = 0;

@@ -103,8 +103,7 @@ class TorchPlan {
     struct Memory {
         std::vector<Entry> entries;
         std::vector<Known> states;  // of the entries: as many of each as the rule has
-        std::vector<Hyper> hypers;
-        std::vector<GroupScalars> scalars;
+        GroupHypers hypers;
         TorchListing listing;
         References held;  // those of a step, which releases them at its end
         /// The parameters that the last step left to Python as unusual, and where the groups began.
