@@ -5,22 +5,35 @@
 #include <string>
 
 #include "../engine/catalog.hpp"
+#include "fast_method.hpp"
 #include "module.hpp"
 #include "plan.hpp"
 
 namespace sgdcore::bindings {
+namespace {
+
+py::object run(Plan& plan, PyObject* const* arguments) {
+    const auto param_groups = py::reinterpret_borrow<py::object>(arguments[0]);
+    if (!PyList_Check(arguments[0])) {
+        throw py::type_error("param_groups: expected a list, got " + repr_text(param_groups));
+    }
+    const auto grads = py::reinterpret_borrow<py::object>(arguments[1]);
+    return py::bool_(plan.run(py::reinterpret_borrow<py::list>(param_groups), grads, truth_of(arguments[2])));
+}
+
+}  // namespace
 
 void register_plan(py::module_& module) {
-    py::class_<Plan>(module, "Plan", garbage_collected<Plan>())
-        .def(py::init([](const std::string& rule) { return std::make_unique<Plan>(rule_number(rule)); }),
+    py::class_<Plan> type(module, "Plan", garbage_collected<Plan>());
+    type.def(py::init([](const std::string& rule) { return std::make_unique<Plan>(rule_number(rule)); }),
              py::arg("rule"))
         .def("build", &Plan::build, py::arg("parameters"), py::arg("slots"))
         .def("add_group", &Plan::add_group, py::arg("parameters"), py::arg("slots"))
         .def("is_current", &Plan::is_current, py::arg("param_groups"))
         .def_property_readonly("checks", &Plan::checks)
         .def("outdate", &Plan::outdate)
-        .def("run", &Plan::run, py::arg("param_groups"), py::arg("grads"), py::arg("zero_grad"))
         .def("missing_states", &Plan::missing_states, py::arg("param_groups"));
+    def_fast<Plan, 3, run>(type, "run", "run($self, param_groups, grads, zero_grad, /)\n--\n\n");
 }
 
 }  // namespace sgdcore::bindings

@@ -2,14 +2,23 @@
 #include <string>
 
 #include "../engine/catalog.hpp"
+#include "fast_method.hpp"
 #include "module.hpp"
 #include "torch_plan.hpp"
 
 namespace sgdcore::bindings {
+namespace {
+
+py::object run(TorchPlan& plan, PyObject* const* arguments) {
+    const auto argument = [&](int i) { return py::reinterpret_borrow<py::object>(arguments[i]); };
+    return plan.run(argument(0), argument(1), truth_of(arguments[2]), float_of(arguments[3]), argument(4));
+}
+
+}  // namespace
 
 void register_torch_plan(py::module_& module) {
-    py::class_<TorchPlan>(module, "TorchPlan", garbage_collected<TorchPlan>())
-        .def(py::init([](const std::string& rule, py::object exchange_api, py::object describe, py::object access,
+    py::class_<TorchPlan> type(module, "TorchPlan", garbage_collected<TorchPlan>());
+    type.def(py::init([](const std::string& rule, py::object exchange_api, py::object describe, py::object access,
                          py::object increment_version, py::object increment_version_where_possible,
                          py::object is_negated, py::object tensor_type, py::object parameter_type,
                          py::object grad_descriptor, py::object requires_grad_descriptor, py::object kind_of,
@@ -26,8 +35,6 @@ void register_torch_plan(py::module_& module) {
              py::arg("tensor_type"), py::arg("parameter_type"), py::arg("grad_descriptor"),
              py::arg("requires_grad_descriptor"), py::arg("kind_of"), py::arg("sparse_indices"),
              py::arg("sparse_values"), py::arg("current_stream"))
-        .def("run", &TorchPlan::run, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
-             py::arg("grad_factor"), py::arg("scaling") = py::none())
         .def("run_beside", &TorchPlan::run_beside, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
              py::arg("grad_factor"), py::arg("scaling"), py::arg("left_out"), py::arg("new_states"), py::arg("items"))
         .def("run_items", &TorchPlan::run_items, py::arg("param_groups"), py::arg("items"), py::arg("grad_factor"),
@@ -35,6 +42,8 @@ void register_torch_plan(py::module_& module) {
         .def("set_pending", &TorchPlan::set_pending, py::arg("flags"))
         .def_readwrite("state_exposed", &TorchPlan::state_exposed)
         .def("is_dense", &TorchPlan::is_dense, py::arg("tensor"));
+    def_fast<TorchPlan, 5, run>(type, "run",
+                                "run($self, param_groups, state, zero_grad, grad_factor, scaling, /)\n--\n\n");
 }
 
 }  // namespace sgdcore::bindings

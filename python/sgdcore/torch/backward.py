@@ -211,7 +211,7 @@ class StepInBackward:
         if group is None:
             return  # it was removed, and keeps its gradient
         optimizer = self._optimizer
-        found = self._plan.run([group], optimizer._state, False, 1.0)
+        found = self._plan.run([group], optimizer._state, False, 1.0, None)
         if found is not True:
             optimizer._update_part(self._plan, [group], found, hook.place)
         try:
