@@ -158,7 +158,7 @@ def test_a_step_after_a_collection_is_as_any_other(prepared: list[Tensor]) -> No
     optimizer.step()
     for _ in range(3):
         gc.collect()
-        assert optimizer._run(optimizer.param_groups, optimizer._state, False, 1.0, None) is True
+        assert optimizer._run_unobserved(optimizer.param_groups, optimizer._state, False) is True
     assert not prepared
 
 

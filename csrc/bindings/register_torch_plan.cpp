@@ -1,5 +1,9 @@
 // The step over torch tensors.
+#include <pybind11/stl.h>
+
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../engine/catalog.hpp"
 #include "fast_method.hpp"
@@ -12,6 +16,11 @@ namespace {
 py::object run(TorchPlan& plan, PyObject* const* arguments) {
     const auto argument = [&](int i) { return py::reinterpret_borrow<py::object>(arguments[i]); };
     return plan.run(argument(0), argument(1), truth_of(arguments[2]), float_of(arguments[3]), argument(4));
+}
+
+py::object run_unobserved(TorchPlan& plan, PyObject* const* arguments) {
+    const auto argument = [&](int i) { return py::reinterpret_borrow<py::object>(arguments[i]); };
+    return plan.run_unobserved(argument(0), argument(1), truth_of(arguments[2]));
 }
 
 }  // namespace
@@ -35,6 +44,13 @@ void register_torch_plan(py::module_& module) {
              py::arg("tensor_type"), py::arg("parameter_type"), py::arg("grad_descriptor"),
              py::arg("requires_grad_descriptor"), py::arg("kind_of"), py::arg("sparse_indices"),
              py::arg("sparse_values"), py::arg("current_stream"))
+        .def(
+            "observe",
+            [](TorchPlan& plan, std::vector<py::dict> dicts, py::object profiler_enabled) {
+                plan.observers = Observers(std::move(dicts), std::move(profiler_enabled));
+            },
+            py::arg("dicts"), py::arg("profiler_enabled"))
+        .def_readwrite("in_backward", &TorchPlan::in_backward)
         .def("run_beside", &TorchPlan::run_beside, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
              py::arg("grad_factor"), py::arg("scaling"), py::arg("left_out"), py::arg("new_states"), py::arg("items"))
         .def("run_items", &TorchPlan::run_items, py::arg("param_groups"), py::arg("items"), py::arg("grad_factor"),
@@ -42,6 +58,8 @@ void register_torch_plan(py::module_& module) {
         .def("set_pending", &TorchPlan::set_pending, py::arg("flags"))
         .def_readwrite("state_exposed", &TorchPlan::state_exposed)
         .def("is_dense", &TorchPlan::is_dense, py::arg("tensor"));
+    def_fast<TorchPlan, 3, run_unobserved>(type, "run_unobserved",
+                                           "run_unobserved($self, param_groups, state, zero_grad, /)\n--\n\n");
     def_fast<TorchPlan, 5, run>(type, "run",
                                 "run($self, param_groups, state, zero_grad, grad_factor, scaling, /)\n--\n\n");
 }

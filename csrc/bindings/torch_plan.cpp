@@ -289,6 +289,11 @@ py::object TorchPlan::run(const py::object& groups, const py::object& state, boo
     return attempt(groups, state, zero_grad, grad_factor, scaling, nullptr);
 }
 
+py::object TorchPlan::run_unobserved(const py::object& groups, const py::object& state, bool zero_grad) {
+    if (in_backward || observers.any()) return py::none();
+    return attempt(groups, state, zero_grad, 1.0, py::none(), nullptr);
+}
+
 py::object TorchPlan::run_beside(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                                  const py::object& scaling, const py::object& left_out, const py::list& new_states,
                                  const py::list& items) {
@@ -762,12 +767,15 @@ bool TorchPlan::is_dense(const py::object& tensor) {
 
 int TorchPlan::traverse(visitproc visit, void* arg) const {
     for (const auto& [state, flags] : pending_) Py_VISIT(state);
+    if (const int result = observers.traverse(visit, arg); result != 0) return result;
     return reader_.traverse(visit, arg);
 }
 
 void TorchPlan::clear() {
     reader_.clear();
-    const auto pending = std::move(pending_);  // whose deallocation may run Python code
+    // Whose deallocation may run Python code.
+    const auto pending = std::move(pending_);
+    const auto observed_by = std::exchange(observers, Observers());
 }
 
 }  // namespace sgdcore::bindings

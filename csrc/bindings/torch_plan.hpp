@@ -14,6 +14,7 @@
 
 #include "../work.hpp"
 #include "devices.hpp"
+#include "observers.hpp"
 #include "parameter.hpp"
 #include "torch_listing.hpp"
 #include "torch_reader.hpp"
@@ -38,6 +39,9 @@ class TorchPlan {
     /// be cleared. Returns False if the groups themselves are unusual.
     py::object run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                    const py::object& scaling);
+
+    /// The same without factor and scaling, unless somebody observes it: None then, with nothing changed.
+    py::object run_unobserved(const py::object& groups, const py::object& state, bool zero_grad);
 
     /// The same beside what is unusual: without the parameters at the positions `left_out`, a sorted list, or without
     /// all of them if it is None; with new states for those of `new_states`, a sorted list of tuples (position,
@@ -69,6 +73,10 @@ class TorchPlan {
     /// have moved the states' memory or recorded one for autograd, so a step need neither read them anew nor
     /// increment their versions.
     bool state_exposed = true;
+
+    /// Who observes steps; `in_backward` says that steps are part of the backward pass.
+    Observers observers;
+    bool in_backward = false;
 
     int traverse(visitproc visit, void* arg) const;
     void clear();

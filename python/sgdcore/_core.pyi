@@ -1,6 +1,6 @@
 """Types of the compiled module. Private: the package's Python files are the interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,7 @@ class Plan:
 
 class TorchPlan:
     state_exposed: bool
+    in_backward: bool
     def __init__(
         self,
         *,
@@ -132,6 +133,12 @@ class TorchPlan:
         scaling: Any,
         /,
     ) -> Any: ...
+    def run_unobserved(
+        self, param_groups: Sequence[dict[str, Any]], state: Any, zero_grad: bool, /
+    ) -> Any: ...
+    def observe(
+        self, dicts: Sequence[dict[Any, Any]], profiler_enabled: Callable[[], bool]
+    ) -> None: ...
     def run_beside(
         self,
         param_groups: Sequence[dict[str, Any]],

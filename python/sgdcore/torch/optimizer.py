@@ -100,6 +100,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults |= {key: value for key, value in own.items() if value != own_defaults[key]}
         self._check_group(defaults)
         torch.optim.Optimizer.__init__(self, _listed(params), defaults)
+        self._observe()
 
     @staticmethod
     def by_operations(
@@ -149,14 +150,34 @@ class Optimizer(torch.optim.Optimizer):
     def _start(self) -> None:
         """Set up what is not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api(), self.rule)
-        self._run = self._plan.run  # one look-up less in each step
+        # Bound once: one look-up less in each step.
+        self._run_unobserved = self._plan.run_unobserved
         self._of_one_step: dict[str, Any] = {}
         # States that may hold nothing yet, the first of each parameter, with the flags on their device that say so.
         self._pending: dict[Tensor, Tensor] = {}
-        # The StepInBackward that steps for us; loading a state dict changes nothing about that.
-        self._in_backward: Any = getattr(self, "_in_backward", None)
+        # Loading a state dict changes nothing about who steps.
+        self._in_backward = getattr(self, "_steps_in_backward", None)
         # Subclasses with a step() of their own are wrapped by torch, hooks and all.
         self._observed_outside = type(self).step is not Optimizer.step
+
+    def _hooks(self) -> list[dict[Any, Any]]:
+        """Return the dicts of hooks before and after a step: this optimizer's, and those of all."""
+        own: Any = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
+        return [*own, _global_pre_hooks, _global_post_hooks]
+
+    def _observe(self) -> None:
+        """Tell the plan what a step has to see before it is one call into the core."""
+        self._plan.observe([*self._hooks(), self._of_one_step], _profiler_enabled)
+
+    @property
+    def _in_backward(self) -> Any:
+        """The StepInBackward that steps for this optimizer, or None."""
+        return self._steps_in_backward
+
+    @_in_backward.setter
+    def _in_backward(self, value: Any) -> None:
+        self._steps_in_backward = value
+        self._plan.in_backward = value is not None
 
     @property
     @not_compiled
@@ -224,19 +245,16 @@ class Optimizer(torch.optim.Optimizer):
             TypeError, ValueError: naming the hyperparameter or parameter that is at fault; before anything is changed.
             KeyError: if a group lacks a hyperparameter; before anything is changed.
         """
-        observed = (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_pre_hooks
-            or _global_post_hooks
-            or _profiler_enabled()
-        )
-        if closure is None and not (observed or self._of_one_step or self._in_backward):
-            # What `_update` does in the usual case; the call to it would be a tenth of the time of a small step.
-            found = self._run(self.param_groups, self._state, zero_grad, 1.0, None)
-            if found is not True and not self._update_irregular(found, zero_grad, 1.0):
-                self.zero_grad(set_to_none=False)
-            return None
+        if closure is None:
+            # The usual case is one call into the core, which also looks whether there is anything else to do.
+            found = self._run_unobserved(self.param_groups, self._state, zero_grad)
+            if found is True:
+                return None
+            if found is not None:
+                if not self._update_irregular(found, zero_grad, 1.0):
+                    self.zero_grad(set_to_none=False)
+                return None
+        observed = any(self._hooks()) or _profiler_enabled()
         try:
             if self._observed_outside or (closure is None and not observed):
                 return self._step(closure, zero_grad=zero_grad)
@@ -299,7 +317,7 @@ class Optimizer(torch.optim.Optimizer):
         # What the device decides not to do would not clear the gradients either.
         clear_later = zero_grad and scaling is not None
         clear_now = zero_grad and not clear_later
-        found = self._run(self.param_groups, self._state, clear_now, grad_factor, scaling)
+        found = self._plan.run(self.param_groups, self._state, clear_now, grad_factor, scaling)
         if found is not True:
             clear_later |= not self._update_irregular(found, clear_now, grad_factor, scaling)
         if clear_later:
@@ -436,6 +454,7 @@ class Optimizer(torch.optim.Optimizer):
         if "state" in state:
             self._state = self.__dict__.pop("state")  # where torch has put it
         self._start()
+        self._observe()
 
     def _loaded_state(
         self, key: str, tensor: Tensor, parameter: Tensor, group: Mapping[str, Any]
