@@ -84,10 +84,7 @@ def child(rank: int, ranks: int, bandwidth: float, output: str) -> None:
             # The median over rounds, each with the steps that lead to it.
             taken = statistics.median(seconds_a_step(workers.step, period) for _ in range(ROUNDS))
             dtype = wire or "float32"
-            predicted = {
-                name: table.predict(ranks, dtype, period).step_seconds
-                for name, table in plans.items()
-            }
+            predicted = {name: table.seconds(ranks, period, dtype) for name, table in plans.items()}
             rows.append(
                 {
                     "wire_dtype": dtype,
@@ -105,7 +102,6 @@ def child(rank: int, ranks: int, bandwidth: float, output: str) -> None:
             "latency": link.latency,
             "bandwidth": link.bandwidth,
             "nominal_bandwidth": bandwidth,
-            "samples": link.samples,
             "rows": rows,
         }
         Path(output).write_text(json.dumps(document))

@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-from sgdcore.distributed import sampler
-
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs/distributed.md"
 MEASUREMENTS = ROOT / "docs/distributed-measurements.md"
@@ -61,12 +59,6 @@ def test_table_of_the_traffic_is_that_of_the_results() -> None:
 def test_examples_of_the_guide() -> None:
     result = doctest.testfile(str(GUIDE), module_relative=False)
     assert result.attempted >= 2
-    assert result.failed == 0
-
-
-def test_examples_of_the_sampler() -> None:
-    result = doctest.testmod(sampler)
-    assert result.attempted >= 3
     assert result.failed == 0
 
 

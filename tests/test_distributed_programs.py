@@ -174,10 +174,10 @@ if sys.argv[1] == "gloo":
 else:
     import mpi4py.MPI
 from sgdcore.distributed import ShardSampler, measure, plan
-link = measure(sizes=(4096, 65536, 1048576), rounds=3)
+link = measure()
 shard = list(ShardSampler(6, shuffle=False))
 assert str(plan(1e6, 0.1, link)).count("float32") == 1
-print(f"{link.latency!r} {link.bandwidth!r} {link.ranks} {len(link.samples)} {shard}\\n", end="", flush=True)
+print(f"{link.latency!r} {link.bandwidth!r} {link.ranks} {shard}\\n", end="", flush=True)
 if sys.argv[1] == "gloo":
     dist.barrier()
     dist.destroy_process_group()
@@ -195,10 +195,10 @@ def test_measuring_real_ranks(engine: str, tmp_path: Path) -> None:
     lines = sorted(done.stdout.split("\n")[:-1], key=lambda line: line[-8:])
     assert [line.partition("[")[2] for line in lines] == ["0, 2, 4]", "1, 3, 5]"]
     assert len({line.partition("[")[0] for line in lines}) == 1, lines
-    latency, bandwidth, ranks, samples = lines[0].partition("[")[0].split()
+    latency, bandwidth, ranks = lines[0].partition("[")[0].split()
     assert 0 <= float(latency) < 1
     assert 1e5 < float(bandwidth) < 1e12
-    assert (ranks, samples) == ("2", "3")
+    assert ranks == "2"
 
 
 def test_gloo_has_let_go_of_what_was_waited_for(tmp_path: Path) -> None:
@@ -206,11 +206,11 @@ def test_gloo_has_let_go_of_what_was_waited_for(tmp_path: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from sgdcore.distributed import TorchGroup
+    from sgdcore.distributed import as_process_group
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        group = TorchGroup()
+        group = as_process_group()
         held = 0
         for _ in range(1000):
             work = group.all_reduce(torch.zeros(8))

@@ -11,7 +11,7 @@ from sgdcore.distributed.groups import MpiGroup, ProcessGroup, TorchGroup, Work,
 from sgdcore.distributed.header import RoundError
 from sgdcore.distributed.local_sgd import LocalSGD
 from sgdcore.distributed.outer import OuterSGD, SlowMo
-from sgdcore.distributed.planning import Link, Plan, Prediction, measure, plan
+from sgdcore.distributed.planning import Link, Plan, measure, plan
 from sgdcore.distributed.sampler import ShardSampler
 from sgdcore.distributed.schedules import AdaComm, PostLocal, Progress, Schedule, Stagewise
 
@@ -24,7 +24,6 @@ __all__ = [
     "OuterSGD",
     "Plan",
     "PostLocal",
-    "Prediction",
     "ProcessGroup",
     "Progress",
     "RoundError",

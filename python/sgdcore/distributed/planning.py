@@ -1,33 +1,25 @@
-"""How often to average, and what it costs: the alpha-beta model of an all-reduce, measured or given.
-
-An all-reduce of S bytes over N ranks in a ring takes 2 (N - 1) messages one after the other, each of S / N bytes, so
-with a latency of alpha seconds and a bandwidth of beta bytes a second::
-
-    t_s = 2 (N - 1) alpha + 2 (N - 1) / N * S / beta
-
-A worker whose own step takes t_c and that averages every H steps spends t_c + t_s / H a step; where the traffic is
-hidden behind the computation, max(t_c, t_s / H). Its efficiency is t_c over that.
-"""
+"""How often to average, and what it costs: the alpha-beta model of an all-reduce, measured or given."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations, groupby, product
-from operator import attrgetter
+from dataclasses import dataclass
+from itertools import product
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from sgdcore.distributed._checks import check_choice, check_count, check_number, integer
+from sgdcore._arrays import Array
+from sgdcore.distributed._checks import check_choice, check_count, check_number
 from sgdcore.distributed._flat import FLOATS, ITEM_BYTES, dtype_name
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 
 _WORDS = {"keep": 1, "reset": 1, "average": 2}  # averaged in a round, for each parameter
 # 4 KiB to 16 MiB; closest together where the time goes.
 _SIZES = tuple(1 << power for power in (12, 14, 16, 18, 20, 21, 22, 23, 24))
+_ROUNDS = 5
 # A size is timed in a train of all-reduces, this many bytes or calls: a round sends chunk after chunk, and a throttled
 # link lets more through after a pause.
 _TRAIN_BYTES, _TRAIN_CALLS = 8 << 20, 32
@@ -37,21 +29,14 @@ _TRAIN_BYTES, _TRAIN_CALLS = 8 << 20, 32
 class Link:
     """What connects the ranks.
 
-    Args:
-        latency: seconds that a message takes however short it is.
-        bandwidth: bytes a second that each rank sends, while it receives as many: ``10e9 / 8`` for 10 Gbit/s.
-        ranks: how many ranks it was measured with; None for numbers given by hand.
-        samples: what was measured: pairs of (bytes, seconds of an all-reduce).
+    An all-reduce of S bytes over N ranks in a ring takes these seconds::
 
-    Example:
-        >>> Link(latency=50e-6, bandwidth=10e9 / 8).all_reduce(100e6, ranks=8)
-        0.1407
+        t_s = 2 (N - 1) latency + 2 (N - 1) / N * S / bandwidth
     """
 
-    latency: float
-    bandwidth: float
-    ranks: int | None = None
-    samples: tuple[tuple[int, float], ...] = ()
+    latency: float  # seconds that a message takes however short it is
+    bandwidth: float  # bytes a second that each rank sends, while it receives as many: 10e9 / 8 for 10 Gbit/s
+    ranks: int | None = None  # that it was measured with
 
     def __post_init__(self) -> None:
         check_number("latency", self.latency)
@@ -62,49 +47,34 @@ class Link:
         return 2 * (ranks - 1) * (self.latency + nbytes / ranks / self.bandwidth)
 
 
-def measure(
-    group: Any = None, *, sizes: Sequence[int] = _SIZES, rounds: int = 5, buffer: Any = None
-) -> Link:
+def measure(group: Any = None, *, buffer: Any = None) -> Link:
     """Time all-reduces of several sizes and fit latency and bandwidth to the medians; every rank gets the same.
 
-    Args:
-        group: what `as_process_group` takes; all ranks call this together.
-        sizes: bytes of the all-reduces, two multiples of 4 or more, in the range that the model is to hold for.
-        rounds: how often to time each size, in turn with the others.
-        buffer: float32 memory to reduce, which is overwritten: a CUDA tensor for NCCL. Default: a NumPy array.
-
-    Raises:
-        TypeError: if `buffer` is not float32.
-        ValueError: if the group has one rank, `buffer` is smaller than the largest size, or a number is out of range.
+    All ranks of the group call this together. `buffer` is float32 memory of 16 MiB to reduce, which is overwritten: a
+    CUDA tensor for NCCL. Raises a ValueError if it is other memory, or the group has one rank.
     """
-    process_group = as_process_group(group)
-    ranks = process_group.size
-    if ranks < 2:
+    ranks = as_process_group(group)
+    if ranks.size < 2:
         raise ValueError("group: has one rank, so that there is nothing to measure")
-    if len(set(sizes)) < 2 or any(size < 4 or size % 4 for size in sizes):
-        raise ValueError(f"sizes: expected two multiples of 4 or more, got {list(sizes)}")
-    check_count("rounds", rounds, 1)
-    sizes = sorted(set(sizes))
-    buffer = np.zeros(sizes[-1] // 4, np.float32) if buffer is None else buffer
-    if dtype_name(buffer.dtype) != "float32":
-        raise TypeError(f"buffer: expected dtype float32, got {buffer.dtype}")
-    if 4 * len(buffer) < sizes[-1]:
-        raise ValueError(f"buffer: expected {sizes[-1]} bytes or more, got {4 * len(buffer)}")
+    buffer = np.zeros(_SIZES[-1] // 4, np.float32) if buffer is None else buffer
+    if dtype_name(buffer.dtype) != "float32" or 4 * len(buffer) < _SIZES[-1]:
+        got = f"{buffer.dtype} of length {len(buffer)}"
+        raise ValueError(f"buffer: expected float32 of length {_SIZES[-1] // 4}, got {got}")
     buffer[:] = 0  # and stays so: the sums neither overflow nor slow the addition down
-    seconds = np.empty((rounds, len(sizes)))
-    for row in (seconds[0], *seconds):  # the first time opens connections; it is overwritten
-        row[:] = [_time_all_reduce(process_group, buffer[: size // 4]) for size in sizes]
-    means = buffer[: len(sizes)]  # over the ranks
-    for i, median in enumerate(np.median(seconds, axis=0).tolist()):
-        means[i] = median / ranks
-    process_group.all_reduce(means).wait()
-    samples = tuple(zip(sizes, map(float, means), strict=True))
-    intercept, slope = _fit_line(samples)
-    messages = 2 * (ranks - 1)
-    return Link(intercept / messages, messages / ranks / slope, ranks, samples)
+    # The first time opens connections, and does not count.
+    times = [[_seconds(ranks, buffer[: n // 4]) for n in _SIZES] for _ in range(1 + _ROUNDS)]
+    medians = buffer[: len(_SIZES)]
+    for i, median in enumerate(np.median(times[1:], axis=0).tolist()):
+        medians[i] = median / ranks.size
+    ranks.all_reduce(medians).wait()
+    seconds = [float(each) for each in medians]
+    intercept, slope = _fit_line(np.array(_SIZES, float), np.array(seconds))
+    messages = 2 * (ranks.size - 1)
+    return Link(intercept / messages, messages / ranks.size / slope, ranks.size)
 
 
-def _time_all_reduce(group: ProcessGroup, buffer: Any) -> float:
+def _seconds(group: ProcessGroup, buffer: Any) -> float:
+    """Return the seconds of an all-reduce in a train of them."""
     calls = max(1, min(_TRAIN_CALLS, _TRAIN_BYTES // (4 * len(buffer))))
     group.all_reduce(buffer[:1]).wait()  # all begin together
     began = perf_counter()
@@ -114,90 +84,55 @@ def _time_all_reduce(group: ProcessGroup, buffer: Any) -> float:
     return (perf_counter() - began) / calls
 
 
-def _fit_line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the a >= 0 and b > 0 that minimise the sum of ``sqrt(x) |(a + b x) / y - 1|`` over the samples (x, y).
-
-    A sample that does not fit does not bend the line. Large x count for more, because most of a round's time is theirs.
-    The best line goes through two samples, or through one and the origin: all are tried.
-    """
-    x, y = np.array(samples, float).T
-    slopes = ((a, b, (b[1] - a[1]) / (b[0] - a[0])) for a, b in combinations(samples, 2))
-    lines = [(0.0, y1 / x1) for x1, y1 in samples]
-    lines += [(a[1] - slope * a[0], slope) for a, _, slope in slopes]
-    return min(
-        ((a, b) for a, b in lines if a >= 0 and b > 0),
-        key=lambda line: float((np.sqrt(x) * np.abs((line[0] + line[1] * x) / y - 1)).sum()),
-    )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says for one number of ranks N, dtype that is sent, and period H (`sync_every`).
-
-    Attributes:
-        round_seconds: seconds of one all-reduce of everything.
-        step_seconds: seconds of a step, the rounds spread over all steps.
-        efficiency: seconds of a step without traffic over `step_seconds`.
-        step_bytes: bytes that each rank sends a step.
-    """
-
-    ranks: int
-    wire_dtype: str
-    sync_every: int
-    round_seconds: float
-    step_seconds: float
-    efficiency: float
-    step_bytes: float
+def _fit_line(x: Array, y: Array) -> tuple[float, float]:
+    """Return a >= 0 and b > 0 of a line y = a + b x; relative errors count, those of large x more."""
+    b, a = np.polyfit(x, y, 1, w=x**0.25 / y).tolist()
+    return (a, b) if a >= 0 and b > 0 else (0.0, float(y[-1] / x[-1]))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions for every combination of what `plan` was given, as a table if printed."""
+    """What `plan` was given, and what the model says; printed, a table."""
 
     parameters: float
     step_seconds: float
     link: Link
     momentum_sync: str
     overlap: bool
-    predictions: tuple[Prediction, ...] = ()
+    ranks: tuple[int, ...]
+    wire_dtypes: tuple[str, ...]
+    periods: tuple[int, ...]
 
-    def predict(self, ranks: int, wire_dtype: str, sync_every: int) -> Prediction:
-        """Return one prediction, also for a combination that is not in the table; a ValueError names what is wrong."""
-        check_count("sync_every", sync_every, 1)
-        nbytes, seconds = self._round(ranks, wire_dtype)
-        own, spread = self.step_seconds, seconds / sync_every
-        total = max(own, spread) if self.overlap else own + spread
-        sent = 2 * (ranks - 1) / ranks * nbytes / sync_every
-        return Prediction(ranks, wire_dtype, sync_every, seconds, total, own / total, sent)
-
-    def sync_every(self, efficiency: float, ranks: int, wire_dtype: str = "float32") -> int:
-        """Return the smallest period with at least this efficiency e, which is above 0 and below 1.
-
-        That is H >= e / (1 - e) * t_s / t_c; or H >= e * t_s / t_c where the traffic is hidden behind the computation.
-        """
-        if not 0 < efficiency < 1:
-            raise ValueError(f"efficiency: expected above 0 and below 1, got {efficiency}")
-        least = efficiency * self._round(ranks, wire_dtype)[1] / self.step_seconds
-        return max(1, math.ceil(least if self.overlap else least / (1 - efficiency)))
-
-    def _round(self, ranks: int, wire_dtype: str) -> tuple[float, float]:
-        """Return the bytes of a round, and its seconds."""
+    def round_seconds(self, ranks: int, wire_dtype: str = "float32") -> float:
+        """Return t_s, the seconds of one all-reduce of everything."""
         check_count("ranks", ranks, 1)
         check_choice("wire_dtype", wire_dtype, FLOATS)
-        nbytes = self.parameters * _WORDS[self.momentum_sync] * ITEM_BYTES[wire_dtype]
-        return nbytes, self.link.all_reduce(nbytes, ranks)
+        words = _WORDS[self.momentum_sync] * self.parameters
+        return self.link.all_reduce(words * ITEM_BYTES[wire_dtype], ranks)
+
+    def seconds(self, ranks: int, sync_every: int, wire_dtype: str = "float32") -> float:
+        """Return the seconds of a step, the rounds spread over all steps; its efficiency is t_c over that."""
+        spread = self.round_seconds(ranks, wire_dtype) / check_count("sync_every", sync_every, 1)
+        return max(self.step_seconds, spread) if self.overlap else self.step_seconds + spread
+
+    def sync_every(self, efficiency: float, ranks: int, wire_dtype: str = "float32") -> int:
+        """Return the smallest H with an efficiency of e: H >= e / (1 - e) * t_s / t_c; if hidden, e * t_s / t_c."""
+        if not 0 < efficiency < 1:
+            raise ValueError(f"efficiency: expected above 0 and below 1, got {efficiency}")
+        least = efficiency * self.round_seconds(ranks, wire_dtype) / self.step_seconds
+        return max(1, math.ceil(least if self.overlap else least / (1 - efficiency)))
 
     def __str__(self) -> str:
         link = f"{1e6 * self.link.latency:.3g} us a message, {_scaled(self.link.bandwidth)}B/s"
-        periods = dict.fromkeys(p.sync_every for p in self.predictions)
+        own = self.step_seconds
         lines = [
-            f"{_scaled(self.parameters)} parameters, {_scaled(self.step_seconds)}s a step without traffic; {link}",
+            f"{_scaled(self.parameters)} parameters, {_scaled(own)}s a step without traffic; {link}",
             f"step time and efficiency when averaging every H steps{', overlapped' * self.overlap}:",
-            f"{'N':>5}  {'wire':<8}" + "".join(f"{f'H={period}':>15}" for period in periods),
+            f"{'N':>5}  {'wire':<8}" + "".join(f"{f'H={period}':>15}" for period in self.periods),
         ]
-        rows = groupby(self.predictions, attrgetter("ranks", "wire_dtype"))
-        for (ranks, wire_dtype), row in rows:
-            cells = (f"{_scaled(p.step_seconds)}s {p.efficiency:4.0%}" for p in row)
+        for ranks, wire_dtype in product(self.ranks, self.wire_dtypes):
+            row = [self.seconds(ranks, period, wire_dtype) for period in self.periods]
+            cells = (f"{_scaled(seconds)}s {own / seconds:4.0%}" for seconds in row)
             lines.append(f"{ranks:>5}  {wire_dtype:<8}" + "".join(f"{cell:>15}" for cell in cells))
         return "\n".join(lines)
 
@@ -213,7 +148,7 @@ def plan(
     momentum_sync: str = "keep",
     overlap: bool = False,
 ) -> Plan:
-    """Predict step time and efficiency of averaging every H steps over N ranks, t_c + t_s / H.
+    """Predict step time and efficiency of averaging every H steps over N ranks: t_c + t_s / H, and t_c over that.
 
     Args:
         parameters: how many elements are trained.
@@ -226,7 +161,7 @@ def plan(
         overlap: the traffic is hidden behind the computation, max(t_c, t_s / H).
 
     Raises:
-        TypeError, ValueError: naming the argument that is no number, out of range, or not one of those above.
+        TypeError, ValueError: naming the argument that is out of range.
 
     Example:
         >>> link = Link(latency=50e-6, bandwidth=1e9 / 8)  # 1 Gbit/s, for ResNet-50
@@ -241,19 +176,20 @@ def plan(
     ranks = link.ranks if ranks is None else ranks
     if ranks is None:
         raise ValueError("ranks: needed, because the link was not measured")
-    table = Plan(parameters, step_seconds, link, momentum_sync, overlap)
-    rows = product(_several("ranks", ranks), wire_dtypes, _several("sync_every", sync_every))
-    return replace(table, predictions=tuple(table.predict(*row) for row in rows))
-
-
-def _several(argument: str, counts: Any) -> list[Any]:
-    """Return one integer, also NumPy's, or several as a list."""
-    if integer(counts) is not None:
-        return [counts]
-    try:
-        return list(counts)
-    except TypeError:
-        raise TypeError(f"{argument}: expected an integer or several, got {counts!r}") from None
+    counts, periods = (np.atleast_1d(np.array(each)).tolist() for each in (ranks, sync_every))
+    dtypes = tuple(wire_dtypes)
+    table = Plan(
+        parameters,
+        step_seconds,
+        link,
+        momentum_sync,
+        overlap,
+        tuple(counts),
+        dtypes,
+        tuple(periods),
+    )
+    str(table)  # raises if a number is out of range
+    return table
 
 
 def _scaled(value: float) -> str:
