@@ -62,7 +62,7 @@ METHODS = (
     Method("H=16, momentum reset", {"sync_every": 16, "momentum_sync": "reset"}),
     Method("H=64", {"sync_every": 64}),
     Method("H=64, momentum averaged", {"sync_every": 64, "momentum_sync": "average"}),
-    Method("H=64 after 800 synchronous steps", {"sync_every": 64, "warmup_steps": STEPS // 2}),
+    Method("H=64 after 800 synchronous steps", {"sync_every": {STEPS // 2: 64}}),
     Method(
         "H=16, SlowMo 0.5",
         {"sync_every": 16},
@@ -200,8 +200,15 @@ def train(network: str, method: Method, shards: str, seed: int, lr: float) -> di
         if method.outer is not None:
             name, options = method.outer
             outer = getattr(distributed, name)(**options)
+        every = method.options["sync_every"]
+        if isinstance(every, dict):
+            every = distributed.Stagewise(every)
         workers = distributed.LocalSGD(
-            model.optimizer, group, outer=outer, buffers=buffers, **method.options
+            model.optimizer,
+            group,
+            outer=outer,
+            buffers=buffers,
+            **{**method.options, "sync_every": every},
         )
     else:
         workers = distributed.DataParallel(model.optimizer, group, buffers=buffers)

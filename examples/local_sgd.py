@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import sgdcore.torch
 from sgdcore.demo import load_digits
-from sgdcore.distributed import LocalSGD
+from sgdcore.distributed import LocalSGD, Stagewise
 
 
 def main() -> None:
@@ -37,7 +37,9 @@ def main() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
     sgd = sgdcore.torch.SGD(model.parameters(), lr=0.1, momentum=0.9)
     dist.init_process_group("gloo")  # after the first optimizer: see ddp.py
-    optimizer = LocalSGD(sgd, sync_every=args.sync_every, warmup_steps=2 * args.sync_every)
+    # After each step at first, then every so many steps.
+    schedule = Stagewise({2 * args.sync_every: args.sync_every})
+    optimizer = LocalSGD(sgd, sync_every=schedule)
     sampler = DistributedSampler(train_set, seed=0)
     loader = DataLoader(train_set, batch_size=16, sampler=sampler)
 

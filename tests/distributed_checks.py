@@ -6,7 +6,6 @@ NumPy's part; it imports no torch. distributed_torch_checks.py adds torch's to t
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import hashlib
 import sys
@@ -23,11 +22,9 @@ import pytest
 
 import sgdcore
 from sgdcore.distributed import (
-    AdaComm,
     DataParallel,
     LocalSGD,
     OuterSGD,
-    PostLocal,
     ProcessGroup,
     Progress,
     RoundError,
@@ -219,13 +216,11 @@ def put_gradients(optimizer: Any, rng: np.random.Generator, scale: float = 1.0) 
         put_gradient(p, (scale * (0.5 * value - wanted)).astype(value.dtype))
 
 
-def train(
-    context: Context, optimizer: Any, steps: int, first: int = 0, losses: bool = False
-) -> None:
-    """Take steps with a gradient for each of rank and step, and perhaps tell a loss for each."""
+def train(context: Context, optimizer: Any, steps: int, first: int = 0) -> None:
+    """Take steps with a gradient for each of rank and step."""
     for step in range(first, first + steps):
         put_gradients(optimizer, np.random.default_rng([context.rank, step]))
-        optimizer.step(**({"loss": (1 + context.rank / 8) * 0.8**step} if losses else {}))
+        optimizer.step()
 
 
 @contextmanager
@@ -241,7 +236,7 @@ class Counting:
     """A group that counts what is averaged; what ranks tell each other is integers."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
+        self.group = group
         self.rank, self.size, self.dtypes = group.rank, group.size, group.dtypes
         self.reductions = self.elements = 0
         self.arrays: list[tuple[int, int]] = []
@@ -251,7 +246,7 @@ class Counting:
             self.reductions += 1
             self.elements += array.shape[0]
             self.arrays.append((addresses_of([array])[0], array.shape[0]))
-        return self._group.all_reduce(array)
+        return self.group.all_reduce(array)
 
 
 @contextmanager
@@ -267,10 +262,9 @@ def refused(context: Context, error: type[Exception], match: str, *arrays: Any) 
 def told(
     context: Context, own: type[Exception], match: str, *arrays: Any, kind: str = ""
 ) -> Iterator[None]:
-    """Expect an error on rank 1, and on the others one that names the rank, the error's type and its text."""
-    if context.rank != 1:
-        match = f"of step .*: rank 1 failed with {kind or own.__name__}: .*{match}[^\0]*$"
-    with refused(context, own if context.rank == 1 else RoundError, match, *arrays):
+    """Expect an error on all ranks that names rank 1, the error's type and its text."""
+    match = f"of step .*: rank 1 failed with {kind or own.__name__}: .*{match}[^\0]*$"
+    with refused(context, RoundError, match, *arrays):
         yield
 
 
@@ -294,7 +288,7 @@ def group_refusals(context: Context) -> None:
     array, frozen = np.zeros((4, 4)), np.zeros(4)
     frozen.flags.writeable = False
     for argument, call in {
-        "array: expected contiguous": lambda: group.all_reduce(array.T[:2]),
+        "array: expected contiguous": lambda: group.all_reduce(array.T),
         "array: expected a NumPy array or a torch tensor, got list": lambda: group.all_reduce(
             [1.0]
         ),
@@ -416,7 +410,7 @@ OUTERS = {
 def outer_step(context: Context, outer: OuterSGD | SlowMo) -> None:
     """As the formulas say, also where the inner learning rate changes between rounds."""
     optimizer = make("numpy flat", "float64")
-    local = LocalSGD(optimizer, sync_every=2, outer=outer, momentum_sync="reset", warmup_steps=2)
+    local = LocalSGD(optimizer, sync_every=2, outer=outer, momentum_sync="reset")
     inner = make("numpy flat", "float64")  # as this rank without the averaging
     momentum: Any = 0.0 if isinstance(outer, SlowMo) else None
     buffer, other = (params_of(o)[0].buffer for o in (optimizer, inner))
@@ -425,12 +419,6 @@ def outer_step(context: Context, outer: OuterSGD | SlowMo) -> None:
         for group in (optimizer.param_groups[0], inner.param_groups[0]):
             group["lr"] = lr
         train(context, inner, 2, first=2 * number)
-        if number == 0:  # warm-up: two plain averages, of steps from the average
-            train(context, local, 2)
-            other.data[:] = buffer.data
-            for each in momenta_of(inner):
-                each[...] = 0
-            continue
         train(context, local, 2, first=2 * number)
         mean = other.data.copy()
         context.group.all_reduce(mean).wait()
@@ -490,7 +478,7 @@ def uneven_shards(context: Context) -> None:
     for options in (
         {"sync_every": 4},
         {"sync_every": 4, "outer": OuterSGD(0.7, 0.9)},
-        {"sync_every": 4, "warmup_steps": 3, "momentum_sync": "average"},
+        {"sync_every": Stagewise({0: 1, 3: 4}), "momentum_sync": "average"},
         {"sync_every": Stagewise({0: 2, 6: 5})},
         {"sync_every": 6, "levels": "pairs"},
     ):
@@ -543,45 +531,18 @@ class Recording:
 @check()
 def schedules(context: Context) -> None:
     """The number of rounds, and what a schedule is told: the same on all ranks."""
-    for schedule, warmup, steps, rounds in (
-        (3, 0, 12, 4),
-        (3, 6, 12, 8),
-        (PostLocal(4, after=4), 0, 12, 6),
-        (Stagewise({0: 1, 2: 5}), 0, 12, 4),
+    for schedule, steps, rounds in (
+        (3, 12, 4),
+        (Stagewise({0: 1, 2: 5}), 12, 4),
     ):
-        local = LocalSGD(make("numpy flat"), sync_every=schedule, warmup_steps=warmup)
+        local = LocalSGD(make("numpy flat"), sync_every=schedule)
         train(context, local, steps)
         assert local.round == rounds, schedule
     recording = Recording()
     local = LocalSGD(make("numpy flat"), sync_every=recording)
-    for step in range(6):
-        put_gradients(local, np.random.default_rng([context.rank, step]))
-        local.step(loss=float(step + context.rank))
-    more = (context.size - 1) / 2
-    seen = [(p.step, p.round, p.period, p.loss, p.first_loss) for p in recording.seen]
-    assert seen == [
-        (0, 0, 0, None, None),
-        (1, 1, 1, 0 + more, 0 + more),
-        (3, 2, 2, 1.5 + more, 0 + more),
-    ]
-
-
-@check()
-def adacomm(context: Context) -> None:
-    optimizer = make("numpy flat")
-    local = LocalSGD(optimizer, sync_every=AdaComm(initial=8, interval=8))
-    periods = []
-    for step in range(30):
-        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
-        local.step(closure=lambda step=step: 4.0 if step < 8 else 1.0)
-        if local.step_in_round == 0:
-            periods.append(local._round.last_period)
-    # sqrt(1) * 8 is no less than 8, so halved; then sqrt(1 / 4) * 8 is no less than 4.
-    assert periods == [8, 4, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]
-    local = LocalSGD(make("numpy flat"), sync_every=AdaComm(2, 2))
-    train(context, local, 2)
-    with pytest.raises(ValueError, match=r"loss: AdaComm needs it; pass step\(loss=...\)"):
-        train(context, local, 1)
+    train(context, local, 6)
+    seen = [(p.step, p.round, p.period, p.lr) for p in recording.seen]
+    assert seen == [(0, 0, 0, 0.1), (1, 1, 1, 0.1), (3, 2, 2, 0.1)]
 
 
 @check()
@@ -641,8 +602,8 @@ def ranks_that_disagree_are_refused(context: Context) -> None:
         shape = (3, 2) if odd else (2, 3)
         optimizer = sgdcore.SGD([np.full(shape, context.rank, np.float32)], lr=0.1)
         match = (
-            r"parameters: expected the same on all ranks, got on rank 0: number 0 of shape \(2, 3\).*; "
-            r"on rank 1: number 0 of shape \(3, 2\)"
+            r"parameters: expected the same on all ranks, got on rank 0: number 0, .* of shape \(2, 3\).*; "
+            r"on rank 1: number 0, .* of shape \(3, 2\)"
         )
         with refused(context, ValueError, match, *params_of(optimizer)):
             cls(optimizer)
@@ -657,7 +618,6 @@ def ranks_that_disagree_are_refused(context: Context) -> None:
     options: dict[Any, dict[str, Any]] = {
         LocalSGD: {
             "sync_every": (4, 5),
-            "warmup_steps": (0, 1),
             "momentum_sync": ("keep", "reset"),
             "outer": (None, SlowMo(0.5)),
             "levels": (None, [(context.group, 2)]),
@@ -676,10 +636,10 @@ def ranks_that_disagree_are_refused(context: Context) -> None:
 RESUMED: dict[str, dict[str, Any]] = {
     "plain": {},
     "outer": {"outer": OuterSGD(0.7, 0.9, nesterov=True), "momentum_sync": "average"},
-    "slowmo": {"outer": SlowMo(0.5), "warmup_steps": 5},
+    "slowmo": {"outer": SlowMo(0.5)},
     "transactional": {"transactional": True, "momentum_sync": "reset"},
     "schedule": {"sync_every": Stagewise({0: 3, 10: 4})},
-    "losses": {"sync_every": Recording(2)},
+    "recorded": {"sync_every": Recording(2)},
     "wire": {"wire_dtype": "bfloat16"},
 }
 
@@ -695,28 +655,28 @@ def resuming(context: Context, kind: str) -> None:
             return LocalSGD(make(kind, seed=seed), **{"sync_every": 4, **copy.deepcopy(options)})
 
         unbroken, first = build(), build()
-        train(context, unbroken, 19, losses=True)
-        train(context, first, 10, losses=True)
+        train(context, unbroken, 19)
+        train(context, first, 10)
         values, state = values_of(first), copy.deepcopy(first.state_dict())
-        train(context, first, 1, losses=True)  # what is saved is not touched any more
+        train(context, first, 1)  # what is saved is not touched any more
         second, third = build(seed=5), build(seed=6)
         for resumed in (second, third):
             for p, value in zip(params_of(resumed), values, strict=True):
                 _assign(p, value)
             resumed.load_state_dict(state)
-        train(context, second, 9, first=10, losses=True)
+        train(context, second, 9, first=10)
         for ours, theirs in zip(params_of(second), params_of(unbroken), strict=True):
             assert same_bits(ours, theirs), name
         for ours, theirs in zip(momenta_of(second), momenta_of(unbroken), strict=True):
             assert same_bits(ours, theirs), name
-        assert second._round.saved() == unbroken._round.saved()
-        if name == "losses":
+        assert vars(second._round) == vars(unbroken._round)
+        if name == "recorded":
             seen = second._options.sync_every.seen
             assert seen
             assert seen == unbroken._options.sync_every.seen[-len(seen) :]
         third.sync()  # ends the round that was begun
         assert_equal_on_all(context, params_of(third))
-        if name == "losses":  # and at the start of one, when the schedule is asked
+        if name == "recorded":  # and at the start of one, when the schedule is asked
             fourth = build()
             fourth.load_state_dict(third.state_dict())
             for resumed in (third, fourth):
@@ -803,7 +763,7 @@ def data_parallel_grads_argument(context: Context) -> None:
     assert np.all(arrays[0] == -mean)
     assert np.all(arrays[1] == -2 * mean)
     with refused(
-        context, ValueError, "grads: expected 2 gradients, one for each parameter, got 1", *arrays
+        context, RoundError, "grads: expected 2 gradients, one for each parameter, got 1", *arrays
     ):
         data.step(grads=[own])
 
@@ -947,8 +907,8 @@ def data_parallel_starts_from_one_state(context: Context) -> None:
 def data_parallel_refuses_gradients_of_another_shape(context: Context) -> None:
     arrays = [np.zeros((3, 2), np.float32)]
     data = DataParallel(sgdcore.SGD(arrays, lr=1.0))
-    match = r"the gradient of .*\[0\]: expected shape \(3, 2\), the parameter's, got \(2, 3\)"
-    with refused(context, ValueError, match, *arrays):
+    match = r"the gradient of .*\[0\]: expected shape \(3, 2\), got \(2, 3\)"
+    with refused(context, RoundError, match, *arrays):
         data.step(grads=[np.ones((2, 3), np.float32)])
 
 
@@ -959,7 +919,7 @@ def bad_gradients_of_one_rank_are_told_to_all(context: Context) -> None:
     data = DataParallel(sgdcore.SGD(arrays, lr=1.0))
     bad: dict[str, Any] = {
         r"grads: expected 2 gradients, one for each parameter, got 1": lambda good: good[:1],
-        r"\['params'\]\[1\]: expected shape \(4,\), the parameter's, got \(2, 2\)": lambda good: [
+        r"\['params'\]\[1\]: expected shape \(4,\), got \(2, 2\)": lambda good: [
             good[0],
             good[1].reshape(2, 2),
         ],
@@ -991,8 +951,8 @@ def settings_that_cannot_be_sent_are_refused(context: Context) -> None:
             parameter = params_of(optimizer)[2]
             where = optimizer.param_groups[0] if place == "group" else optimizer.state[parameter]
             where["hook"] = lambda: None
-        match = "optimizer: its state cannot be sent to the other ranks: .*lambda"
-        with refused(context, TypeError, match, *params_of(optimizer)):
+        match = "rank 0 failed with .*lambda"
+        with refused(context, RuntimeError, match, *params_of(optimizer)):
             DataParallel(optimizer)
 
 
@@ -1110,7 +1070,7 @@ def a_failure_is_forgotten_with_its_error(context: Context) -> None:
         grads[0] = np.zeros(3, np.float32)
     gc.disable()
     try:
-        with pytest.raises(ValueError if context.rank == 1 else RoundError) as caught:
+        with pytest.raises(RoundError) as caught:
             optimizer.step(grads=grads)
         if context.rank != 1:
             error = weakref.ref(caught.value)
@@ -1118,13 +1078,6 @@ def a_failure_is_forgotten_with_its_error(context: Context) -> None:
             assert error() is None
     finally:
         gc.enable()
-
-
-class Four:
-    """A schedule, so that losses are counted."""
-
-    def period(self, progress: Progress) -> int:
-        return 4
 
 
 @check()
@@ -1137,16 +1090,16 @@ def going_on_with_other_ranks(context: Context) -> None:
         {"outer": SlowMo(0.5), "momentum_sync": "average"},
     ):
         optimizer = make("numpy flat")
-        local = LocalSGD(optimizer, sync_every=Four(), **options)
-        train(context, local, 10, losses=True)
+        local = LocalSGD(optimizer, sync_every=4, **options)
+        train(context, local, 10)
         local.sync()
         smaller = context.split(stay)
         if smaller is None:
             optimizer = make("numpy flat", seed=77)  # a new process
-            local = LocalSGD(optimizer, sync_every=Four(), **options)
+            local = LocalSGD(optimizer, sync_every=4, **options)
         else:
             local.rebind(smaller)
-            train(context, local, 6, first=10, losses=True)
+            train(context, local, 6, first=10)
             assert local.round == 4
             local.rebind(context.group)
         assert_equal_on_all(context, params_of(optimizer))
@@ -1154,10 +1107,7 @@ def going_on_with_other_ranks(context: Context) -> None:
         assert set(on_all(context, local._round.steps)) == {
             14.0 if options.get("transactional") else 16.0
         }
-        for loss in (local._round.last_loss, local._round.first_loss):
-            assert loss is not None
-            assert len(set(on_all(context, loss))) == 1
-        train(context, local, 4, first=20, losses=True)
+        train(context, local, 4, first=20)
         assert_equal_on_all(context, params_of(optimizer))
     data = DataParallel(make("numpy flat"))
     train(context, data, 3)
@@ -1332,7 +1282,7 @@ def ranks_that_completed_a_round_lead(context: Context) -> None:
         else:
             with pytest.MonkeyPatch.context() as patch:
                 # Rank 1 does not get to the momentum.
-                patch.setattr(local._parameters, "average_momenta", lambda *_: None)
+                patch.setattr(local._parameters, "average_state", lambda *_: None)
                 train(context, local, 2, first=2)
             assert local.round == 2
         group.armed = False
@@ -1363,7 +1313,7 @@ def a_failure_before_the_first_step_changes_nothing(context: Context) -> None:
 
     optimizer = make("numpy flat")
     local = LocalSGD(optimizer, transactional=True)
-    local._group = Gone(context.group)
+    local.group = Gone(context.group)
     with refused(context, RoundError, "round 1 .* all are gone", *params_of(optimizer)):
         local.sync()
 
@@ -1384,9 +1334,8 @@ def groups_without_parameters(context: Context) -> None:
 @check()
 def steps_are_counted_alike(context: Context) -> None:
     """After a round that some ranks ended early, schedules choose the same period on all ranks."""
-    local = LocalSGD(make("numpy flat"), sync_every=PostLocal(4, after=5), warmup_steps=1)
+    local = LocalSGD(make("numpy flat"), sync_every=Stagewise({0: 1, 1: 100}))
     train(context, local, 1)
-    local._options = dataclasses.replace(local._options, sync_every=100)
     train(context, local, 4 * context.rank)
     local.sync()
     assert on_all(context, local._round.steps) == [4 * context.size - 3] * context.size
@@ -1438,36 +1387,6 @@ def a_failed_first_round(context: Context, steps: int) -> None:
         local.sync()
 
 
-@check()
-def groups_are_added_between_rounds(context: Context) -> None:
-    for options in (
-        {},
-        {"outer": OuterSGD(0.7, 0.9), "momentum_sync": "average", "transactional": True},
-        {"outer": SlowMo(0.5)},
-    ):
-        optimizer = make("numpy flat")
-        local = LocalSGD(optimizer, sync_every=2, **options)
-        train(context, local, 1)
-        with pytest.raises(
-            RuntimeError, match="add_param_group: expected the start of a round, got step 1 of it"
-        ):
-            local.add_param_group({"params": [np.zeros(3, np.float32)]})
-        train(context, local, 1, first=1)
-        local.add_param_group(
-            {"params": [sgdcore.Parameter(np.full(3, context.rank, np.float32))], "lr": 0.5}
-        )
-        train(context, local, 4, first=2)
-        assert len(params_of(local)) == len(SHAPES) + 1
-        assert_equal_on_all(context, params_of(local))
-    different = sgdcore.Parameter(np.zeros(3 + context.rank, np.float32))
-    with pytest.raises(ValueError, match="parameters: expected the same on all ranks"):
-        local.add_param_group({"params": [different]})
-    data = DataParallel(make("numpy flat"))
-    data.add_param_group({"params": [sgdcore.Parameter(np.full(3, context.rank, np.float32))]})
-    train(context, data, 2)
-    assert_equal_on_all(context, params_of(data))
-
-
 # What ranks tell each other before they average
 
 
@@ -1494,7 +1413,7 @@ def wrappers_called_in_another_order(context: Context) -> None:
         # Another kind of call.
         call = first.finish
         if context.rank == 0:
-            call = partial(first.add_param_group, {"params": [np.zeros(4)]})
+            call = partial(first.rebind, context.group)
         with pytest.raises(RoundError, match=r"ranks call different things: .* on rank 0: "):
             call()
 
@@ -1505,7 +1424,7 @@ def names_of_parameters_are_compared(context: Context) -> None:
     order = ["query", "key"] if context.rank == 0 else ["key", "query"]
     for cls in (LocalSGD, DataParallel):
         params = [sgdcore.Parameter(np.full(2, float(context.rank)), name=n) for n in order]
-        match = "on rank 0: number 0 'query' .*; on rank 1: number 0 'key' "
+        match = "on rank 0: number 0, parameter 'query', .*; on rank 1: number 0, parameter 'key', "
         with refused(context, ValueError, match, *params):
             cls(sgdcore.SGD(params, lr=0.1))
 
@@ -1518,7 +1437,7 @@ def learning_rates_of_an_outer_step_are_compared(context: Context) -> None:
     train(context, local, 4)
     before = values_of(optimizer)
     optimizer.param_groups[0]["lr"] = 0.1 / (1 + context.rank)
-    match = r"learning rates .* on rank 0: param_groups\[0\]\['lr'\] = 0.1; on rank 1: .* = 0.05"
+    match = r"learning rates .* on rank 0: \[0.1\]; on rank 1: \[0.05\]"
     with pytest.raises(RoundError, match=match):
         train(context, local, 2, first=4)
     assert all(same_bits(a, b) for a, b in zip(params_of(optimizer), before, strict=True))
@@ -1528,9 +1447,9 @@ def learning_rates_of_an_outer_step_are_compared(context: Context) -> None:
     assert_equal_on_all(context, params_of(optimizer))
     data = DataParallel(make("numpy flat"))
     data.param_groups[0]["lr"] = 0.1 / (1 + context.rank)
-    match = r"hyperparameters: .* on rank 0: param_groups\[0\]\['lr'\] = 0.1; on rank 1: .* = 0.05"
-    with refused(context, RoundError, match, *params_of(data)):
-        train(context, data, 1)
+    train(context, data, 1)
+    data.finish()
+    assert_equal_on_all(context, params_of(data))
 
 
 LOADED: dict[str, dict[str, Any]] = {

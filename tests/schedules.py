@@ -24,7 +24,7 @@ import torch._dynamo  # or torch's first group would outlive its end
 import torch.distributed as dist
 
 import sgdcore
-from sgdcore.distributed import LocalSGD, OuterSGD, PostLocal, RoundError, SlowMo
+from sgdcore.distributed import LocalSGD, OuterSGD, RoundError, SlowMo, Stagewise
 
 SHAPES = {"weight": (40, 30), "bias": (30,), "scale": ()}
 GROUP_SECONDS = 20.0
@@ -68,8 +68,7 @@ def schedule_of(seed: int) -> Schedule:
     draw = random.Random(seed)
     ranks = draw.randint(2, 4)
     options = {
-        "sync_every": draw.choice([1, 2, 3, 5, PostLocal(3, 4)]),
-        "warmup_steps": draw.choice([0, 0, 2]),
+        "sync_every": draw.choice([1, 2, 3, 5, Stagewise({0: 1, 4: 3})]),
         "momentum_sync": draw.choice(["keep", "average", "reset"]),
         "wire_dtype": draw.choice([None, None, "bfloat16", "float16"]),
         "transactional": draw.random() < 0.6,

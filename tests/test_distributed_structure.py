@@ -1,4 +1,4 @@
-"""sgdcore.distributed stays small: few attributes in a class."""
+"""sgdcore.distributed stays small: few lines, and few attributes in a class."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python/sgdcore/distributed"
 MOST_ATTRIBUTES = 12
+MOST_LINES = 2600
 
 
 def classes(source: str) -> dict[str, ast.ClassDef]:
@@ -65,3 +66,7 @@ class Example(Base):
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_classes_have_a_dozen_attributes_at_most(name: str) -> None:
     assert len(attributes(KINDS[name], KINDS)) <= MOST_ATTRIBUTES
+
+
+def test_the_package_has_few_lines() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= MOST_LINES

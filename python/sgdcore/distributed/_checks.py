@@ -14,10 +14,8 @@ from sgdcore._hyperparameters import float_of
 
 def integer(value: Any) -> int | None:
     """Return an integer, NumPy's and torch's as well, as Python's; None for anything else."""
-    if isinstance(value, bool | np.bool_):
-        return None
     try:
-        return operator.index(value)
+        return None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         return None
 
@@ -36,8 +34,6 @@ def check_count(argument: str, value: Any, least: int, below: int | None = None)
 
 def check_number(argument: str, value: Any, positive: bool = False) -> float:
     """Return a finite number of at least 0, or above 0 if it is to be `positive`."""
-    if isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a number, got {value!r}")
     number = float_of(argument, value)
     if not (math.isfinite(number) and (number > 0 if positive else number >= 0)):
         bound = "above 0" if positive else "of at least 0"

@@ -1,14 +1,10 @@
-"""Arrays of either kind, NumPy's and torch's, as flat pieces of memory.
-
-Indexing, slicing, ``a[...] = b`` and the in-place operators mean the same for both kinds, so that the rest of the
-package is written once. What differs is here. Every flat piece is a view: no array is moved or rebound.
-"""
+"""Arrays of either kind, NumPy's and torch's, as flat views of memory: what differs between the two is here."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -30,6 +26,11 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def library(array: Any) -> Any:
+    """Return the module that has the functions for an array."""
+    return sys.modules["torch"] if is_torch(array) else np
+
+
 @cache
 def dtype_name(dtype: Any) -> str:
     """Return the name of a dtype of NumPy or torch, or a name as it is."""
@@ -39,19 +40,23 @@ def dtype_name(dtype: Any) -> str:
     return name.removeprefix("torch.") if name.startswith("torch.") else np.dtype(dtype).name
 
 
-def compute_dtype(dtype: str) -> str:
-    """Return the dtype in which the core computes with values of a dtype: float32 for 16-bit ones, else their own."""
+def wire_name(dtype: str, wire: str | None = None) -> str:
+    """Return the dtype on the wire, and that of sums: `wire` if it is no wider; else 16-bit ones take float32."""
+    if wire is not None and ITEM_BYTES[wire] <= ITEM_BYTES[dtype]:
+        return wire
     return "float64" if dtype == "float64" else "float32"
 
 
-def wire_name(dtype: str, wire: str | None = None) -> str:
-    """Return the dtype on the wire for arrays of a dtype: 16-bit ones are added up in float32 unless `wire` says so."""
-    if wire is not None and ITEM_BYTES[wire] <= ITEM_BYTES[dtype]:
-        return wire
-    return compute_dtype(dtype)
+def check_array(array: Any) -> None:
+    """Raise a TypeError or a ValueError for what an engine cannot reduce in its place."""
+    flat(array, "array")
+    if not (_is_contiguous(array) and (is_torch(array) or array.flags.writeable)):
+        raise ValueError("array: expected contiguous and writable memory")
 
 
-# Views
+def _is_contiguous(array: Any) -> bool:
+    contiguous: bool = array.is_contiguous() if is_torch(array) else array.flags.c_contiguous
+    return contiguous
 
 
 def flat(array: Any, label: str) -> Any:
@@ -63,23 +68,17 @@ def flat(array: Any, label: str) -> Any:
             raise TypeError(f"{label}: expected a dense torch.Tensor, got {kind} ({layout})")
         array = array.detach() if array.requires_grad else array
         array = torch.view_as_real(array) if array.is_complex() else array
-        if array.is_contiguous():
-            return array.view(-1)
-        ordered = array.permute(_axes(array.stride()))
-        contiguous = ordered.is_contiguous()
-    else:
-        ordered = array if array.flags.c_contiguous else array.transpose(_axes(array.strides))
-        contiguous = ordered.flags.c_contiguous
-    if not contiguous:
-        raise ValueError(
-            f"{label}: expected memory without gaps, got {strides_of(array)} as strides"
-        )
-    return ordered.reshape(-1)
-
-
-def _axes(strides: Sequence[int]) -> list[int]:
-    """Return the axes in the order of memory, the outermost first."""
-    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    elif not isinstance(array, np.ndarray):
+        found = type(array).__name__
+        raise TypeError(f"{label}: expected a NumPy array or a torch tensor, got {found}")
+    if not _is_contiguous(array):
+        strides = array.stride() if is_torch(array) else array.strides
+        axes = sorted(range(array.ndim), key=lambda axis: -strides[axis])
+        array = library(array).moveaxis(array, axes, list(range(array.ndim)))
+        if not _is_contiguous(array):
+            got = strides_of(array)
+            raise ValueError(f"{label}: expected memory without gaps, got {got} as strides")
+    return array.reshape(-1)
 
 
 def strides_of(array: Any) -> list[int]:
@@ -96,12 +95,6 @@ def laid_out(array: Any, like: Any) -> Any:
     ordered = zeros_like(like, array.dtype)
     ordered[...] = array
     return ordered
-
-
-def beside(kept: Sequence[Any], data: Sequence[Any], dtypes: Iterable[Any]) -> list[Any]:
-    """Return what is kept beside arrays, in their order in memory now; zeros of these dtypes for those without any."""
-    laid = [laid_out(each, like) for each, like in zip(kept, data, strict=False)]
-    return laid + [zeros_like(data[i], d) for i, d in enumerate(dtypes) if i >= len(laid)]
 
 
 def _extents(views: Sequence[Any]) -> tuple[Array, Array]:
@@ -146,26 +139,14 @@ def join(views: Sequence[Any]) -> Any:
     return np.lib.stride_tricks.as_strided(first, (size,), first.strides)
 
 
-def bits(array: Any) -> Any:
-    """Return a flat view as integers, whose sums with zeros are exact."""
-    integer = "int32" if ITEM_BYTES[dtype_name(array.dtype)] == 4 else "int64"
-    return array.view(getattr(sys.modules["torch"] if is_torch(array) else np, integer))
-
-
-def overlap(views: Sequence[Any]) -> tuple[int, int] | None:
-    """Return the positions of two flat views that have memory in common, or None."""
+def overlap(views: Sequence[Any]) -> list[int]:
+    """Return the positions of two flat views that have memory in common, if there are such."""
     starts, ends = _extents(views)
     order = np.argsort(starts, kind="stable")
     order = order[ends[order] > starts[order]]  # empty ones have no memory
     # Where any two overlap, so do two that follow each other.
     found = np.flatnonzero(ends[order][:-1] > starts[order][1:])
-    if len(found) == 0:
-        return None
-    first, second = sorted(order[found[0] :][:2].tolist())
-    return first, second
-
-
-# Memory
+    return sorted(order[found[0] :][:2].tolist()) if len(found) else []
 
 
 def empty(like: Any, size: int, dtype: str) -> Any:
@@ -204,18 +185,9 @@ def as_numpy(array: Any) -> Array:
 
 
 def as_kind(like: Any, array: Array) -> Any:
-    """Return a copy of a NumPy array, as an array of another one's kind on its device."""
-    if not is_torch(like):
-        return array.copy()
-    return sys.modules["torch"].from_numpy(array.copy()).to(like.device)
-
-
-def concatenate(views: Sequence[Any], target: Any) -> None:
-    """Copy flat views one after the other into an array."""
-    if is_torch(target):
-        sys.modules["torch"].cat(views, out=target)
-    else:
-        np.concatenate(views, out=target, casting="unsafe")
+    """Return a NumPy array as an array of another one's kind on its device."""
+    torch = sys.modules["torch"] if is_torch(like) else None
+    return array if torch is None else torch.as_tensor(array, device=like.device)
 
 
 def scatter(source: Any, views: Sequence[Any]) -> None:
@@ -234,9 +206,6 @@ def copy_all(targets: Sequence[Any], sources: Sequence[Any]) -> None:
         target[...] = source
 
 
-# Values
-
-
 def count_change(array: Any) -> None:
     """Tell autograd that a tensor was changed: of what an engine writes torch may know nothing."""
     if is_torch(array):
@@ -245,16 +214,8 @@ def count_change(array: Any) -> None:
         increment_versions([array])
 
 
-def zero_nonfinite(array: Any) -> None:
-    """Set what is not finite to 0, in place."""
-    if is_torch(array):
-        array.nan_to_num_(0.0, 0.0, 0.0)
-    else:
-        np.nan_to_num(array, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def scale(array: Any, factor: float, look: bool = False) -> bool:
-    """Multiply a flat view of float32 or float64, in place; return whether that is finite, if `look` says so."""
+def scale(array: Any, factor: float) -> bool:
+    """Multiply a flat view of float32 or float64, in place; return whether the products are all finite."""
     finite = True
     if is_torch(array) and array.device.type == "cpu":
         array = array.numpy()
@@ -263,7 +224,7 @@ def scale(array: Any, factor: float, look: bool = False) -> bool:
         block = array[start : start + block_size]
         if factor != 1:
             block *= factor
-        finite = finite and (not look or all_finite(block))
+        finite = finite and all_finite(block)
     return finite
 
 
@@ -274,4 +235,4 @@ def all_finite(array: Any) -> bool:
     with np.errstate(all="ignore"):
         if math.isfinite(float(np.dot(array, array) if fast else array.sum())):
             return True
-    return bool((sys.modules["torch"] if is_torch(array) else np).isfinite(array).all())
+    return bool(library(array).isfinite(array).all())

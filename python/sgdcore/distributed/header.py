@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from sgdcore._arrays import Array
-from sgdcore.distributed._flat import as_kind, as_numpy, flat, is_torch
+from sgdcore.distributed._flat import as_kind, as_numpy, flat, library
 from sgdcore.distributed.groups import ProcessGroup
 
 # What is longer takes a second operation. The first one has one size, so that ranks that call different things find
 # that out before anything else is sent.
 HEADER_BYTES = 1 << 10
-CHECKSUM_BLOCK = 1 << 20
 
 Headers = dict[str, list[Any]]  # what each rank says, by name
 
@@ -26,9 +25,8 @@ Headers = dict[str, list[Any]]  # what each rank says, by name
 class RoundError(RuntimeError):
     """A round of averaging failed: a rank died, did not answer within the group's timeout, or could not take part.
 
-    Attributes:
-        round: the number of the round (of the step, for `DataParallel`) that failed, from 1.
-        restored: whether the parameters are those of the round before, bit for bit.
+    `round` is its number, from 1; for `DataParallel` the step's. If `restored` is true, the parameters are those of the
+    round before, bit for bit.
     """
 
     def __init__(self, message: str, round: int = 0, restored: bool = False) -> None:
@@ -53,24 +51,20 @@ class Ranks:
         rows = rows[:, 8:] if longest <= HEADER_BYTES - 8 else self._rows(content, longest)
         return [pickle.loads(row.tobytes()) for row in rows]  # from ranks of this program
 
-    def _rows(self, content: bytes, size: int) -> Array:
-        """Return the first bytes of all ranks' contents, a row for each."""
-        rows = np.zeros((self.group.size, -(-size // 8) * 8), np.uint8)
-        rows[self.group.rank] = np.frombuffer(content[:size].ljust(rows.shape[1], b"\0"), np.uint8)
-        return self._sum(rows)
-
-    def _sum(self, array: Array) -> Array:
-        """Return the sum of the ranks' bytes, of which one rank's at most are not 0."""
-        words = as_kind(self.like, array.reshape(-1).view(np.int64))
-        self.group.all_reduce(words).wait()
-        return as_numpy(words).view(np.uint8).reshape(array.shape)
-
-    def broadcast(self, content: bytes, source: int) -> bytes:
-        """Return the bytes of one rank."""
+    def of(self, source: int, content: bytes) -> Any:
+        """Return the object that one rank has pickled."""
         size = self.gather(len(content))[source]
-        own = content if self.group.rank == source else b""
-        padded = np.frombuffer(own.ljust(-(-size // 8) * 8, b"\0"), np.uint8)
-        return content if self.group.size == 1 else self._sum(padded).tobytes()[:size]
+        rows = self._rows(content if self.group.rank == source else b"", size, 1)
+        return pickle.loads(rows.tobytes())
+
+    def _rows(self, content: bytes, size: int, count: int = 0) -> Array:
+        """Return the first bytes of all ranks' contents, a row for each, or their sum if it is one row."""
+        rows = np.zeros((count or self.group.size, -(-size // 8) * 8), np.uint8)
+        own = np.frombuffer(content[:size], np.uint8)
+        rows[self.group.rank % len(rows), : len(own)] = own
+        words = as_kind(self.like, rows.reshape(-1).view(np.int64))
+        self.group.all_reduce(words).wait()  # of which one rank's at most are not 0
+        return as_numpy(words).view(np.uint8).reshape(rows.shape)
 
 
 def compare(
@@ -90,26 +84,22 @@ def compare(
             )
 
 
-def fingerprint(text: str) -> int:
-    """Return a hash that is the same in all processes."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+def fingerprint(content: Any) -> str:
+    """Return a hash of bytes, or of an array's memory, that is the same in all processes."""
+    return hashlib.blake2b(content, digest_size=7).hexdigest()
 
 
 def checksums(labels: Iterable[str], arrays: Iterable[Any]) -> Iterator[str]:
     """Yield a line for each array, or None, with its label and a hash of its bits."""
     for label, array in zip(labels, arrays, strict=True):
-        digest = hashlib.blake2b(digest_size=7)
-        values: Any = () if array is None else flat(array, label)
-        for start in range(0, len(values), CHECKSUM_BLOCK):
-            block = values[start : start + CHECKSUM_BLOCK]
-            if is_torch(block):  # which may have a dtype that NumPy lacks
-                block = block.detach().view(block.new_empty(0).byte().dtype)
-            digest.update(as_numpy(block).view(np.uint8).data)
-        yield f"{label}: {'none' if array is None else digest.hexdigest()}"
+        if array is None:
+            yield f"{label}: none"
+            continue
+        values = flat(array, label)
+        yield f"{label}: {fingerprint(as_numpy(values.view(library(values).uint8)).data)}"
 
 
-def any_flags(packed: Sequence[Array], size: int) -> list[bool]:
-    """Return which of the truth values, packed by numpy.packbits, are true on any of the ranks."""
-    either = np.bitwise_or.reduce(packed)
-    flags: list[bool] = np.unpackbits(either, count=size).astype(bool).tolist()
-    return flags
+def anywhere(missing: Sequence[Sequence[int]], count: int) -> list[bool]:
+    """Return which of so many arrays are not among the missing ones of all ranks."""
+    nowhere = set(missing[0]).intersection(*missing)
+    return [i not in nowhere for i in range(count)]

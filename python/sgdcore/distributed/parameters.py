@@ -1,17 +1,23 @@
-"""An optimizer's parameters, and their momentum, as the flat memory that travels."""
+"""What is averaged as flat memory: an optimizer's parameters and what it keeps for them, and a model's buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sgdcore._rules import rule_of
 from sgdcore.distributed import _flat
-from sgdcore.distributed._flat import dtype_name, flat, strides_of, wire_name
+from sgdcore.distributed._flat import dtype_name, flat, is_torch, strides_of, wire_name
 from sgdcore.distributed.averager import Averager
-from sgdcore.distributed.buffers import Buffers
 from sgdcore.distributed.groups import ProcessGroup
 from sgdcore.distributed.header import fingerprint
 from sgdcore.parameter import Parameter
+from sgdcore.sgd import SGD
+
+_warned = False
 
 
 class Parameters:
@@ -25,105 +31,180 @@ class Parameters:
     """
 
     def __init__(self, optimizer: Any, model: Any = None) -> None:
-        self._optimizer, self._model = optimizer, model
-        self.read()
+        self._optimizer = optimizer
+        self._names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        self.layout = ""
+        self._read()
 
-    def read(self) -> None:
-        """List the parameters and look where they are; raise where one has gaps, or two overlap, and change nothing."""
-        known = {id(parameter): name for name, parameter in self._named()}
+    def _read(self) -> None:
+        """List the parameters and look where they are; raise where that cannot be averaged, and change nothing."""
         all_: list[Any] = []
-        group_of, called, labels = [], [], []
+        group_of, labels = [], []
         for i, group in enumerate(self._optimizer.param_groups):
             given = group.get("param_names") or ()
             for j, parameter in enumerate(group["params"]):
                 name = given[j] if j < len(given) else getattr(parameter, "name", None)
-                name = name or known.get(id(parameter))
-                called.append(f"number {len(all_)} '{name}'" if name else f"number {len(all_)}")
-                labels.append(
-                    f"parameter '{name}'" if name else f"param_groups[{i}]['params'][{j}]"
-                )
+                name = name or self._names.get(id(parameter))
+                place = f"param_groups[{i}]['params'][{j}]"
+                labels.append(f"parameter '{name}'" if name else place)
                 all_.append(parameter)
                 group_of.append(i)
         data = [p.data if isinstance(p, Parameter) else p.detach() for p in all_]
         flats = [flat(each, label) for each, label in zip(data, labels, strict=True)]
         dtypes = [dtype_name(view.dtype) for view in flats]
-        for other in set(dtypes).difference(_flat.FLOATS):
-            label = labels[dtypes.index(other)]
-            raise TypeError(f"{label}: expected a floating-point tensor, got {other}")
         if pair := _flat.overlap(flats):
-            raise ValueError(f"params: {labels[pair[0]]} and {labels[pair[1]]} overlap in memory")
+            first, second = (labels[i] for i in pair)
+            raise ValueError(f"params: {first} and {second} overlap in memory")
+        lines = "".join(
+            f"number {i}, {labels[i]}, of shape {tuple(each.shape)}, strides {strides_of(each)}, {dtypes[i]}, "
+            f"group {group_of[i]}\n"
+            for i, each in enumerate(data)
+        )
+        if self.layout and not self.layout.startswith(lines):
+            raise ValueError(
+                "params: they, or their order in memory, changed since they were wrapped; wrap the optimizer anew"
+            )
         self.all, self.labels, self.data, self.flats = all_, labels, data, flats
         self.group_of, self.runs = group_of, _flat.runs(flats, group_of)
         self._places = self._where()
         self._averagers: dict[Any, Averager] = {}
-        lines = [
-            f"{name} of shape {tuple(each.shape)}, strides {strides_of(each)}, {dtype}, group {i}"
-            for name, each, dtype, i in zip(called, data, dtypes, group_of, strict=True)
-        ]
-        self.layout = "\n".join([*lines, f"those side by side in memory {self.runs}"])
-        self.fingerprint = fingerprint(self.layout)
-
-    def _named(self) -> list[tuple[str, Any]]:
-        return [] if self._model is None else list(self._model.named_parameters())
-
-    def others(self) -> Buffers:
-        """Return the model's parameters that the optimizer does not have, by name."""
-        own = set(map(id, self.all))
-        return Buffers({name: p.detach() for name, p in self._named() if id(p) not in own})
+        self.layout = f"{lines}those side by side in memory {self.runs}"
+        self.fingerprint = fingerprint(self.layout.encode())
 
     def _where(self) -> list[int]:
         """Return what tells other memory from that in `data`: a tensor's address, an array's identity."""
         # Each average looks here, so that it has to be quick.
-        if _flat.is_torch(self.data[0]):
-            return [parameter.data_ptr() for parameter in self.all]
-        return [id(parameter.data) for parameter in self.all]
+        everything = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if is_torch(everything[0]):
+            return [parameter.data_ptr() for parameter in everything]
+        return [id(parameter.data) for parameter in everything]
 
     def moved(self) -> bool:
-        """Return whether a parameter was given other memory since `read`."""
+        """Return whether a parameter was given other memory since this looked."""
         return self._where() != self._places
 
-    def averager(self, wire: str | None = None) -> Averager:
-        """Return what averages arrays like the parameters, in their dtypes or rounded to a wire's."""
-        if wire not in self._averagers:
-            wires = [wire_name(dtype_name(view.dtype), wire) for view in self.flats]
-            self._averagers[wire] = Averager(self.flats, self.runs, wires)
-        return self._averagers[wire]
+    def follow(self) -> None:
+        """Look where parameters are that were given other memory."""
+        if self.moved():
+            self._read()
 
-    # Momentum
+    def averager(self, wire: str | None = None, key: str | None = None) -> Averager:
+        """Return what averages arrays like the parameters, or a rule's state, rounded to a wire's dtype."""
+        if (wire, key) not in self._averagers:
+            dtypes = [view.dtype for view in self.flats]
+            if key is not None:
+                dtypes = [self._dtype(key, i) or dtype for i, dtype in enumerate(dtypes)]
+            wires = [wire_name(dtype_name(dtype), wire) for dtype in dtypes]
+            self._averagers[wire, key] = Averager(self.flats, self.runs, wires)
+        return self._averagers[wire, key]
 
-    def momenta(self) -> list[Any]:
-        """Return each parameter's momentum buffer, or None."""
+    # The rule's states, such as momentum
+
+    @property
+    def _declared(self) -> dict[str, str]:
+        """The rule's states, by the keys of their dtypes in a group; torch.optim's optimizers count as SGD."""
+        rule = rule_of(getattr(self._optimizer, "rule", SGD.rule))
+        return {state.key: state.dtype_key for state in rule.states}
+
+    def states(self) -> dict[str, list[Any]]:
+        """Return the rule's states by key, for each parameter, or None."""
         state = self._optimizer.state
-        return [state[p].get("momentum_buffer") if p in state else None for p in self.all]
+        return {
+            key: [state[p].get(key) if p in state else None for p in self.all]
+            for key in self._declared
+        }
 
-    def momentum(self, i: int) -> Any:
-        """Return a parameter's momentum in the parameter's order in memory; new zeros where there was none."""
+    def arrays_of_states(self) -> list[Any]:
+        """Return all that there is of the rule's states."""
+        return [each for values in self.states().values() for each in values if each is not None]
+
+    def restore_states(self, states: Mapping[str, Sequence[Any]]) -> None:
+        """Set states to what `states` returned before, None included."""
+        for key, values in states.items():
+            for i, value in enumerate(values):
+                if value is not None:
+                    self.state(key, i)[...] = value
+                elif self.all[i] in self._optimizer.state:
+                    self._optimizer.state[self.all[i]].pop(key, None)
+
+    def state(self, key: str, i: int) -> Any:
+        """Return a parameter's state in the parameter's order in memory; new zeros where there was none."""
         state, data = self._optimizer.state[self.all[i]], self.data[i]
-        momentum = state.get("momentum_buffer")
-        if momentum is None:
-            ordered = _flat.zeros_like(data, self._momentum_dtype(i))
-        else:
-            ordered = _flat.laid_out(momentum, data)
-        if ordered is not momentum:
-            state["momentum_buffer"] = ordered
-        return state["momentum_buffer"]  # the optimizer may keep it in memory of its own
+        value = state.get(key)
+        if value is None:
+            state[key] = _flat.zeros_like(data, self._dtype(key, i))
+        elif (ordered := _flat.laid_out(value, data)) is not value:
+            state[key] = ordered
+        return state[key]  # the optimizer may keep it in memory of its own
 
-    def _momentum_dtype(self, i: int) -> Any:
-        """Return what the options say, since a loaded buffer's dtype may be its own."""
-        return self._optimizer.param_groups[self.group_of[i]].get("momentum_dtype")
+    def _dtype(self, key: str, i: int) -> Any:
+        """Return what the options say, since a loaded state's dtype may be its own."""
+        return self._optimizer.param_groups[self.group_of[i]].get(self._declared[key])
 
-    def average_momenta(self, group: ProcessGroup, wanted: Sequence[bool], factor: float) -> None:
-        """Average the momenta that are wanted, the same on all ranks; zeros take the place of those missing here."""
-        if not any(wanted):
-            return
-        wires = tuple(
-            wire_name(dtype_name(self._momentum_dtype(i) or view.dtype))
-            for i, view in enumerate(self.flats)
-        )
-        if wires not in self._averagers:
-            self._averagers[wires] = Averager(self.flats, self.runs, wires)
+    def average_state(
+        self, key: str, group: ProcessGroup, wanted: Sequence[bool], factor: float
+    ) -> None:
+        """Average a state where it is wanted, the same on all ranks; zeros take the place of those missing here."""
         views = [
-            flat(self.momentum(i), f"momentum of {label}") if there else None
-            for i, (label, there) in enumerate(zip(self.labels, wanted, strict=True))
+            flat(self.state(key, i), f"{key} of {label}") if wanted[i] else None
+            for i, label in enumerate(self.labels)
         ]
-        self._averagers[wires].average(group, views, factor, wanted=wanted)
+        self.averager(key=key).average(group, views, factor, wanted)
+
+
+class Buffers:
+    """Arrays, or a mapping of them, of which `floats` are averaged; integers are taken from one rank."""
+
+    def __init__(self, buffers: Any) -> None:
+        named = buffers if isinstance(buffers, Mapping) else dict(enumerate(buffers or ()))
+        self.layout = ""
+        self.floats: list[Any] = []
+        self._integers: list[Any] = []
+        for name, array in named.items():
+            label = f"buffers[{name!r}]"
+            view = flat(array, label)
+            self.layout += f"{label} of shape {tuple(array.shape)}, {array.dtype}\n"
+            averaged = dtype_name(array.dtype).startswith(("float", "bfloat", "complex"))
+            (self.floats if averaged else self._integers).append(view)
+        wires = [wire_name(dtype_name(each.dtype)) for each in self.floats]
+        self._of_floats = Averager(self.floats, _flat.runs(self.floats), wires)
+        apart = [[i] for i in range(len(self._integers))]
+        self._of_integers = Averager(self._integers, apart, ["int64"] * len(apart))
+
+    def average(self, group: ProcessGroup, factor: float, source: int) -> None:
+        """Average the values over the ranks; take integers from the rank `source`."""
+        self._of_floats.average(group, self.floats, factor)
+        self._of_integers.broadcast(group, self._integers, source)
+
+    def broadcast(self, group: ProcessGroup, source: int) -> None:
+        """Take all values from the rank `source`."""
+        self.average(group, float(group.rank == source), source)
+
+    def copies(self) -> list[Any]:
+        """Return copies of all values."""
+        return [_flat.copied(each) for each in (*self.floats, *self._integers)]
+
+    def restore(self, copies: Sequence[Any]) -> None:
+        """Return to what `copies` returned."""
+        _flat.copy_all([*self.floats, *self._integers][: len(copies)], copies)
+
+
+def warn_of_batch_norm(parameters: Iterable[Any]) -> None:
+    """Warn, once in a process, if a module with these parameters has batch norm."""
+    global _warned
+    batch_norm = sys.modules.get("torch.nn.modules.batchnorm")
+    own = {id(parameter) for parameter in parameters if is_torch(parameter)}
+    if _warned or batch_norm is None or not own:
+        return
+    modules = [each for each in gc.get_objects() if issubclass(type(each), batch_norm.Module)]
+    for module in modules:
+        norms = (each for each in module.modules() if isinstance(each, batch_norm._NormBase))
+        averages = any(each.running_mean is not None for each in norms)
+        if averages and any(id(p) in own for p in module.parameters()):
+            _warned = True
+            warnings.warn(
+                "the model has batch norm, whose running statistics stay each rank's own: pass model=model, or "
+                "buffers=model.buffers(), to average them with each round",
+                stacklevel=3,
+            )
+            return

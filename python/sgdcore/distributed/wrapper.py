@@ -12,10 +12,9 @@ from itertools import count
 from typing import Any, NoReturn, Self, cast
 
 from sgdcore.distributed._flat import is_torch
-from sgdcore.distributed.buffers import Buffers, warn_of_batch_norm
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.distributed.header import Headers, Ranks, RoundError, checksums, compare
-from sgdcore.distributed.parameters import Parameters
+from sgdcore.distributed.parameters import Buffers, Parameters, warn_of_batch_norm
 from sgdcore.optimizer import Optimizer
 
 
@@ -26,18 +25,18 @@ class _Inner:
         self._name = name
 
     def __get__(self, wrapper: Wrapper | None, owner: type) -> Any:
-        return self if wrapper is None else getattr(wrapper._optimizer, self._name)
+        if wrapper is None:
+            return self
+        value = getattr(wrapper.optimizer, self._name)
+        on_tensors = not isinstance(wrapper.optimizer, Optimizer)
+        return _State(value) if self._name == "state" and on_tensors else value
 
     def __set__(self, wrapper: Wrapper, value: Any) -> None:
-        setattr(wrapper._optimizer, self._name, value)
+        setattr(wrapper.optimizer, self._name, value)
 
 
 class _State(UserDict[Any, Any]):
-    """A torch optimizer's state, which counts as there even while it is empty.
-
-    torch's checkpoint API (``get_optimizer_state_dict``) takes a step with any optimizer whose state is empty; a
-    wrapper's would be a round with the other ranks.
-    """
+    """A torch optimizer's state. torch's checkpoint API takes a step, here a round, where it counts as empty."""
 
     def __init__(self, state: Any) -> None:
         self.data = state
@@ -55,8 +54,8 @@ class Wrapper:
     Around a torch optimizer it is a torch.optim.Optimizer itself, so that schedulers and GradScaler take it.
     """
 
-    _optimizer: Any
-    _group: ProcessGroup
+    optimizer: Any  # which does the steps
+    group: ProcessGroup
     _buffers: Buffers
     _parameters: Parameters
     _number: int  # among the wrappers of this program; the same on all ranks
@@ -65,7 +64,9 @@ class Wrapper:
     _numbers = count(1)  # of this process's next wrapper
 
     param_groups = _Inner()
+    state = _Inner()
     defaults = _Inner()
+    add_param_group = _Inner()
     zero_grad = _Inner()
     state_dict = _Inner()
     register_step_pre_hook = _Inner()
@@ -78,70 +79,46 @@ class Wrapper:
     def __new__(cls, optimizer: Any = None, *_: Any, **__: Any) -> Self:
         """Return an instance that is a torch.optim.Optimizer around one."""
         torch = sys.modules.get("torch")
-        if torch is not None and isinstance(optimizer, torch.optim.Optimizer):
-            return cast(Self, object.__new__(_torch_flavour(cls)))  # type: ignore[arg-type]
-        return object.__new__(cls)
+        on_torch = torch is not None and isinstance(optimizer, torch.optim.Optimizer)
+        kind: Any = cls
+        return cast(Self, object.__new__(_torch_flavour(kind) if on_torch else kind))
 
     def _wrap(self, optimizer: Any, group: Any, model: Any, buffers: Any) -> None:
         """Take the optimizer over, after checking what it is."""
-        torch = sys.modules.get("torch")
+        torch, got = sys.modules.get("torch"), type(optimizer).__name__
         kinds = (Optimizer,) if torch is None else (Optimizer, torch.optim.Optimizer)
         if isinstance(optimizer, Wrapper):
-            raise TypeError(f"optimizer: it is distributed already, got {type(optimizer).__name__}")
+            raise TypeError(f"optimizer: it is distributed already, got {got}")
         if not isinstance(optimizer, kinds):
-            raise TypeError(
-                f"optimizer: expected one of sgdcore or torch.optim, got {type(optimizer).__name__}"
-            )
+            raise TypeError(f"optimizer: expected one of sgdcore or torch.optim, got {got}")
         if torch is not None and isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(
-                "optimizer: LBFGS evaluates its closure several times a step, with parameters and gradients that are "
-                "not averaged in between; expected an optimizer that steps with one gradient"
-            )
+            raise TypeError("optimizer: LBFGS evaluates its closure several times between averages")
         if not any(group["params"] for group in optimizer.param_groups):
             raise ValueError("optimizer: expected at least one parameter, got none")
         if model is not None and not (torch is not None and isinstance(model, torch.nn.Module)):
             raise TypeError(f"model: expected a torch.nn.Module or None, got {model!r}")
-        self._optimizer, self._group = optimizer, as_process_group(group)
+        self.optimizer, self.group = optimizer, as_process_group(group)
         self._number, self._verified = 0, False
         if buffers is None and model is not None:
             buffers = dict(model.named_buffers())
         self._buffers, self._parameters = Buffers(buffers), Parameters(optimizer, model)
-        if model is None and not self._buffers.layout and self._group.size > 1:
+        if model is None and not self._buffers.layout and self.group.size > 1:
             warn_of_batch_norm(self._parameters.all)
 
-    def _start(self, status: int) -> None:
+    def _start(self, status: int, model: Any) -> None:
         """Meet the other ranks for the first time."""
-        if hasattr(self._optimizer, "_in_backward"):
-            self._optimizer._wrapper = weakref.ref(self)  # step_in_backward asks it
-            if self._optimizer._in_backward is not None:
+        if hasattr(self.optimizer, "_in_backward"):
+            self.optimizer._wrapper = weakref.ref(self)  # step_in_backward asks it
+            if self.optimizer._in_backward is not None:
                 self.check_step_in_backward()
-        self._bind()
         self._meet(status)
-        self._parameters.others().broadcast(self._group, 0)
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's state."""
-        state = self._optimizer.state
-        return state if isinstance(self._optimizer, Optimizer) else _State(state)
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._optimizer.state = value
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer that does the steps."""
-        return self._optimizer
-
-    @property
-    def group(self) -> ProcessGroup:
-        """The process group."""
-        return self._group
+        if model is not None:
+            own = set(map(id, self._parameters.all))
+            frozen = {k: p.detach() for k, p in model.named_parameters() if id(p) not in own}
+            Buffers(frozen).broadcast(self.group, 0)
 
     def finish(self) -> None:
         """End training on this rank."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -151,54 +128,20 @@ class Wrapper:
             self.finish()
 
     def check_step_in_backward(self) -> None:
-        """Raise a ValueError if stepping in the backward pass cannot go with this wrapper."""
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        inner = "\n".join("  " + line for line in repr(self._optimizer).splitlines())
-        return f"{type(self).__name__} over {self._group!r} of\n{inner}"
+        """Raise a ValueError if a backward pass that steps cannot go with this wrapper."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
             f"{type(self).__name__} belongs to its process group and cannot be copied or pickled; save its state_dict()"
         )
 
-    # Changes of the parameters
-
-    def _bind(self) -> None:
-        """Make what is kept beside the parameters, for new ones and where they are now."""
-
-    def _follow_moves(self) -> None:
-        """Look where parameters are that were given other memory."""
-        if self._parameters.moved():
-            self._parameters.read()
-            self._bind()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, on all ranks; they get rank 0's values.
-
-        Raises:
-            TypeError, ValueError: as the inner optimizer does, or where ranks add different ones.
-        """
-        self._follow_moves()
-        self._optimizer.add_param_group(param_group)
-        self._parameters.read()
-        self._bind()
-        self._introduce(self._status())
-        self._parameters.averager().broadcast(self._group, self._parameters.flats)
-
     # What ranks tell each other
-
-    def _status(self) -> int:
-        """Return what decides whose parameters all take when ranks meet: those of the highest."""
-        raise NotImplementedError
 
     def _meet(self, status: int) -> None:
         """See that ranks agree, and bring those behind to where the one with the highest status is."""
-        raise NotImplementedError
 
     def _ranks(self, group: ProcessGroup | None = None) -> Ranks:
-        return Ranks(group or self._group, self._parameters.flats[0])
+        return Ranks(group or self.group, self._parameters.flats[0])
 
     def _facts(self) -> dict[str, str]:
         """Return what has to be equal on all ranks when they meet, by name."""
@@ -206,58 +149,40 @@ class Wrapper:
         return {"optimizer": type(self).__name__, **layouts}
 
     def _introduce(self, status: int) -> list[int]:
-        """Compare what has to be equal on all ranks, and agree on this wrapper's number; returns each one's status."""
-        facts = self._facts()
-        said = {"facts": facts, "status": status, "number": next(Wrapper._numbers)}
-        headers = self._gather("to meet", self._ranks(), None, said)
+        """Compare what has to be equal, and agree on this wrapper's number; returns each rank's status."""
+        self._number, facts, number = 0, self._facts(), next(Wrapper._numbers)
+        said = {"facts": facts, "status": status, "number": number}
+        headers = self._exchange("to meet", lambda: said)
         for name in facts:
             compare(name, [theirs.get(name) for theirs in headers["facts"]], error=ValueError)
         self._number = max(headers["number"])
         Wrapper._numbers = count(self._number + 1)
         return headers["status"]
 
-    def _gather(
-        self, call: str, ranks: Ranks, failed: Exception | None, said: dict[str, Any]
-    ) -> Headers:
-        """Tell ranks what this one calls, why it cannot take part, and what else there is to say by name."""
-        reason = failed and f"{type(failed).__name__}: {failed}".encode(errors="replace").decode()
-        everyone = ranks.gather({"call": call, "failed": reason, **said})
-        calls = [each["call"] for each in everyone]
-        compare("ranks call different things", calls, error=RoundError)
-        for rank, each in enumerate(everyone):
-            if each["failed"]:
-                raise RuntimeError(f"rank {rank} failed with {each['failed']}") from failed
-        return {name: [each[name] for each in everyone] for name in said}
-
     def _exchange(
         self,
         operation: str,
         prepare: Callable[[], dict[str, Any]],
         group: ProcessGroup | None = None,
-        **said: Any,
     ) -> Headers:
-        """Tell ranks where this one is; returns what all say by name, once all can take part.
-
-        Args:
-            operation: what the ranks are to do together.
-            prepare: called first, returns more to say. If it fails, all ranks raise.
-            group: the ranks; default: all.
-            **said: what there is to say.
-        """
-        ranks, failed = self._ranks(group), None
+        """Tell ranks what this one calls, and what `prepare` returns; if that fails, all raise."""
+        parameters, reason, failed, said = self._parameters, "", None, dict[str, Any]()
         try:
-            self._follow_moves()
-            said |= prepare()
+            parameters.follow()
+            said = {"unverified": not self._verified, **prepare()}
         except Exception as error:  # noqa: BLE001 (raised below, on all ranks)
             failed = error
-        said |= {"layout": self._parameters.fingerprint, "unverified": not self._verified}
-        first = self._parameters.labels[0]
-        call = f"{operation} ({type(self).__name__} number {self._number}, {first})"
-        headers = self._gather(call, ranks, failed, said)
-        if len(set(headers["layout"])) > 1:
-            what = "parameters: the layout in memory changed on some ranks since they were wrapped"
-            compare(what, ranks.gather(self._parameters.layout))
-        return headers
+            reason = f"{type(error).__name__}: {error}".encode(errors="replace").decode()
+        if self._number:
+            name, layout = f"{type(self).__name__} number {self._number}", parameters.fingerprint
+            operation += f" ({name}, {parameters.labels[0]}, layout in memory {layout})"
+        everyone = self._ranks(group).gather((operation, reason, said))
+        calls = [call for call, _, _ in everyone]
+        compare("ranks call different things", calls, error=RoundError)
+        for rank, (_, reason, _) in enumerate(everyone):
+            if reason:
+                raise RuntimeError(f"rank {rank} failed with {reason}") from failed
+        return {name: [theirs[name] for _, _, theirs in everyone] for name in said}
 
     def _checksums(self) -> str:
         """Return what has to be equal before ranks go on, one thing a line."""
@@ -269,30 +194,23 @@ class Wrapper:
             compare(what, self._ranks().gather(self._checksums()), among)
             self._verified = True
 
-    # States that come from another rank
+    def _take_values(self, source: int) -> None:
+        """Give all ranks the parameters and buffers of one."""
+        self._parameters.averager().broadcast(self.group, self._parameters.flats, source)
+        self._buffers.broadcast(self.group, source)
 
-    def _state_of(self, source: int, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what `state` returns on a rank, with tensors on the CPU; a TypeError if pickle refuses."""
+    def _state_of(self, source: int) -> dict[str, Any]:
+        """Return a rank's state dict, with tensors on the CPU; an error on all ranks if pickle refuses."""
         content = b""
-        if self._group.rank == source:
-            try:
-                content = pickle.dumps(_on_cpu(state()))
-            except Exception as error:  # noqa: BLE001 (raised below, on all ranks)
-                message = f"optimizer: its state cannot be sent to the other ranks: {error}"
-                content = pickle.dumps(TypeError(message))
-        received = pickle.loads(self._ranks().broadcast(content, source))
-        if isinstance(received, TypeError):
-            raise received
-        return cast(dict[str, Any], received)
 
-    def _load_inner(self, state: dict[str, Any]) -> None:
-        """Load a state into the inner optimizer; tensors among its hyperparameters stay those a program refers to."""
-        tensors = [{k: v for k, v in each.items() if is_torch(v)} for each in self.param_groups]
-        self._optimizer.load_state_dict(state)
-        for group, own in zip(self.param_groups, tensors, strict=True):
-            for name in own.keys() & group.keys():
-                own[name][...] = group[name]
-                group[name] = own[name]
+        def prepare() -> dict[str, Any]:
+            nonlocal content
+            if self.group.rank == source:
+                content = pickle.dumps(_on_cpu(self.state_dict()))
+            return {}
+
+        self._exchange("a state", prepare)
+        return cast(dict[str, Any], self._ranks().of(source, content))
 
 
 def _on_cpu(value: Any) -> Any:
@@ -307,6 +225,5 @@ def _on_cpu(value: Any) -> Any:
 @cache
 def _torch_flavour(cls: Any) -> Any:
     """Return the class's subclass that is a torch.optim.Optimizer, too."""
-    base = sys.modules["torch"].optim.Optimizer
-    attributes = {"__module__": cls.__module__}
-    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), attributes)
+    bases = cls, sys.modules["torch"].optim.Optimizer
+    return type(cls.__name__, bases, {"__module__": cls.__module__})

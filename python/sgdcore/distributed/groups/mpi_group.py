@@ -2,60 +2,41 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
-from sgdcore._hints import needs
-from sgdcore.distributed._flat import dtype_name, is_torch
-from sgdcore.distributed.groups.protocol import NOT_A_MEMBER, Work, array_view
+from sgdcore.distributed._flat import check_array, dtype_name, is_torch
 
 
 class MpiGroup:
-    """An mpi4py communicator.
-
-    16-bit types are refused: MPI has none, and some implementations return garbage for them without an error.
-
-    Args:
-        comm: an mpi4py intracommunicator; None for ``MPI.COMM_WORLD``.
-
-    Raises:
-        RuntimeError: if MPI is not initialised, or this process is not in the communicator.
-    """
+    """An mpi4py intracommunicator. MPI has no 16-bit types; some implementations return garbage for them."""
 
     dtypes = frozenset({"float64", "float32", "int64", "int32"})
 
-    def __init__(self, comm: Any = None) -> None:
-        try:
-            from mpi4py import MPI
-        except ImportError as error:
-            raise ImportError(needs("MpiGroup", "mpi4py", "mpi", error)) from error
+    def __init__(self, comm: Any) -> None:
+        mpi = sys.modules["mpi4py.MPI"]
+        if comm == mpi.COMM_NULL:
+            raise RuntimeError("group: this process is not one of its ranks")
+        self._comm, self._in_place = comm, mpi.IN_PLACE
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
-        if not MPI.Is_initialized() or MPI.Is_finalized():
-            raise RuntimeError("MPI is not initialised")
-        self._comm = MPI.COMM_WORLD if comm is None else comm
-        if self._comm == MPI.COMM_NULL:
-            raise RuntimeError(NOT_A_MEMBER.format("comm"))
-        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        self._in_place = MPI.IN_PLACE
-
-    def all_reduce(self, array: Any) -> Work:
+    def all_reduce(self, array: Any) -> _MpiWork:
         """See `ProcessGroup.all_reduce`."""
-        if is_torch(array) and array.device.type != "cpu":
-            raise ValueError(f"array: expected a CPU tensor for MPI, got one on {array.device}")
-        if hasattr(array, "dtype") and dtype_name(array.dtype) not in self.dtypes:
-            expected, got = ", ".join(sorted(self.dtypes)), dtype_name(array.dtype)
-            raise TypeError(f"array: expected one of {expected} for MPI, got {got}")
-        view = array_view(array.detach().numpy() if is_torch(array) else array)
+        check_array(array)
+        if (dtype := dtype_name(array.dtype)) not in self.dtypes:
+            expected = ", ".join(sorted(self.dtypes))
+            raise TypeError(f"array: expected one of {expected} for MPI, got {dtype}")
+        view = array.detach().numpy() if is_torch(array) else array
         return _MpiWork(self._comm.Iallreduce(self._in_place, view), view)
 
-    def __repr__(self) -> str:
-        return f"MpiGroup(rank {self.rank} of {self.size})"
 
-
+@dataclass(frozen=True)
 class _MpiWork:
     """MPI's request, with the array that the operation reads and writes."""
 
-    def __init__(self, request: Any, array: Any) -> None:
-        self._request, self._array = request, array
+    request: Any
+    array: Any
 
     def wait(self) -> None:
-        self._request.Wait()
+        self.request.Wait()
