@@ -18,7 +18,8 @@ import torch
 
 import sgdcore
 from sgdcore import _core, reference
-from sgdcore._rules import rule_of
+from sgdcore._checkpoint import refuse_other_optimizers
+from sgdcore._rules import Rule, State, rule_of
 from sgdcore.device_array import DeviceArray
 from simulated import Simulated
 from support import STORAGE_TYPES, Array, assert_same_bits, numbers
@@ -121,6 +122,18 @@ def test_each_rule_has_its_classes_and_its_oracle() -> None:
     built = set(_core.rule_names())
     assert built == set(CLASSES) == set(TORCH_CLASSES) == set(reference.updates)
     assert sgdcore.build_info()["rules"] == _core.rule_names()
+
+
+def test_a_rule_may_have_the_keys_of_torchs_other_optimizers() -> None:
+    rule = Rule("other", ("lr", "rho"), (), (State(0, "exp_avg", "exp_avg_dtype"),))
+    groups = [{"params": [0], "rho": 0.5}]
+    refuse_other_optimizers({"param_groups": groups, "state": {0: {"exp_avg": 1}}}, "Other", rule)
+    for state_dict in (
+        {"param_groups": groups, "state": {0: {"exp_avg": 1, "exp_avg_sq": 1}}},
+        {"param_groups": [{"params": [0], "betas": (0.9, 0.99)}], "state": {}},
+    ):
+        with pytest.raises(ValueError, match=r"of another optimizer: (exp_avg_sq|betas)$"):
+            refuse_other_optimizers(state_dict, "Other", rule)
 
 
 @pytest.mark.parametrize("triple", TRIPLES, ids="-".join)

@@ -52,16 +52,19 @@ def refuse_other_optimizers(state_dict: Mapping[str, Any], name: str, rule: Rule
     Raises:
         ValueError: naming what the optimizer does not have.
     """
+    own = {*rule.numbers, *rule.flags, *(state.key for state in rule.states)}
     keys = ", ".join(state.key for state in rule.states)
     for i, group in enumerate(state_dict["param_groups"]):
-        others = sorted(_OTHER_HYPERPARAMETERS.intersection(group))
+        others = sorted(_OTHER_HYPERPARAMETERS.intersection(group) - own)
         if others and not all(key in group for key in rule.numbers):
             raise ValueError(
                 f"state_dict['param_groups'][{i}]: expected {name}'s hyperparameters, got those of another optimizer: "
                 f"{', '.join(others)}"
             )
     for key, values in state_dict["state"].items():
-        others = sorted(_OTHER_STATE.intersection(values)) if isinstance(values, Mapping) else []
+        others = (
+            sorted(_OTHER_STATE.intersection(values) - own) if isinstance(values, Mapping) else []
+        )
         if others:
             raise ValueError(
                 f"state_dict['state'][{_core.repr_text(key)}]: expected {name}'s {keys}, "

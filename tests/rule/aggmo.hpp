@@ -24,7 +24,7 @@ struct AggMo {
         {HyperSpec::number, "beta_3"},   {HyperSpec::flag, "maximize"},
     };
     static constexpr StateSpec states[] = {
-        {"momentum_1", "momentum_dtype"}, {"momentum_2", "momentum_dtype"}, {"momentum_3", "momentum_dtype"}};
+        {"exp_avg", "momentum_dtype"}, {"momentum_2", "momentum_dtype"}, {"momentum_3", "momentum_dtype"}};
 
     struct Variant {
         Use first_buffer, others;
