@@ -25,7 +25,7 @@ from sgdcore.distributed import (
     as_process_group,
     groups,
 )
-from sgdcore.distributed._flat import ITEM_BYTES, flat, join, laid_out, overlap, runs
+from sgdcore.distributed._flat import ITEM_BYTES, extents, flat, join, laid_out, overlap, runs
 from sgdcore.distributed.averager import Chunk, Sizes, plan_chunks
 from sgdcore.distributed.parameters import Parameters
 from support import assert_same_bits
@@ -200,9 +200,9 @@ def test_neighbours_are_joined() -> None:
 def test_views_with_memory_in_common_are_found() -> None:
     for base in (np.zeros(10), torch.zeros(10)):
         apart = [base[4:9], base[:4], base[9:], base[5:5]]
-        assert overlap(apart) == []
-        assert overlap([*apart, base[8:9]]) == [0, 4]
-        assert overlap([base[:1], base[3:5], base]) == [0, 2]
+        assert overlap(*extents(apart)) == []
+        assert overlap(*extents([*apart, base[8:9]])) == [0, 4]
+        assert overlap(*extents([base[:1], base[3:5], base])) == [0, 2]
 
 
 # One rank

@@ -55,8 +55,8 @@ def check_array(array: Any) -> None:
 
 
 def _is_contiguous(array: Any) -> bool:
-    contiguous: bool = array.is_contiguous() if is_torch(array) else array.flags.c_contiguous
-    return contiguous
+    numpy = isinstance(array, np.ndarray)
+    return bool(array.flags.c_contiguous if numpy else array.is_contiguous())
 
 
 def flat(array: Any, label: str) -> Any:
@@ -97,7 +97,7 @@ def laid_out(array: Any, like: Any) -> Any:
     return ordered
 
 
-def _extents(views: Sequence[Any]) -> tuple[Array, Array]:
+def extents(views: Sequence[Any]) -> tuple[Array, Array]:
     """Return where the memory of flat views begins and ends."""
     if views and is_torch(views[0]):
         addresses = [view.data_ptr() for view in views]
@@ -107,9 +107,11 @@ def _extents(views: Sequence[Any]) -> tuple[Array, Array]:
     return starts, starts + np.array([view.nbytes for view in views], np.int64)
 
 
-def runs(views: Sequence[Any], groups: Sequence[int] | None = None) -> list[list[int]]:
+def runs(
+    views: Sequence[Any], groups: Sequence[int] | None = None, places: Any = None
+) -> list[list[int]]:
     """Return the positions of flat views, those together that lie side by side in one allocation, and in one group."""
-    starts, ends = _extents(views)
+    starts, ends = extents(views) if places is None else places
     # Most small arrays lie apart, which the addresses tell at less cost than `_spannable`.
     touching = ends[:-1] == starts[1:]
     if groups is not None:
@@ -131,17 +133,17 @@ def _spannable(a: Any, b: Any) -> bool:
 
 def join(views: Sequence[Any]) -> Any:
     """Return one flat view over views side by side, or None if they are not."""
-    if len(views) > 1 and len(runs(views)) > 1:
+    first, size = views[0], sum([len(view) for view in views])
+    starts, ends = extents([first, views[-1]])  # which tell most cases at once
+    if ends[1] - starts[0] != size * first.itemsize or len(runs(views)) > 1:
         return None
-    first, size = views[0], sum(len(view) for view in views)
     if is_torch(first):
         return first.as_strided((size,), (1,))
     return np.lib.stride_tricks.as_strided(first, (size,), first.strides)
 
 
-def overlap(views: Sequence[Any]) -> list[int]:
-    """Return the positions of two flat views that have memory in common, if there are such."""
-    starts, ends = _extents(views)
+def overlap(starts: Array, ends: Array) -> list[int]:
+    """Return the positions of two views with these `extents` that have memory in common, if there are such."""
     order = np.argsort(starts, kind="stable")
     order = order[ends[order] > starts[order]]  # empty ones have no memory
     # Where any two overlap, so do two that follow each other.

@@ -113,7 +113,7 @@ class LocalSGD(Wrapper):
         self._start(_NEW, model)
 
     def check_step_in_backward(self) -> None:
-        """Raise a ValueError if the parameters are needed as they were before the round's first step."""
+        """Raise a ValueError with outer, wire_dtype or transactional, which need parameters from before steps."""
         if self._options.need_anchor:
             options = "outer, wire_dtype and transactional"
             raise ValueError(f"optimizer: {options} cannot go with step_in_backward")
@@ -187,7 +187,6 @@ class LocalSGD(Wrapper):
         Raises:
             RoundError: if the round, or a level's part of it, ended here and could not be averaged.
             RuntimeError: after a round that failed and left the parameters in the middle of it, see `rebind`.
-            TypeError, ValueError: if the schedule's period is no integer of at least 1.
         """
         self._make_ready()
         step = self.optimizer.step

@@ -52,7 +52,8 @@ class Parameters:
         data = [p.data if isinstance(p, Parameter) else p.detach() for p in all_]
         flats = [flat(each, label) for each, label in zip(data, labels, strict=True)]
         dtypes = [dtype_name(view.dtype) for view in flats]
-        if pair := _flat.overlap(flats):
+        places = _flat.extents(flats)
+        if pair := _flat.overlap(*places):
             first, second = (labels[i] for i in pair)
             raise ValueError(f"params: {first} and {second} overlap in memory")
         lines = "".join(
@@ -65,7 +66,7 @@ class Parameters:
                 "params: they, or their order in memory, changed since they were wrapped; wrap the optimizer anew"
             )
         self.all, self.labels, self.data, self.flats = all_, labels, data, flats
-        self.group_of, self.runs = group_of, _flat.runs(flats, group_of)
+        self.group_of, self.runs = group_of, _flat.runs(flats, group_of, places)
         self._places = self._where()
         self._averagers: dict[Any, Averager] = {}
         self.layout = f"{lines}those side by side in memory {self.runs}"
@@ -196,8 +197,9 @@ def warn_of_batch_norm(parameters: Iterable[Any]) -> None:
     own = {id(parameter) for parameter in parameters if is_torch(parameter)}
     if _warned or batch_norm is None or not own:
         return
-    modules = [each for each in gc.get_objects() if issubclass(type(each), batch_norm.Module)]
-    for module in modules:
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, batch_norm.Module)}
+    for module in [each for each in objects if type(each) in kinds]:
         norms = (each for each in module.modules() if isinstance(each, batch_norm._NormBase))
         averages = any(each.running_mean is not None for each in norms)
         if averages and any(id(p) in own for p in module.parameters()):
