@@ -80,9 +80,10 @@ def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tens
 
 def collapse_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
     """Put tensors on the CPU on huge pages where they are, values and addresses unchanged, if the system can."""
-    # Most are too small, which is seen at once: an optimizer of a thousand small parameters is made as fast as torch's.
     own = [t for t in tensors if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    if sum(tensor.numel() * tensor.element_size() for tensor in own) < _core.huge_page:
+    # Most are too small, which is seen at once: an optimizer of a thousand small parameters is made as fast as torch's.
+    largest_item = 16  # bytes
+    if largest_item * sum(map(torch.Tensor.numel, own)) < _core.huge_page:
         return
     _core.collapse_huge_pages(
         [

@@ -171,7 +171,7 @@ class _Step:
         self.pending = pending
         self.place = place
         self.updates: dict[int, _Update] = {}
-        self.new: dict[int, tuple[Tensor, _States]] = {}
+        self.new: dict[int, tuple[Tensor, tuple[Tensor | None, ...]]] = {}
         self.in_sequence: set[int] = set()
         self.left_out: set[int] | None = set()
 
@@ -205,26 +205,28 @@ class _Step:
         if not places:
             return
         empty_like, dtype_of = _interface.empty_like, _interface.dtype_of
-        in_use: dict[int, list[tuple[State, torch.dtype | None]]] = {}
+        lacking: _States = [None] * len(self.updater.rule.states)
+        none: dict[str, Tensor] = {}
+        listed = -1  # the group that `params` and `states` are of
         for position, index, at in places:
-            group = self.groups[index]
-            if index not in in_use:
+            if index != listed:
+                group, listed = self.groups[index], index
+                params = group["params"]
                 found, _ = self.updater.rule.states_in(group)
-                in_use[index] = [(s, dtype_of(group.get(s.dtype_key))) for s in found]
+                states = [(s.number, s.key, dtype_of(group.get(s.dtype_key))) for s in found]
                 _require_no_capture(_label_at(group, index, at, self.place), found[0])
-            parameter = group["params"][at]
-            states = in_use[index]
+            parameter = params[at]
             # Where there is one state, it is that which is missing.
-            known = self.state.get(parameter, {}) if len(states) > 1 else {}
-            new: _States = [None] * len(self.updater.rule.states)
-            for state, dtype in states:
-                tensor = known.get(state.key)
+            known = self.state.get(parameter, none) if len(states) > 1 else none
+            new = lacking.copy()
+            for number, key, dtype in states:
+                tensor = known.get(key)
                 if tensor is None:
                     tensor = empty_like(parameter, dtype)
                     if parameter.grad.layout is not torch.strided:
                         tensor.zero_()  # for the rows that a lazy step leaves out
-                new[state.number] = tensor
-            self.new[position] = parameter, new
+                new[number] = tensor
+            self.new[position] = parameter, tuple(new)
 
     def step_by_torch(self) -> None:
         """Step the parameters that have operations of their own."""
@@ -268,7 +270,7 @@ class _Step:
                 self.grad_factor,
                 self.scaling,
                 None if self.left_out is None else sorted(self.left_out),
-                [(position, tuple(states)) for position, (_, states) in self.new.items()],
+                [(position, states) for position, (_, states) in self.new.items()],
                 items,
             )
             if found is True:
@@ -300,8 +302,12 @@ class _Step:
         return real
 
     def _note_new(self) -> None:
+        keys = [state.key for state in self.updater.rule.states]
         for parameter, states in self.new.values():
-            _note(self.updater.rule, self.state, parameter, states)
+            known = self.state.setdefault(parameter, {})
+            for key, tensor in zip(keys, states, strict=True):
+                if tensor is not None:
+                    known[key] = tensor
 
     def note_updates(self) -> None:
         """Put new states into the optimizer's, and tell autograd of what was written."""

@@ -525,8 +525,11 @@ def _listed(params: Any) -> Any:
     if not isinstance(params, Iterable):
         return params
     entries = list(params)
+    # Of thousands of parameters only their few types are looked at.
+    if all(issubclass(kind, (Tensor, dict)) for kind in set(map(type, entries))):
+        return entries
     for i, entry in enumerate(entries):
-        if isinstance(entry, Tensor | dict):  # a parameter, or a group
+        if isinstance(entry, dict):  # a group
             continue
         value = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
         hint = _hint_for(value)
