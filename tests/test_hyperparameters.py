@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import sgdcore
+from sgdcore import _core
 from sgdcore.reference import sgd_update
 from sgdcore.torch import SGD as TorchSGD
 
@@ -238,3 +239,18 @@ def test_a_step_holds_no_group(front_end: str) -> None:
     for lr in LRS:
         optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": lr}
         assert step() == lr
+
+
+@pytest.mark.parametrize(("kind", "count"), [("Plan", 3), ("TorchPlan", 5)])
+def test_what_the_core_is_called_with_is_checked(kind: str, count: int) -> None:
+    plan = getattr(_core, kind)
+    arguments = [[], None, False, 1.0, None][:count]
+    with pytest.raises(TypeError, match="__init__ was not called"):
+        plan.__new__(plan).run(*arguments)
+    with pytest.raises(TypeError, match="descriptor 'run'"):
+        plan.run(object(), *arguments)
+    optimizer, _ = training("NumPy" if kind == "Plan" else "torch")
+    with pytest.raises(TypeError, match=f"expected {count} arguments, got {count + 1}"):
+        optimizer._plan.run(*arguments, None)
+    with pytest.raises(TypeError, match="param_groups: expected a list"):
+        optimizer._plan.run(None, *arguments[1:])

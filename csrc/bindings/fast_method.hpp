@@ -16,7 +16,9 @@ namespace py = pybind11;
 /// The C++ object of an instance. Its type is not looked at: CPython calls a method with instances of its class only.
 template <class T>
 T& value_of(PyObject* self) {
-    return *static_cast<T*>(reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr());
+    void* const value = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr();
+    if (value == nullptr) throw py::type_error("__init__ was not called");
+    return *static_cast<T*>(value);
 }
 
 /// Whether an argument is true, as Python decides.
