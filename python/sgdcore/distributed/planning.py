@@ -86,7 +86,7 @@ def _seconds(group: ProcessGroup, buffer: Any) -> float:
 
 def _fit_line(x: Array, y: Array) -> tuple[float, float]:
     """Return a >= 0 and b > 0 of a line y = a + b x; relative errors count, those of large x more."""
-    b, a = np.polyfit(x, y, 1, w=x**0.25 / y).tolist()
+    b, a = np.polyfit(x, y, 1, w=np.sqrt(x) / y).tolist()
     return (a, b) if a >= 0 and b > 0 else (0.0, float(y[-1] / x[-1]))
 
 
