@@ -1392,3 +1392,30 @@ def test_child_steps_the_optimizer_that_another_thread_was_stepping() -> None:
     with stepping(optimizer.step):
         for _ in range(5):
             assert in_fork(child) == -1
+
+
+@pytest.mark.parametrize("rule", [sgdcore.torch.SGD, sgdcore.torch.SGDW])
+def test_steps_on_the_cpu_ask_cuda_nothing(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has asked CUDA anything cannot use it in a child that it forks."""
+
+    def asked(*_: Any) -> Any:
+        raise AssertionError("CUDA was asked")
+
+    for name in ("is_available", "is_current_stream_capturing", "current_stream", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    dense, gaps = torch.ones(4, requires_grad=True), torch.ones(4, 2)[:, 0].requires_grad_()
+    complex_, table = (
+        torch.ones(3, dtype=torch.complex64, requires_grad=True),
+        torch.nn.EmbeddingBag(5, 3, sparse=True),
+    )
+    table(torch.tensor([[1, 2]])).sum().backward()
+    for each in (dense, gaps, complex_):
+        each.grad = torch.ones_like(each)
+    others: list[Any] = [table.weight] if rule is sgdcore.torch.SGD else []
+    groups = [{"params": [each]} for each in (dense, gaps, complex_, *others)]
+    optimizer = rule(groups, lr=0.5, momentum=0.5)
+    for _ in range(2):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert (dense.detach() < 0).all()

@@ -314,6 +314,7 @@ def test_a_capture_before_the_first_step_is_refused(
     optimizer = sgdcore.torch.SGD([p], lr=0.1, momentum=0.9)
     with monkeypatch.context() as patch:
         patch.setattr(_interface, "is_capturing", lambda: True)
+        patch.setattr(Tensor, "is_cpu", property(lambda _: False))
         with pytest.raises(
             RuntimeError, match=r"no momentum_buffer yet.*take a step before the capture"
         ):

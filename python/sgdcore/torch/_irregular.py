@@ -214,8 +214,11 @@ class _Step:
                 params = group["params"]
                 found, _ = self.updater.rule.states_in(group)
                 states = [(s.number, s.key, dtype_of(group.get(s.dtype_key))) for s in found]
-                _require_no_capture(_label_at(group, index, at, self.place), found[0])
+                may_capture = True
             parameter = params[at]
+            if may_capture and not parameter.is_cpu:
+                _require_no_capture(_label_at(group, index, at, self.place), found[0])
+                may_capture = False
             # Where there is one state, it is that which is missing.
             known = self.state.get(parameter, none) if len(states) > 1 else none
             new = lacking.copy()
@@ -665,12 +668,14 @@ def _new_state(state: State, parameter: Tensor, group: dict[str, Any], label: st
                 f"{state.dtype_key}: expected float32 or float64 for the complex {label}, got {dtype}"
             )
         dtype = _COMPLEX[dtype]
-    _require_no_capture(label, state)
+    if not parameter.is_cpu:
+        _require_no_capture(label, state)
     # Zeros, for the rows that a lazy step leaves out.
     return _interface.empty_like(parameter, dtype).zero_()
 
 
 def _require_no_capture(label: str, state: State) -> None:
+    """Raise a RuntimeError if a graph is captured. Not for the CPU: to ask CUDA anything ends what a fork could do."""
     if _interface.is_capturing():
         raise RuntimeError(
             f"{label} has no {state.key} yet, and a graph would start with its first step at each replay: take a "
