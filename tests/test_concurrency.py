@@ -538,7 +538,7 @@ def test_multiprocessing_fork() -> None:
 STEPPING = """
 import numpy as np
 import sgdcore
-from sgdcore import _core, _devices
+from sgdcore import _core
 
 def optimizer():
     return sgdcore.SGD([np.zeros(4_000_000, np.float32)], lr=0.1, momentum=0.9)
@@ -553,7 +553,6 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from simulated import Simulated
 Simulated(1)
-_devices.load_runtime = lambda: None
 """
 
 AT_EXIT_KINDS = {

@@ -14,6 +14,7 @@
 #include "dlpack.hpp"
 #include "dlpack_abi.hpp"
 #include "gil.hpp"
+#include "python_functions.hpp"
 #include "text.hpp"
 
 namespace sgdcore::bindings {
@@ -314,7 +315,7 @@ std::string shape_text(const py::array& array) { return utf8(py::str(array.attr(
 
 py::dtype numpy_dtype(DType dtype) {
     if (dtype != DType::bfloat16) return py::dtype(std::string(dtype_name(dtype)));
-    return call(attribute_of("sgdcore._arrays", "storage_dtype"), py::make_tuple("bfloat16"));
+    return call(python_functions().storage_dtype, py::make_tuple(dtype_name(dtype)));
 }
 
 }  // namespace sgdcore::bindings

@@ -13,6 +13,7 @@
 
 #include "../step.hpp"
 #include "gil.hpp"
+#include "python_functions.hpp"
 #include "text.hpp"
 
 namespace sgdcore::bindings {
@@ -64,7 +65,7 @@ cuda::CudaError after_stepping(std::span<const DevicePart> stepped, const cuda::
 
 void load_runtime() {
     try {
-        call(attribute_of("sgdcore._devices", "load_runtime"));
+        call(python_functions().load_runtime);
     } catch (const py::error_already_set& error) {  // which is no std::runtime_error, whatever Python's is
         if (!error.matches(PyExc_RuntimeError)) throw;
         throw std::runtime_error(utf8(py::str(error.value())));

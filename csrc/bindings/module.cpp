@@ -4,6 +4,7 @@
 PYBIND11_MODULE(_core, module) {
     using namespace sgdcore::bindings;
     register_info(module);
+    register_functions(module);
     register_devices(module);
     register_arrays(module);
     register_buffer(module);

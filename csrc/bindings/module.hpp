@@ -6,6 +6,7 @@
 namespace sgdcore::bindings {
 
 void register_info(pybind11::module_& module);
+void register_functions(pybind11::module_& module);
 void register_devices(pybind11::module_& module);
 void register_arrays(pybind11::module_& module);
 void register_buffer(pybind11::module_& module);

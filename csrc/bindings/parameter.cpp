@@ -6,6 +6,7 @@
 
 #include "devices.hpp"
 #include "gil.hpp"
+#include "python_functions.hpp"
 #include "text.hpp"
 
 namespace sgdcore::bindings {
@@ -25,7 +26,7 @@ ArrayRef read_data(const py::object& data) {
 /// Gives a buffer's gradient the values of an array of its shape, which for one on a device may also be on the CPU.
 void copy_to_buffer(const ArrayRef& ref, const ArrayRef& buffer_grad) {
     if (buffer_grad.device != cpu_device) {
-        call(attribute_of("sgdcore.device_array", "assign"), py::make_tuple(buffer_grad.object(), ref.object()));
+        call(python_functions().assign, py::make_tuple(buffer_grad.object(), ref.object()));
     } else {
         require_same_device(ref, buffer_grad, "grad");
         call(attribute_of("numpy", "copyto"), py::make_tuple(buffer_grad.array, ref.array),
@@ -114,8 +115,7 @@ void Parameter::zero_grad(bool set_to_none) {
         return;
     }
     if (grad_.device != cpu_device) {
-        const auto stream =
-            call(attribute_of("sgdcore._devices", "current_stream"), py::make_tuple(data_.object(), grad_.device));
+        const auto stream = call(python_functions().current_stream, py::make_tuple(data_.object(), grad_.device));
         device_runtime().fill(grad_.device, grad_.data, 0,
                               static_cast<std::size_t>(grad_.size) * item_size(grad_.dtype),
                               pointer_of<void>(py::cast<std::uintptr_t>(stream)));

@@ -10,6 +10,7 @@
 
 #include "gil.hpp"
 #include "hypers.hpp"
+#include "python_functions.hpp"
 #include "text.hpp"
 
 namespace sgdcore::bindings {
@@ -347,7 +348,7 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
         for (std::size_t i = 0; i < entries_.size(); ++i) {
             const ArrayRef& data = entries_[i].parameter->data();
             if (used_grads_[i] == nullptr || data.device != device) continue;
-            return call(attribute_of("sgdcore._devices", "current_stream"), py::make_tuple(data.object(), device));
+            return call(python_functions().current_stream, py::make_tuple(data.object(), device));
         }
         return py::object(py::int_(0));
     };

@@ -311,7 +311,7 @@ py::object TorchPlan::run_beside(const py::object& groups, const py::object& sta
 
 py::object TorchPlan::attempt(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                               const py::object& scaling, Beside* beside) {
-    if (frames_are_intercepted()) call(attribute_of("sgdcore.torch._compile", "refuse_fullgraph"));
+    if (frames_are_intercepted()) call(reader_.refuse_fullgraph());
     const py::list param_groups = list_of(groups);
     const Lease lease(*this);
     Memory& memory = *lease;

@@ -38,6 +38,8 @@ struct TorchInterface {
     /// Methods of a sparse COO tensor: its indices and its values, as they are.
     py::object sparse_indices, sparse_values;
     py::object current_stream;  // of a CUDA device: its address
+    /// refuse_fullgraph(): raises RuntimeError if torch.compile was given the step itself with fullgraph=True.
+    py::object refuse_fullgraph;
 };
 
 /// What a type of torch's is to a step.
@@ -128,6 +130,7 @@ class TorchReader {
     // These run Python code.
     bool is_negated(PyObject* tensor) const;
     const py::object& current_stream() const { return interface_.current_stream; }
+    const py::object& refuse_fullgraph() const { return interface_.refuse_fullgraph; }
     void increment_versions(const py::list& tensors) const;
     /// The same without a list. Returns false, maybe after some of them, if that is not possible.
     bool bump_versions(std::span<PyObject* const> tensors) const noexcept;

@@ -13,6 +13,13 @@ build_flags: str
 alignment: int
 huge_page: int
 
+def use_functions(
+    *,
+    load_runtime: Callable[[], None],
+    current_stream: Callable[[Any, int], int],
+    assign: Callable[[Any, Any], None],
+    storage_dtype: Callable[[str], np.dtype[Any]],
+) -> None: ...
 def instruction_sets() -> dict[str, bool]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...
@@ -123,6 +130,7 @@ class TorchPlan:
         sparse_indices: Any,
         sparse_values: Any,
         current_stream: Any,
+        refuse_fullgraph: Any,
     ) -> None: ...
     def run(
         self,

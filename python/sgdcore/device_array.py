@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
-from sgdcore._devices import CPU, current_stream
+from sgdcore._devices import CPU, current_stream, load_runtime
 
 __all__ = ["DeviceArray", "assign", "device_number"]
 
@@ -270,7 +270,7 @@ class DeviceArray:
 
 
 def assign(target: Any, values: Any) -> None:
-    """Copy values into an array on a device, whichever library it is from; the core calls this by name."""
+    """Copy values into an array on a device, whichever library it is from."""
     DeviceArray.of(target).assign(values)
 
 
@@ -288,3 +288,12 @@ def _is_dense(description: Array) -> bool:
             return False
         expected *= length
     return True
+
+
+# This is the lowest module that knows all functions that the core calls.
+_core.use_functions(
+    load_runtime=load_runtime,
+    current_stream=current_stream,
+    assign=assign,
+    storage_dtype=storage_dtype,
+)

@@ -14,6 +14,7 @@ import torch
 
 from sgdcore import _core
 from sgdcore._devices import CPU
+from sgdcore.torch._compile import refuse_fullgraph
 
 __all__ = [
     "STORAGE_TYPES",
@@ -255,4 +256,5 @@ def new_plan(api: Any, rule: str) -> _core.TorchPlan:
         sparse_indices=torch.Tensor._indices,
         sparse_values=torch.Tensor._values,
         current_stream=current_stream,
+        refuse_fullgraph=refuse_fullgraph,
     )
