@@ -138,6 +138,27 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE Float16::Word Float16::encode(double value) {
 template <class... Storage>
 using ComputeType = std::conditional_t<((Storage::dtype == DType::float64) || ...), double, float>;
 
+/// The struct of a storage type that is known at compile time.
+template <DType dtype>
+using Of = std::conditional_t<dtype == DType::float64, Float64,
+                              std::conditional_t<dtype == DType::float32, Float32,
+                                                 std::conditional_t<dtype == DType::float16, Float16, BFloat16>>>;
+
+/// Calls `function` with an object of the storage type's struct, and returns what that returns.
+template <class Function>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE decltype(auto) with_storage(DType dtype, Function&& function) {
+    switch (dtype) {
+        case DType::float64:
+            return function(Float64{});
+        case DType::float32:
+            return function(Float32{});
+        case DType::float16:
+            return function(Float16{});
+        default:
+            return function(BFloat16{});
+    }
+}
+
 template <class Storage, class Compute>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE Compute load(const std::byte* base, std::int64_t index) {
     using Words = Unaligned<typename Storage::Word>;

@@ -10,10 +10,17 @@
 
 namespace sgdcore {
 
+inline std::uintptr_t address_of(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+
 /// A half-open range of addresses.
 struct Extent {
     std::uintptr_t begin = 0, end = 0;
 };
+
+/// The range of so many bytes.
+inline Extent extent_at(const void* begin, std::uintptr_t bytes) {
+    return {address_of(begin), address_of(begin) + bytes};
+}
 
 /// For extents that are not empty.
 inline bool overlap(const Extent& a, const Extent& b) { return a.begin < b.end && b.begin < a.end; }

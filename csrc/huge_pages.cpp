@@ -43,8 +43,7 @@ bool is_in_use(std::uintptr_t begin) {
 
 void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] std::size_t size) {
 #if defined(MADV_HUGEPAGE)
-    const auto start = reinterpret_cast<std::uintptr_t>(begin);
-    const Extent pages = whole_huge_pages({start, start + size});
+    const Extent pages = whole_huge_pages(extent_at(begin, size));
     // Advice: where it is not taken the pages are ordinary ones.
     if (pages.begin < pages.end) madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
 #endif

@@ -153,11 +153,13 @@ std::pair<py::array, int> from_cuda_array_interface(py::handle object, const Arg
                           : py::array(dtype, shape, py::cast<std::vector<py::ssize_t>>(strides), data, owner);
     if (read_only) array.attr("setflags")(py::arg("write") = false);
     int device = array.size() == 0 ? 0 : device_runtime().device_of(data);
-    if (device < 0) {
+    if (device == cpu_device) {
         throw py::value_error(argument.text() + ": expected memory of a CUDA device behind __cuda_array_interface__");
     }
     return {array, device};
 }
+
+}  // namespace
 
 bool is_dense(const py::array& array) {
     if (array.flags() & (py::array::c_style | py::array::f_style)) return true;
@@ -170,8 +172,6 @@ bool is_dense(const py::array& array) {
     }
     return true;
 }
-
-}  // namespace
 
 void require_plain(py::handle object, const Argument& argument) {
     if (Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(ndarray_type())) return;
@@ -276,9 +276,8 @@ void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axi
 }
 
 Extent extent_of(const ArrayRef& ref) {
-    const auto start = reinterpret_cast<std::uintptr_t>(ref.data);
-    if (ref.size == 0) return {start, start};
-    Extent extent{start, start + item_size(ref.dtype)};
+    if (ref.size == 0) return extent_at(ref.data, 0);
+    Extent extent = extent_at(ref.data, item_size(ref.dtype));
     for (int axis = 0; axis < ref.array.ndim(); ++axis) {
         const auto reach = (ref.array.shape(axis) - 1) * ref.array.strides(axis);
         if (reach < 0) {

@@ -61,8 +61,10 @@ bool is_on_device(py::handle object);
 /// ValueError that says what is missing, if there is no runtime for it.
 ArrayRef read_array(py::handle object, const Argument& argument);
 
-/// Raises ValueError unless the array can be updated in place: writable, and dense (its elements fill one range of
-/// memory, axes in any order).
+/// True if the elements fill one range of memory. The axes may be in any order.
+bool is_dense(const py::array& array);
+
+/// Raises ValueError unless the array can be updated in place, which takes a writable and dense one.
 void require_updatable(const ArrayRef& ref, const Argument& argument);
 
 /// Raises ValueError unless the two have the same shape.

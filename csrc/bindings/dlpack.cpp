@@ -162,7 +162,7 @@ std::pair<int, int> device_of(py::handle object) {
 
 py::capsule to_dlpack(const py::array& array, bool versioned, int device) {
     const ArrayRef ref = read_array(array, "__dlpack__");
-    const DLDevice where = device < 0 ? DLDevice{device_cpu, 0} : DLDevice{device_cuda, device};
+    const DLDevice where = device == cpu_device ? DLDevice{device_cpu, 0} : DLDevice{device_cuda, device};
     if (versioned) return export_array<DLManagedTensorVersioned>(ref, where);
     if (!ref.writable) throw py::buffer_error("a read-only array needs a consumer that understands DLPack 1.0");
     return export_array<DLManagedTensor>(ref, where);

@@ -10,7 +10,7 @@ namespace sgdcore::bindings {
 
 /// A capsule as `__dlpack__` returns it. `versioned`: the consumer understands DLPack 1.0.
 /// Raises BufferError for a read-only array if it cannot be marked as such.
-/// The memory is a CUDA device's if `device` is not negative.
+/// `device` is where the memory is: a CUDA device's number, or `cpu_device`.
 pybind11::capsule to_dlpack(const pybind11::array& array, bool versioned, int device);
 
 /// An ndarray over the memory that `object.__dlpack__()` shares, read-only unless the capsule says that the memory may

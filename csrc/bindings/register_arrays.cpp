@@ -22,6 +22,7 @@ void register_arrays(py::module_& module) {
         "require_plain",
         [](const py::object& object, const std::string& argument) { require_plain(object, argument.c_str()); },
         py::arg("object"), py::arg("argument"));
+    module.def("is_dense", &is_dense, py::arg("array"));
     module.def("dtype_hint", &dtype_hint, py::arg("dtype"));
     module.def("repr_text", [](const py::object& object) { return repr_text(object, 80); }, py::arg("object"));
 }

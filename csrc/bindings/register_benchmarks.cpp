@@ -46,7 +46,7 @@ void memory_pass_on_device(const py::object& param, const py::object& grad, cons
     }
     const auto check = [&](const ArrayRef& ref, const Argument& argument) {
         require_like_param(ref, p, argument);
-        const auto behind = reinterpret_cast<std::uintptr_t>(ref.data) % cuda::vector_bytes;
+        const auto behind = address_of(ref.data) % cuda::vector_bytes;
         if (behind == 0) return;
         throw py::value_error(argument.text() + ": expected an address that is a multiple of " +
                               std::to_string(cuda::vector_bytes) + ", got one that is " + std::to_string(behind) +

@@ -81,6 +81,7 @@ void register_devices(py::module_& module) {
         },
         py::arg("capsule"));
     module.def("has_runtime", &has_device_runtime);
+    module.attr("cpu_device") = cpu_device;
     module.attr("chunk_size") = chunk_size;
     module.def("device_count", [] { return device_runtime().device_count(); });
     module.def("device_name", [](int device) { return device_runtime().device_name(device); }, py::arg("device"));

@@ -17,6 +17,10 @@ void register_info(py::module_& module) {
     module.attr("compiler") = std::string(SGDCORE_COMPILER);
     module.attr("build_flags") = std::string(SGDCORE_BUILD_FLAGS);
 
+    py::list names;
+    for (int dtype = 0; dtype < dtype_count; ++dtype) names.append(dtype_name(static_cast<DType>(dtype)));
+    module.attr("storage_types") = py::tuple(names);
+
     module.def("instruction_sets", [] {
         py::dict supported;
         for (const cpu::InstructionSet& isa : cpu::instruction_sets()) supported[py::str(isa.name)] = isa.supported();

@@ -20,8 +20,6 @@ bool same_strides(const TorchView& a, const TorchView& b) {
     return true;
 }
 
-std::uintptr_t address_of(const std::byte* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
-
 /// A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does not
 /// tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and states
 /// were, once.
@@ -29,16 +27,12 @@ bool may_be_negated(const TorchView& param, const TorchView& grad, std::int64_t 
     return size == 1 || (size > 0 && !same_strides(param, grad));
 }
 
-Extent extent_of(const std::byte* data, std::int64_t size, DType dtype) {
-    return {address_of(data), address_of(data) + static_cast<std::uintptr_t>(size) * item_size(dtype)};
-}
-
 Extent grad_extent(const TensorRef& tensor) {
     const auto item = static_cast<std::int64_t>(item_size(tensor.grad_dtype));
     std::int64_t reach = item;  // from the first element to behind the last
     for (const Axis& axis : tensor.grad_axes) reach += (axis.length - 1) * axis.stride;
     if (tensor.grad_axes.empty()) reach = tensor.size * item;
-    return {address_of(tensor.grad), address_of(tensor.grad) + static_cast<std::uintptr_t>(reach)};
+    return extent_at(tensor.grad, static_cast<std::uintptr_t>(reach));
 }
 
 }  // namespace
@@ -246,10 +240,12 @@ void TorchListing::finish() {
 template <class Function>
 void TorchListing::for_each_write(std::size_t index, Function&& function) const {
     const TensorRef& tensor = tensors_[index];
-    function(extent_of(tensor.param, tensor.size, tensor.param_dtype));
-    for_each_state(found_[index].in_use, [&](int state) {
-        function(extent_of(tensor.states[state], tensor.size, tensor.state_dtypes[state]));
-    });
+    const auto extent = [&](const std::byte* data, DType dtype) {
+        return extent_at(data, static_cast<std::uintptr_t>(tensor.size) * item_size(dtype));
+    };
+    function(extent(tensor.param, tensor.param_dtype));
+    for_each_state(found_[index].in_use,
+                   [&](int state) { function(extent(tensor.states[state], tensor.state_dtypes[state])); });
 }
 
 /// False if there may be entangled tensors, which are to be found then. Looks at what has moved only.

@@ -12,9 +12,8 @@ namespace sgdcore::bindings {
 namespace {
 
 Claim claim_of(const TorchView& view, std::size_t owner, bool written) {
-    const auto begin = reinterpret_cast<std::uintptr_t>(view.data);
     const auto bytes = static_cast<std::uintptr_t>(size_of(view)) * item_size(view.dtype);
-    return {{begin, begin + bytes}, owner, written};
+    return {extent_at(view.data, bytes), owner, written};
 }
 
 /// sum += gradient, element by element, each result rounded to the storage type.
@@ -27,16 +26,9 @@ void add_elements(std::byte* sum, const std::byte* gradient, std::int64_t size) 
 }
 
 void add_to(DType dtype, std::byte* sum, const std::byte* gradient, std::int64_t size) {
-    switch (dtype) {
-        case DType::float64:
-            return add_elements<storage::Float64, double>(sum, gradient, size);
-        case DType::float32:
-            return add_elements<storage::Float32, float>(sum, gradient, size);
-        case DType::float16:
-            return add_elements<storage::Float16, float>(sum, gradient, size);
-        case DType::bfloat16:
-            return add_elements<storage::BFloat16, float>(sum, gradient, size);
-    }
+    storage::with_storage(dtype, [&]<class Storage>(Storage) {
+        add_elements<Storage, storage::ComputeType<Storage>>(sum, gradient, size);
+    });
 }
 
 }  // namespace

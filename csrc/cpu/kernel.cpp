@@ -12,12 +12,6 @@
 namespace sgdcore::cpu {
 namespace {
 
-template <DType dtype>
-using StorageOf = std::conditional_t<
-    dtype == DType::float64, storage::Float64,
-    std::conditional_t<dtype == DType::float32, storage::Float32,
-                       std::conditional_t<dtype == DType::float16, storage::Float16, storage::BFloat16>>>;
-
 /// Calls `function(i)` for each state, with the number as a constant.
 template <int count, class Function>
 SGDCORE_INLINE void for_each_state(Function function) {
@@ -210,8 +204,8 @@ template <class R, int index>
 constexpr Kernel kernel_at() {
     constexpr Storage types = direct_storage[index / variant_count<R>];
     constexpr typename R::Variant variant = R::variants[index % variant_count<R>];
-    using Kernels = Loops<typename KernelRule<R, variant>::type, variant, StorageOf<types.param>, StorageOf<types.grad>,
-                          StorageOf<types.state>>;
+    using Kernels = Loops<typename KernelRule<R, variant>::type, variant, storage::Of<types.param>,
+                          storage::Of<types.grad>, storage::Of<types.state>>;
     constexpr bool converts = item_size(types.param) == 2 || item_size(types.grad) == 2 || item_size(types.state) == 2;
     if constexpr (!converts) {
         return Kernels::narrow;

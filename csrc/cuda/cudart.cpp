@@ -6,11 +6,11 @@
 namespace sgdcore::cuda {
 namespace {
 
-void require(cudaError_t error, const char* call, int device = -1) {
+void require(cudaError_t error, const char* call, int device = cpu_device) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // or the next call of anyone would report it again, if it is no lasting one
     std::string text = call;
-    if (device >= 0) text += " on device " + std::to_string(device);
+    if (device != cpu_device) text += " on device " + std::to_string(device);
     throw CudaError(text + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
@@ -69,7 +69,7 @@ class CudaRuntime final : public Runtime {
         cudaPointerAttributes attributes;
         require(cudaPointerGetAttributes(&attributes, address), "cudaPointerGetAttributes");
         const bool on_device = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
-        return on_device ? attributes.device : -1;
+        return on_device ? attributes.device : cpu_device;
     }
 
     std::int64_t blocks_at_once(int device) override {

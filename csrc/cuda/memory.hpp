@@ -38,30 +38,16 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void store_word(std::byte* base, std::int64_t
 
 template <class C>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE C load_as(DType dtype, const std::byte* base, std::int64_t index) {
-    switch (dtype) {
-        case DType::float64:
-            return static_cast<C>(load_word<storage::Float64>(base, index));
-        case DType::float32:
-            return static_cast<C>(load_word<storage::Float32>(base, index));
-        case DType::float16:
-            return static_cast<C>(storage::Float16::decode(load_word<storage::Float16>(base, index)));
-        default:
-            return static_cast<C>(storage::BFloat16::decode(load_word<storage::BFloat16>(base, index)));
-    }
+    return storage::with_storage(dtype, [&]<class Storage>(Storage) SGDCORE_INLINE_LAMBDA {
+        return static_cast<C>(Storage::decode(load_word<Storage>(base, index)));
+    });
 }
 
 template <class C>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void store_as(DType dtype, std::byte* base, std::int64_t index, C value) {
-    switch (dtype) {
-        case DType::float64:
-            return store_word<storage::Float64>(base, index, static_cast<double>(value));
-        case DType::float32:
-            return store_word<storage::Float32>(base, index, static_cast<float>(value));
-        case DType::float16:
-            return store_word<storage::Float16>(base, index, storage::Float16::encode(value));
-        default:
-            return store_word<storage::BFloat16>(base, index, storage::BFloat16::encode(value));
-    }
+    storage::with_storage(dtype, [&]<class Storage>(Storage) SGDCORE_INLINE_LAMBDA {
+        store_word<Storage>(base, index, Storage::encode(value));
+    });
 }
 
 /// What a thread reads or writes at once.

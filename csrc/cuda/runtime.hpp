@@ -30,7 +30,7 @@ class Runtime {
 
     virtual int device_count() = 0;
     virtual std::string device_name(int device) = 0;
-    /// The device whose memory an address belongs to; -1 if it is none's.
+    /// The device whose memory an address belongs to; `cpu_device` if it is none's.
     virtual int device_of(const void* address) = 0;
     /// How many of the kernel's blocks the device runs at the same time.
     virtual std::int64_t blocks_at_once(int device) = 0;

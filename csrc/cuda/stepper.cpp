@@ -13,6 +13,7 @@
 #include <string>
 
 #include "../engine/catalog.hpp"
+#include "../extents.hpp"
 #include "../step.hpp"
 
 namespace sgdcore::cuda {
@@ -37,8 +38,6 @@ constexpr Triple in_vectors[] = {
     {DType::float32, DType::float16, DType::float32, Path::float32_float16_float32},
     {DType::float32, DType::bfloat16, DType::float32, Path::float32_bfloat16_float32},
 };
-
-std::uintptr_t address_of(const std::byte* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
 
 void require_aligned(const std::byte* pointer, DType dtype, const char* what) {
     if (address_of(pointer) % item_size(dtype) == 0) return;

@@ -14,8 +14,6 @@ __all__ = ["Array", "as_tensor", "storage_dtype"]
 
 Array = NDArray[Any]
 
-_STORAGE_TYPES = ("float64", "float32", "float16", "bfloat16")
-
 
 def storage_dtype(dtype: DTypeLike | None, argument: str = "dtype") -> np.dtype[Any]:
     """Return the NumPy dtype of one of the storage types, given by name, type or dtype, of NumPy or torch.
@@ -39,8 +37,8 @@ def storage_dtype(dtype: DTypeLike | None, argument: str = "dtype") -> np.dtype[
         resolved = None if dtype is None else np.dtype(dtype)  # NumPy takes None for float64
     except Exception:  # noqa: BLE001 (NumPy asks for the repr of a bad value)
         resolved = None
-    if resolved is None or resolved.name not in _STORAGE_TYPES or not resolved.isnative:
-        expected = ", ".join(_STORAGE_TYPES)
+    if resolved is None or resolved.name not in _core.storage_types or not resolved.isnative:
+        expected = ", ".join(_core.storage_types)
         hint = "" if resolved is None else _core.dtype_hint(resolved)
         raise TypeError(
             f"{argument}: expected one of {expected}, got {_core.repr_text(dtype)}{hint}"

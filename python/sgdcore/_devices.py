@@ -10,7 +10,7 @@ from sgdcore import _core
 
 __all__ = ["CPU", "current_stream", "load_runtime", "reason_against", "status"]
 
-CPU = -1  # the CPU's number among devices, as in the core; CUDA's count from 0
+CPU = _core.cpu_device  # the CPU's number among devices; CUDA's count from 0
 
 _BUILT_WITHOUT = (
     "this installation of sgdcore has no CUDA module, because no CUDA compiler (nvcc 12 or newer) was found when it "

@@ -219,7 +219,7 @@ class DeviceArray:
 
     def _require_dense(self, method: str) -> None:
         # What is copied and filled is one range of memory.
-        if not self._description.flags.forc and not _is_dense(self._description):
+        if not _core.is_dense(self._description):
             raise ValueError(
                 f"{method}: expected a contiguous array, this one has strides {self.strides}"
             )
@@ -278,16 +278,6 @@ def _restore(values: Array, device: int) -> DeviceArray:
     array = DeviceArray.zeros(values.shape, values.dtype, device)
     array.assign(values)
     return array
-
-
-def _is_dense(description: Array) -> bool:
-    """Tell whether the elements fill one range of memory."""
-    expected = description.itemsize
-    for stride, length in sorted(zip(description.strides, description.shape, strict=True)):
-        if length != 1 and stride != expected:
-            return False
-        expected *= length
-    return True
 
 
 # This is the lowest module that knows all functions that the core calls.

@@ -30,12 +30,7 @@ __all__ = [
 ]
 
 # torch's types of what the core can store, by the core's names.
-STORAGE_TYPES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
+STORAGE_TYPES: dict[torch.dtype, str] = {getattr(torch, name): name for name in _core.storage_types}
 
 
 _BY_NAME = {name: dtype for dtype, name in STORAGE_TYPES.items()}
