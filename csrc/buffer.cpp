@@ -1,5 +1,5 @@
 // Large buffers are mapped directly and advised to use transparent huge pages, for fewer TLB misses in every pass.
-// docs/design.md says what that was measured to be worth.
+// docs/design.md has the measurements.
 #include "buffer.hpp"
 
 #include <sys/mman.h>
@@ -14,11 +14,11 @@
 namespace sgdcore {
 namespace {
 
-/// Returns where the next large buffer begins within its first huge page.
+/// The distance of the next large buffer from the start of its first huge page.
 ///
-/// A step walks through several buffers at once, which the system often maps one behind the other. On Zen 4 it takes
-/// four times as long where they are a multiple of 128 MiB apart, to less than a page (benchmarks/aliasing.py): its
-/// first-level cache tells addresses by a hash, which is presumably the same for these.
+/// A step walks through several buffers at once, which the system often maps one behind the other. On Zen 4 a step
+/// takes four times as long where they are within a page of a multiple of 128 MiB apart (benchmarks/aliasing.py):
+/// presumably the first-level cache's hash of such addresses is the same.
 std::size_t next_offset() {
     constexpr std::size_t stride = 4096 + AlignedBuffer::alignment;
     static std::atomic<std::size_t> count{0};
@@ -34,7 +34,7 @@ AlignedBuffer::AlignedBuffer(std::size_t size) : size_(size) {
         return;
     }
     if (size > SIZE_MAX - 3 * huge_page) throw std::bad_alloc();
-    // Map one huge page more than needed and give back what lies outside the aligned range.
+    // One huge page more than needed is mapped; the parts outside the aligned range are unmapped again.
     const std::size_t offset = next_offset();
     const std::size_t needed = (offset + size + huge_page - 1) / huge_page * huge_page;
     const std::size_t length = needed + huge_page;

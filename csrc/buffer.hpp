@@ -7,8 +7,8 @@
 
 namespace sgdcore {
 
-/// One owned allocation. Zero-filled and aligned to `alignment`; from two huge pages on mapped by itself, on such
-/// pages.
+/// One owned allocation, zero-filled and aligned to `alignment`. From two huge pages on it has a mapping of its own, on
+/// such pages.
 class AlignedBuffer {
   public:
     static constexpr std::size_t alignment = cache_line;  // also the widest vector

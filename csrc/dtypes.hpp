@@ -1,10 +1,9 @@
-// Storage types: how an element is read from memory into the type the rule computes in, and written back.
+// Storage types: reading an element from memory into the compute type, and writing it back.
 //
-// Invariants. Reading is exact, except float64 read into float32, which never happens (see ComputeType).
-// Writing rounds once, to nearest, ties to even; to 16 bits also where the thread rounds otherwise. Memory is only
-// touched through `Unaligned`, so a pointer may have any alignment. All conversions are written without branches and
-// without arithmetic on subnormal numbers: loops over them vectorise, and a process that runs with flush-to-zero set
-// still converts exactly.
+// Invariants. Reading is exact: float64 is never read into float32 (see ComputeType). Writing rounds once, to nearest,
+// ties to even; to 16 bits also where the thread rounds otherwise. Memory is only touched through `Unaligned`, so a
+// pointer may have any alignment. Conversions have no branches, so that loops over them vectorise, and no arithmetic on
+// subnormal numbers, so that they are exact where subnormal numbers are flushed.
 #pragma once
 
 #include <cstddef>
@@ -64,11 +63,11 @@ struct BFloat16 {
     }
     static SGDCORE_HOST_DEVICE SGDCORE_INLINE Word encode(float value) {
         const std::uint32_t quiet_nan = bits_as<std::uint32_t>(value) | 0x00400000u;
-        // The shift comes last: compilers would otherwise select in 16-bit lanes, with half as many instructions more.
+        // The shift comes last: compilers would otherwise select in 16-bit lanes, with 1.5 times the instructions.
         return static_cast<Word>(select(value != value, quiet_nan, rounded_bits(value)) >> 16);
     }
-    /// The rounded value in the upper half. The lower half is not cleared, and a NaN stays one only if its own lower
-    /// half is zero, as in those that come from bfloat16 or from arithmetic on them.
+    /// The rounded value in the upper half; the lower half is not cleared. A NaN stays a NaN only if its lower half is
+    /// zero, as it is for NaNs from bfloat16 and from arithmetic on them.
     static SGDCORE_HOST_DEVICE SGDCORE_INLINE std::uint32_t rounded_bits(float value) {
         const std::uint32_t bits = bits_as<std::uint32_t>(value);
         // Adding just under half of the dropped part, plus the kept part's last bit, carries exactly when
@@ -117,14 +116,14 @@ struct Float16 {
     static SGDCORE_HOST_DEVICE SGDCORE_INLINE Word encode(double value);
 };
 
-/// `value` as a float32 that rounds to any shorter format as `value` itself would: round to odd. Going through
-/// the nearest float32 instead would round twice.
+/// `value` rounded to odd: a float32 that rounds to any shorter format as `value` itself would. The nearest float32
+/// would be rounded twice.
 SGDCORE_HOST_DEVICE SGDCORE_INLINE float round_to_odd(double value) {
     const float nearest = static_cast<float>(value);
     const double back = static_cast<double>(nearest);
     const std::uint32_t bits = bits_as<std::uint32_t>(nearest);
-    // Step the even neighbour towards the value; magnitudes order like their bits. Infinity is even and steps
-    // back to the largest finite number, which every shorter format rounds up again. NaN compares false.
+    // An even neighbour steps towards the value; magnitudes order like their bits. Infinity is even and steps back to
+    // the largest finite number, which every shorter format rounds up again. NaN compares false.
     const bool too_large = (back < 0 ? -back : back) > (value < 0 ? -value : value);
     const bool inexact = (back < value) | (back > value);
     const std::uint32_t odd = select(too_large, bits - 1u, bits + 1u);

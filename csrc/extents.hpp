@@ -17,17 +17,17 @@ struct Extent {
     std::uintptr_t begin = 0, end = 0;
 };
 
-/// The range of so many bytes.
+/// The range of so many bytes from an address on.
 inline Extent extent_at(const void* begin, std::uintptr_t bytes) {
     return {address_of(begin), address_of(begin) + bytes};
 }
 
-/// For extents that are not empty.
+/// True if two extents, which may not be empty, share a byte.
 inline bool overlap(const Extent& a, const Extent& b) { return a.begin < b.end && b.begin < a.end; }
 
-// For vectors of extents, or of what is derived from them. None may be empty.
+// The following functions take vectors of extents, or of types derived from Extent. No extent may be empty.
 
-/// The first `sorted` ones are in order already.
+/// Sorts the ranges by address. The first `sorted` ones are in order already.
 template <class Range>
 void sort_by_address(std::vector<Range>& ranges, std::size_t sorted = 0) {
     const auto before = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
@@ -40,17 +40,17 @@ void sort_by_address(std::vector<Range>& ranges, std::size_t sorted = 0) {
     ranges.swap(merged);
 }
 
-/// Of ranges sorted by address, the first that overlaps the next one; the end if they are disjoint.
+/// The first of the ranges, sorted by address, that overlaps the next one; the end if they are disjoint.
 template <class Range>
 auto find_overlap(const std::vector<Range>& sorted) {
     return std::adjacent_find(sorted.begin(), sorted.end(),
                               [](const Extent& a, const Extent& b) { return b.begin < a.end; });
 }
 
-/// Of disjoint ranges sorted by address, the first that overlaps `extent`; the end if there is none.
+/// The first of the disjoint ranges, sorted by address, that overlaps `extent`; the end if there is none.
 template <class Range>
 auto find_overlap(const std::vector<Range>& disjoint, const Extent& extent) {
-    // Their ends are sorted, too.
+    // The ends of disjoint ranges are sorted, too.
     const auto next = std::upper_bound(disjoint.begin(), disjoint.end(), extent.begin,
                                        [](std::uintptr_t begin, const Extent& range) { return begin < range.end; });
     return next != disjoint.end() && next->begin < extent.end ? next : disjoint.end();
@@ -62,8 +62,8 @@ struct Claim : Extent {
     bool written = false;
 };
 
-/// Marks, by owner, those whose ranges overlap where one of them is written. Ranges that overlap others hang together,
-/// and all that hang together with a written one count as overlapping it. Returns whether there are any.
+/// Marks the owners of claims that conflict, and returns whether there are any. Claims form groups that hang together
+/// by overlaps; all claims of a group conflict if the group has several and one of them is written.
 inline bool mark_conflicts(std::vector<Claim>& claims, std::vector<bool>& marked) {
     bool found = false;
     std::erase_if(claims, [](const Claim& claim) { return claim.begin == claim.end; });
@@ -84,7 +84,7 @@ inline bool mark_conflicts(std::vector<Claim>& claims, std::vector<bool>& marked
     return found;
 }
 
-/// All memory of some ranges, to be asked which others overlap it.
+/// The union of some ranges, which tells whether another range overlaps it.
 class Covered {
   public:
     explicit Covered(std::vector<Extent> extents) : disjoint_(std::move(extents)) {
@@ -109,7 +109,7 @@ class Covered {
     std::vector<Extent> disjoint_;
 };
 
-/// Marks, by owner, those of either list whose ranges overlap one of the other list where one of the two is written.
+/// Marks the owners of claims, in either list, that overlap a claim of the other list where one of the two is written.
 /// Returns whether there are any.
 inline bool mark_conflicts_between(const std::vector<Claim>& ones, const std::vector<Claim>& others,
                                    std::vector<bool>& ones_marked, std::vector<bool>& others_marked) {

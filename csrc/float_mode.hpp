@@ -1,7 +1,7 @@
 // The floating-point mode of a thread: how it rounds, whether it flushes subnormal numbers, which exceptions trap.
 //
-// A thread has its mode in a register of its own (MXCSR on x86, FPCR on 64-bit ARM) and inherits it from the thread
-// that started it. A thread pool therefore computes in the mode of whoever made the pool, not of whoever uses it.
+// A thread's mode is in a register (MXCSR on x86, FPCR on 64-bit ARM), and a new thread inherits the mode of the thread
+// that started it. A thread pool therefore computes in the mode of the thread that made the pool.
 #pragma once
 
 #if defined(__SSE__)
@@ -26,11 +26,11 @@ class FloatMode {
         asm volatile("mrs %0, fpcr" : "=r"(word));
         return FloatMode(word);
 #else
-        return FloatMode(std::fegetround());  // a processor of this kind has no flushing that we know of
+        return FloatMode(std::fegetround());  // no known processor of this kind flushes subnormal numbers
 #endif
     }
 
-    /// The mode that IEEE 754 begins with and C programs start in: to nearest, subnormal numbers kept, no traps.
+    /// The mode that C programs start in, IEEE 754's default: to nearest, subnormal numbers kept, no traps.
     static FloatMode standard() {
 #if defined(__SSE__)
         return FloatMode(0x1f80);
@@ -67,7 +67,7 @@ class FloatMode {
     Word word_;
 };
 
-/// Puts the calling thread into a mode and, at the end of the scope, back into its own.
+/// Puts the calling thread into a mode, and back into its own at the end of the scope.
 class FloatModeScope {
   public:
     explicit FloatModeScope(FloatMode mode) : own_(FloatMode::current()), differs_(own_ != mode) {

@@ -1,4 +1,4 @@
-// docs/design.md says what huge pages were measured to be worth.
+// Huge pages by madvise; docs/design.md has the measurements.
 #include "huge_pages.hpp"
 
 #include <sys/mman.h>
@@ -13,7 +13,7 @@
 namespace sgdcore {
 namespace {
 
-/// The addresses of the first and past the last huge page that lie wholly within a range.
+/// The huge pages that lie wholly within a range.
 Extent whole_huge_pages(const Extent& range) {
     return {(range.begin + huge_page - 1) / huge_page * huge_page, range.end / huge_page * huge_page};
 }
@@ -21,15 +21,15 @@ Extent whole_huge_pages(const Extent& range) {
 #if defined(__linux__)
 constexpr int collapse = 25;  // MADV_COLLAPSE, which the headers of older systems lack
 
-/// Whether whoever runs the system wants no huge pages, which an explicit request would not respect.
+/// True if the system's setting is to use no huge pages. An explicit request would not respect the setting.
 bool never_wanted() {
     std::ostringstream text;
     text << std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled").rdbuf();
     return text.str().find("[never]") != std::string::npos;
 }
 
-/// Whether memory of a huge page's size is in use, but for an eighth at most. The rest of it would be from then on, and
-/// a table of which few rows are used may be larger than the machine's memory.
+/// True if at least seven eighths of a huge page are in use. The whole page would be in use afterwards, and a table
+/// with few used rows may be larger than the machine's memory.
 bool is_in_use(std::uintptr_t begin) {
     static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     std::vector<unsigned char> flags(huge_page / page);
@@ -44,15 +44,15 @@ bool is_in_use(std::uintptr_t begin) {
 void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] std::size_t size) {
 #if defined(MADV_HUGEPAGE)
     const Extent pages = whole_huge_pages(extent_at(begin, size));
-    // Advice: where it is not taken the pages are ordinary ones.
+    // Only advice: the system may use ordinary pages all the same.
     if (pages.begin < pages.end) madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
 #endif
 }
 
 void collapse_huge_pages([[maybe_unused]] std::vector<Extent> ranges) {
 #if defined(__linux__)
-    // Between arrays from one heap lie its notes, and little else that is not of the same making. What a gap holds
-    // keeps its values and its address.
+    // Between arrays from one heap lie the heap's own records and little else. Memory in a gap keeps its values and its
+    // addresses.
     constexpr std::uintptr_t small_gap = 1 << 16;
     sort_by_address(ranges);
     std::vector<Extent> runs;
@@ -71,7 +71,7 @@ void collapse_huge_pages([[maybe_unused]] std::vector<Extent> ranges) {
         allowed = true;
         for (std::uintptr_t begin = pages.begin, end = begin; begin < pages.end; begin = end + huge_page) {
             for (end = begin; end < pages.end && is_in_use(end);) end += huge_page;
-            // A request: what cannot be collapsed, for want of memory say, stays as it is.
+            // Pages that cannot be collapsed, for lack of memory say, stay as they are.
             if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, collapse);
         }
     }

@@ -10,11 +10,11 @@ namespace sgdcore {
 
 inline constexpr std::size_t huge_page = std::size_t{2} << 20;  // bytes
 
-/// Asks the system to put the whole huge pages within a range on such pages, as they are touched.
+/// Advises the system to use huge pages for the part of a range that fills whole ones, when it is first touched.
 void advise_huge_pages(void* begin, std::size_t size);
 
-/// Puts memory that is in use on huge pages, at the same addresses: those that the ranges fill but for small gaps.
-/// Where the system cannot (Linux before 6.1), or is set never to, nothing happens.
+/// Moves memory that is in use to huge pages, at the same addresses, where the ranges fill such pages but for small
+/// gaps. Does nothing where the system cannot (Linux before 6.1), or is set to use no huge pages.
 void collapse_huge_pages(std::vector<Extent> ranges);
 
 }  // namespace sgdcore

@@ -1,9 +1,9 @@
-// What the kernels need of the compiler, its conditionals in one place: inlining, restrict, bit casts, and the fused
-// multiply-add.
+// What the kernels need of the compiler: inlining, restrict, bit casts, and the fused multiply-add. Conditionals on the
+// compiler stand here only.
 //
-// Everything here is `always_inline` on purpose. The kernel source is compiled once per instruction set, and an
-// inline function that survived as a symbol in one of those objects could be the copy the linker keeps for the
-// whole library: code for AVX-512 would then run on a machine without it.
+// Everything here is `always_inline` on purpose. The kernel source is compiled once per instruction set. If an inline
+// function became a symbol of one of those objects, the linker could keep that copy for the whole library, and code for
+// AVX-512 would run on a machine without it.
 #pragma once
 
 #include <cstddef>
@@ -21,14 +21,14 @@
 #error "sgdcore needs GCC or Clang: the kernels rely on __builtin_fma, __builtin_bit_cast and always_inline"
 #endif
 
-// The build takes back every flag that changes what arithmetic gives (cmake/numerics.cmake); what it overlooked, and
-// compilers tell, stops here.
+// The build takes back every flag that changes the values of arithmetic (cmake/numerics.cmake). A flag that was missed
+// stops the build here, if the compiler tells.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ != 0) ||                          \
     (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(__NO_SIGNED_ZEROS__)
 #error "sgdcore: a flag such as -ffast-math lets the compiler change the values that arithmetic gives"
 #endif
-// 16: only float16, with which nothing is computed, has its own precision, too.
+// 16: float16 has its own precision, too; nothing is computed in float16.
 #if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0 && __FLT_EVAL_METHOD__ != 16
 #error "sgdcore: float and double must be computed in their own precision (on 32-bit x86: -msse2 -mfpmath=sse)"
 #endif
@@ -72,7 +72,7 @@ struct __attribute__((packed, may_alias)) Unaligned {
     T value;
 };
 
-/// Masks and selections without a branch; a ternary in the kernels' loops would stop their vectorisation.
+/// Masks and selections without a branch: a ternary would stop the vectorisation of the kernels' loops.
 SGDCORE_HOST_DEVICE SGDCORE_INLINE std::uint32_t all_ones_if(bool condition) {
     return 0u - static_cast<std::uint32_t>(condition);
 }
@@ -90,8 +90,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE double fused_multiply_add(double a, double b,
     return __builtin_fma(a, b, c);
 }
 
-/// Eight float16 at a time to float32 and back, rounding to nearest even, where the machine can: the same bits as
-/// storage::Float16 gives, in a fraction of the instructions.
+/// Conversions of eight float16 to float32 and back, rounding to nearest even, where the machine has them: the bits of
+/// storage::Float16, in a fraction of the instructions.
 #if defined(__F16C__)
 inline constexpr bool converts_float16 = true;
 SGDCORE_INLINE void float16_to_float32(const std::byte* from, float* to) {

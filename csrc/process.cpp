@@ -21,7 +21,7 @@ const void* forking = nullptr;  // the thread that made this process
 bool Occupant::is_inside() const {
     if (!inside_) return false;
     const std::uint32_t since = forks() - forks_;
-    // Further back, a later thread may look like it.
+    // After several forks another thread may have the same address.
     return since == 0 || (since == 1 && thread_ == forking);
 }
 

@@ -1,4 +1,4 @@
-// Forks: which process this is, and who is still there.
+// Forks: telling a process from its parent, and the threads that a fork leaves behind.
 #pragma once
 
 #include <atomic>
@@ -13,14 +13,14 @@ extern std::atomic<std::uint32_t> fork_count;
 /// How many forks lie between the process that loaded the library and this one.
 inline std::uint32_t forks() { return detail::fork_count.load(std::memory_order_relaxed); }
 
-/// What tells the threads of a process apart, in one instruction where std::this_thread::get_id() calls libc. A thread
-/// that forks keeps it in the child.
+/// An address that differs from thread to thread, in one instruction; std::this_thread::get_id() calls libc. The thread
+/// that forks keeps its address in the child.
 inline const void* this_thread() { return __builtin_thread_pointer(); }
 
-/// The mark of a thread that is in a place where there must be one only. A fork leaves in the child the thread that
-/// forked and no other, so a mark of another thread means nothing there.
+/// Marks the thread that is in a place where only one may be. A fork leaves only the forking thread in the child, so
+/// the mark of another thread is void there.
 ///
-/// Guarded by what guards the place, which has to be held by whoever forks, as Python holds the GIL.
+/// The lock that guards the place guards the mark, too. A thread that forks has to hold it, as Python holds the GIL.
 class Occupant {
   public:
     /// True while the thread that came last is inside.

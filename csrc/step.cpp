@@ -1,5 +1,4 @@
-// Checks a work list and hands it to the CPU's backend. Tensors of a device come to cuda/stepper.cpp, which has a
-// state.
+// Checks a work list and hands it to the CPU's backend. Tensors on a device go to cuda/stepper.cpp.
 #include "step.hpp"
 
 #include <stdexcept>

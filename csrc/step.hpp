@@ -14,8 +14,8 @@ void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers);
 ///
 /// The written ranges (parameters, states, and gradients if cleared) must not overlap each other or a gradient.
 /// Throws std::invalid_argument, before anything is changed, if an entry is malformed.
-/// Allocates nothing, but for scratch memory at a thread's first step with strided gradients or a factor; that is done
-/// before anything is changed. Safe to call from several threads on disjoint memory.
+/// Allocates nothing, except staging memory at a thread's first step by blocks, before anything is changed. Safe to
+/// call from several threads on disjoint memory.
 void step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, const StepOptions& options);
 
 }  // namespace sgdcore

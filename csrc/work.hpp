@@ -1,4 +1,4 @@
-// The description of a step as plain data: what the bindings fill in and the backends read.
+// A step's work list as plain data, which the bindings fill in and the backends read.
 //
 // Nothing here owns memory. Sizes and strides are int64 throughout; strides count bytes.
 #pragma once
@@ -26,7 +26,7 @@ struct Axis {
     std::int64_t stride;  // of the gradient, in bytes; may be zero or negative
 };
 
-/// False if no two elements share memory: every axis steps over all that the shorter-stepping ones reach.
+/// True unless every axis steps over all that the axes with shorter strides reach; no two elements share memory then.
 inline bool may_overlap(std::span<const Axis> axes, std::size_t item) {
     for (std::size_t i = 0; i < axes.size(); ++i) {
         if (axes[i].length == 1) continue;
@@ -44,12 +44,12 @@ inline bool may_overlap(std::span<const Axis> axes, std::size_t item) {
 /// The hyperparameters of one parameter group. `RuleInfo::hyper` makes one.
 struct Hyper {
     Values values;
-    std::uint32_t states = 0;       // those of the rule's states that take part: bit s is state s
+    std::uint32_t states = 0;       // the states that take part: bit s is state s
     std::uint8_t variants[2] = {};  // the rule's variant for a tensor's later steps, and for its first
     bool skips_zero_grads = false;  // an element whose gradient is zero stays as it is, and so do its states
 
     bool has_state(int state) const { return (states >> state & 1) != 0; }
-    int variant(bool first) const { return variants[first]; }
+    int variant(bool first_step) const { return variants[first_step]; }
 };
 
 /// Calls `function(state)` for the number of each state in a set, in which bit s is state s.
@@ -76,17 +76,30 @@ struct TensorRef {
     DType param_dtype = DType::float32;
     DType grad_dtype = DType::float32;
     DType state_dtypes[max_states] = {DType::float32, DType::float32, DType::float32};
-    bool first = false;  // the states hold nothing yet
-    /// On a device: null, or in its memory one byte for each chunk, which is not zero as long as the states hold
-    /// nothing there. The step clears it. The host does not know whether a step that `found_inf` decides on
-    /// happened, so a first one is followed by steps that may still be first.
+    bool first_step = false;  // the states hold nothing before this step
+    /// Pending first step, on a device only: null, or the address on the device of one byte for each chunk. A byte is
+    /// not zero while the chunk's states hold nothing; the step that fills them clears it. The host does not know
+    /// whether a step with `found_inf` happened, so the steps after a first one may still be the first.
     std::uint8_t* pending = nullptr;
+};
+
+/// A hyperparameter in a device's memory; the address is null where there is none.
+struct DeviceScalar {
+    const std::byte* address = nullptr;
+    std::int32_t device = cpu_device;
+    DType dtype = DType::float32;
+    std::uint8_t unused[3] = {};  // instead of padding: CUDA's tables are compared as bytes
+};
+
+/// A group's hyperparameters on devices: the i-th is that of the i-th hyperparameter that the rule lets a device read.
+struct DeviceScalars {
+    DeviceScalar of[max_device_hypers];
 };
 
 struct StepOptions {
     int rule = 0;            // the rule's number
     bool zero_grad = false;  // clear each gradient right after it was used
-    double grad_factor = 1;  // multiplies every gradient, with a rounding to the compute type; undoes a loss's scaling
+    double grad_factor = 1;  // multiplies every gradient, rounded to the compute type; undoes a loss's scaling
 };
 
 }  // namespace sgdcore

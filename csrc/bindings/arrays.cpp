@@ -1,4 +1,4 @@
-// Reading and checking NumPy arrays. Reads ndarray's fields directly: this runs for every gradient a user assigns.
+// Reading and checking NumPy arrays. ndarray's fields are read directly, since this runs for every assigned gradient.
 #include "arrays.hpp"
 
 #include <pybind11/stl.h>
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int numpy_float32 = 11, numpy_float64 = 12, numpy_void = 20, numpy_float16 = 23, numpy_first_user_type = 256;
 
-/// ml_dtypes registers bfloat16 when it is imported; from then on its type number stands for it in this process.
+/// ml_dtypes registers bfloat16 when it is imported. The type number stays the same for the life of the process.
 bool is_bfloat16(const py::dtype& dtype) {
     static int type_number = -1;  // guarded by the GIL
     if (dtype.num() < numpy_first_user_type) return false;
@@ -30,7 +30,7 @@ bool is_bfloat16(const py::dtype& dtype) {
     return dtype.num() == type_number;
 }
 
-/// NumPy mostly writes the native order as '=', but keeps the '<' or '>' of who spelled it out, as ctypes does.
+/// NumPy mostly writes the native order as '=', but keeps a '<' or '>' that was spelled out, as ctypes does.
 bool is_native(char byteorder) { return byteorder != (std::endian::native == std::endian::little ? '>' : '<'); }
 
 [[noreturn]] void refuse_dtype(const py::dtype& dtype, const Argument& argument) {
@@ -38,7 +38,7 @@ bool is_native(char byteorder) { return byteorder != (std::endian::native == std
                          "byte order, got " + repr_text(dtype) + dtype_hint(dtype));
 }
 
-/// Positions of axes, kept without allocation: steps with given gradients come here.
+/// Positions of axes. Nothing is allocated, since steps with given gradients use this.
 class AxisOrder {
   public:
     /// The axes longer than 1, slowest first by their absolute stride, in the given order among equals.
@@ -83,7 +83,7 @@ constexpr const char* arithmetic_lost = "whose arithmetic is not NumPy's; pass n
     throw py::type_error(argument.text() + ": expected a plain array, got " + type_name(object) + ", " + what);
 }
 
-/// Astropy and yt say "unit", pint and unyt "units"; None stands for no unit.
+/// Astropy and yt say "unit", pint and unyt "units". None means that there is no unit.
 bool has_unit(py::handle object) {
     for (const char* name : {"unit", "units"}) {
         if (!attribute_or(object, name, py::none()).is_none()) return true;
@@ -100,23 +100,23 @@ bool has_own_arithmetic(py::handle array) {
     return !py::type::of(array).attr(hook).is(py::handle(ndarray_type()).attr(hook));
 }
 
-/// Makes `ref` an ndarray over the buffer that an object exports; false if it exports none.
+/// Makes `ref` an ndarray over the buffer that an object exports. Returns false if the object exports none.
 bool read_buffer(py::handle object, ArrayRef& ref) {
     if (!PyObject_CheckBuffer(object.ptr()) || PyBytes_Check(object.ptr())) return false;
     const auto view =
         py::reinterpret_steal<py::object>(unless_python_ends([&] { return PyMemoryView_FromObject(object.ptr()); }));
     if (!view) {
         if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
-        PyErr_Clear();  // there may be DLPack
+        PyErr_Clear();  // the object may export DLPack
         return false;
     }
     ref.array = call(attribute_of("numpy", "asarray"), py::make_tuple(object));
-    // NumPy's own scalars are copied, and what has a format that NumPy cannot read.
+    // NumPy copies its own scalars, and buffers of a format that it cannot read.
     ref.copied = ref.array.data() != PyMemoryView_GET_BUFFER(view.ptr())->buf;
     return true;
 }
 
-/// Makes `ref` an ndarray over the CPU's memory that an object shares.
+/// Makes `ref` an ndarray over the memory of the CPU that an object shares.
 void read_shared(py::handle object, const Argument& argument, ArrayRef& ref) {
     if (!read_buffer(object, ref)) {
         if (!has_attribute(object, "__dlpack__")) {
@@ -137,7 +137,7 @@ void require_device_runtime(const Argument& argument) {
     }
 }
 
-/// An ndarray with the address, shape and strides that __cuda_array_interface__ tells, and the device.
+/// The device of an object with __cuda_array_interface__, and an ndarray with its address, shape and strides.
 std::pair<py::array, int> from_cuda_array_interface(py::handle object, const Argument& argument) {
     const py::dict interface = attribute(object, "__cuda_array_interface__");
     const auto [address, read_only] = py::cast<std::pair<std::uintptr_t, bool>>(interface["data"]);

@@ -1,4 +1,4 @@
-// NumPy arrays as the core sees them: pointer, size, storage type, and the reference that keeps them alive.
+// NumPy arrays for the core: pointer, size, storage type, and the reference that keeps the array alive.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -15,22 +15,22 @@ namespace sgdcore::bindings {
 
 namespace py = pybind11;
 
-/// What the core needs to know of an ndarray. `array` holds a reference, so NumPy refuses to resize it meanwhile.
+/// An array as the core takes it. `array` holds a reference, so NumPy refuses to resize the array meanwhile.
 ///
-/// For an array on a device, `array` has its shape, strides, type and address, and its memory cannot be touched from
-/// here; `on_device` is what the user has.
+/// For an array on a device, `array` only describes it: its shape, strides, type and address. The host cannot touch the
+/// elements. `on_device` is the user's object.
 struct ArrayRef {
-    // Null where there is none; py::array's own default would be an empty array.
+    // Null where there is no array; py::array's own default would be an empty array.
     py::array array = py::reinterpret_steal<py::array>(py::handle());
     std::byte* data = nullptr;
     std::int64_t size = 0;
     DType dtype = DType::float32;
     bool writable = false;
-    bool copied = false;  // the elements are a copy of the object's: what is written there never reaches the object
+    bool copied = false;  // the elements are a copy: writes do not reach the user's object
     int device = cpu_device;
     py::object on_device = py::reinterpret_steal<py::object>(py::handle());
 
-    /// The array that the user knows.
+    /// The user's object.
     py::object object() const { return device == cpu_device ? py::object(array) : on_device; }
     bool empty() const { return array.ptr() == nullptr; }
 };
@@ -44,21 +44,21 @@ struct Argument {
     std::string text() const { return index < 0 ? name : name + ("[" + std::to_string(index) + "]"); }
 };
 
-/// Raises TypeError for an array whose numbers are not all it says: a masked array, one with a unit, or an instance of
+/// Raises TypeError for an array that means more than its numbers: a masked array, one with a unit, or an instance of
 /// an ndarray subclass with arithmetic of its own.
 void require_plain(py::handle object, const Argument& argument);
 
-/// What to do about an array of this dtype, if there is something; begins with "; ".
+/// How to make an array of this dtype usable, for the end of a message; begins with "; " unless it is empty.
 std::string dtype_hint(const py::dtype& dtype);
 
-/// True for what shares memory of a CUDA device, through DLPack or __cuda_array_interface__.
+/// True if an object shares memory of a CUDA device, through DLPack or __cuda_array_interface__.
 bool is_on_device(py::handle object);
 
-/// Reads a floating-point array of one of the storage types in native byte order: an ndarray, or what exports the
-/// buffer protocol or DLPack, or, on a CUDA device, __cuda_array_interface__. The memory is the object's own.
+/// Reads an array of one of the storage types in native byte order: an ndarray, or an object that exports the buffer
+/// protocol, DLPack, or, on a CUDA device, __cuda_array_interface__. The memory is the object's own.
 ///
-/// TypeError for anything else, any other dtype, and what `require_plain` refuses. An array on a CUDA device gets a
-/// ValueError that says what is missing, if there is no runtime for it.
+/// Raises TypeError for any other object or dtype, and as `require_plain` does. Raises ValueError for an array on a
+/// CUDA device if no runtime can be loaded; the message says what is missing.
 ArrayRef read_array(py::handle object, const Argument& argument);
 
 /// True if the elements fill one range of memory. The axes may be in any order.
@@ -80,20 +80,21 @@ void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axi
 /// Raises ValueError unless the two have the same shape, device and memory order.
 void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument);
 
-/// Adds the next faster axis to those from index `start` on, merged with the last one where they form one run.
+/// Adds an axis to those from index `start` on, the next faster one. It is merged with the last one if both form one
+/// run.
 void append_axis(std::vector<Axis>& axes, std::size_t start, Axis axis);
 
-/// Where the elements lie.
+/// The range of memory from the first to the last element.
 Extent extent_of(const ArrayRef& ref);
 
-/// How an array's elements lie in memory: in runs of `run` bytes without a gap, at multiples of `period` bytes from the
-/// first one; 0 if there is only one run.
+/// How an array's elements lie in memory: in runs of `run` bytes without a gap, which begin at multiples of `period`
+/// bytes from the first one. `period` is 0 if there is one run.
 struct Spacing {
     std::uintptr_t run = 0, period = 0;
 };
 Spacing spacing_of(const py::array& array);
 
-/// True if the strides may reach one element by two indices, as those of a broadcast array do.
+/// True if two indices may reach one element, as in a broadcast array.
 bool repeats_elements(const ArrayRef& ref);
 
 /// "(3, 4)"

@@ -1,4 +1,4 @@
-// The way of a step to the devices: divide the work list, check every part, and only then start them.
+// The way of a step to the devices: the work list is divided, every part is checked, and only then are they started.
 #include "devices.hpp"
 
 #include <pybind11/stl.h>
@@ -19,41 +19,28 @@
 namespace sgdcore::bindings {
 namespace {
 
-// Guarded by the GIL, as far as they change; the runtime lives as long as the process.
+// Guarded by the GIL. The runtime lives as long as the process.
 cuda::Runtime* current_runtime = nullptr;
-bool usable = false;  // it was seen to have a device
+bool usable = false;  // the runtime has a device
 
+/// One device's part of a step.
 struct Part {
     std::vector<TensorRef> tensors;
-    std::vector<cuda::DeviceScalars> scalars;
-    cuda::DeviceOptions options;
+    cuda::LaunchOptions options;
 };
 
-/// True if a tensor's group has a number on a device that is not the tensor's.
-bool needs_numbers_on_host(const TensorRef& tensor, const std::vector<GroupScalars>& scalars) {
+/// True if a tensor's group has a scalar on a device that is not the tensor's.
+bool needs_scalars_on_host(const TensorRef& tensor, const std::vector<DeviceScalars>& scalars) {
     if (scalars.empty()) return false;
-    const auto elsewhere = [&](const DeviceNumber& number) {
-        return number.address != nullptr && number.device != tensor.device;
+    const auto elsewhere = [&](const DeviceScalar& scalar) {
+        return scalar.address != nullptr && scalar.device != tensor.device;
     };
-    return std::ranges::any_of(scalars[tensor.hyper].numbers, elsewhere);
-}
-
-std::vector<cuda::DeviceScalars> scalars_of(int device, const std::vector<GroupScalars>& groups) {
-    std::vector<cuda::DeviceScalars> scalars(groups.size());
-    for (std::size_t i = 0; i < groups.size(); ++i) {
-        for (int number = 0; number < max_device_hypers; ++number) {
-            const DeviceNumber& source = groups[i].numbers[number];
-            if (source.device != device) continue;
-            scalars[i].addresses[number] = source.address;
-            scalars[i].dtypes[number] = source.dtype;
-        }
-    }
-    return scalars;
+    return std::ranges::any_of(scalars[tensor.hyper].of, elsewhere);
 }
 
 using DevicePart = std::pair<cuda::Stepper*, Part*>;
 
-/// The error of one device, which also says which ones were stepped before it.
+/// A device's error, with the names of the devices that were stepped before it.
 cuda::CudaError after_stepping(std::span<const DevicePart> stepped, const cuda::CudaError& error) {
     if (stepped.empty()) return error;
     std::string text = std::string(error.what()) + "; before that, the parameters were updated on CUDA device ";
@@ -66,7 +53,7 @@ cuda::CudaError after_stepping(std::span<const DevicePart> stepped, const cuda::
 void load_runtime() {
     try {
         call(python_functions().load_runtime);
-    } catch (const py::error_already_set& error) {  // which is no std::runtime_error, whatever Python's is
+    } catch (const py::error_already_set& error) {  // no std::runtime_error, even for a RuntimeError
         if (!error.matches(PyExc_RuntimeError)) throw;
         throw std::runtime_error(utf8(py::str(error.value())));
     }
@@ -108,31 +95,30 @@ cuda::Stepper& DeviceSteps::stepper(int device) {
 }
 
 void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param_groups, const GroupHypers& hypers,
-                       StepOptions options, const DeviceInterface& interface) {
+                       StepOptions options, const DeviceCallbacks& callbacks) {
     std::map<int, Part> parts;
     bool on_host = false;
     for (const TensorRef& tensor : tensors) {
         parts[tensor.device].tensors.push_back(tensor);
-        on_host = on_host || needs_numbers_on_host(tensor, hypers.on_device());
+        on_host = on_host || needs_scalars_on_host(tensor, hypers.on_device());
     }
     const std::vector<Hyper> host_hypers = on_host ? read_hypers_on_host(options.rule, param_groups) : hypers.all();
     bool cpu_left_out = false;
     for (auto& [device, part] : parts) {
         if (device == cpu_device) {
             check(part.tensors, host_hypers);
-            if (!interface.scaling.is_none()) {
+            if (!callbacks.scaling.is_none()) {
                 std::tie(cpu_left_out, options.grad_factor) =
-                    py::cast<std::pair<bool, double>>(call(interface.scaling, py::make_tuple(device)));
+                    py::cast<std::pair<bool, double>>(call(callbacks.scaling, py::make_tuple(device)));
             }
             continue;
         }
         cuda::check_for_device(part.tensors, host_hypers, options.zero_grad);
-        part.scalars = scalars_of(device, hypers.on_device());
         part.options.stream =
-            pointer_of<void>(py::cast<std::uintptr_t>(call(interface.stream, py::make_tuple(device))));
-        if (!interface.scaling.is_none()) {
+            pointer_of<void>(py::cast<std::uintptr_t>(call(callbacks.stream, py::make_tuple(device))));
+        if (!callbacks.scaling.is_none()) {
             const auto [found_inf, grad_scale] =
-                py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(call(interface.scaling, py::make_tuple(device)));
+                py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(call(callbacks.scaling, py::make_tuple(device)));
             part.options.found_inf = pointer_of<const float>(found_inf);
             part.options.grad_scale = pointer_of<const float>(grad_scale);
         }
@@ -147,7 +133,7 @@ void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param
     for (std::size_t i = 0; i < on_devices.size(); ++i) {
         const auto& [stepper, part] = on_devices[i];
         try {
-            stepper->step(part->tensors, host_hypers, part->scalars, options, part->options);
+            stepper->step(part->tensors, host_hypers, hypers.on_device(), options, part->options);
         } catch (const cuda::CudaError& error) {
             throw after_stepping(std::span(on_devices).first(i), error);
         }

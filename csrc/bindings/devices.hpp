@@ -1,5 +1,4 @@
-// CUDA devices as the bindings see them: the runtime that sgdcore._cuda brings, and one optimizer's steps on all of
-// them.
+// CUDA devices in the bindings: the runtime that sgdcore._cuda brings, and one optimizer's steps on all devices.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,42 +17,42 @@ namespace sgdcore::bindings {
 
 namespace py = pybind11;
 
-/// An address as Python tells it, an integer.
+/// A pointer to an address that Python code gives as an integer.
 template <class T>
 T* pointer_of(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-/// The runtime. Imports sgdcore._cuda when it is first asked for; a std::runtime_error says what is missing: the
-/// module, the driver, or a device.
+/// The runtime, which the first call loads. Throws std::runtime_error that says what is missing: the module, the
+/// driver, or a device.
 cuda::Runtime& device_runtime();
 bool has_device_runtime();
 /// True if `device_runtime` would return.
 bool device_is_usable();
-/// Makes it the runtime from now on. It lives as long as the process.
+/// Makes `runtime` the one in use. The runtime lives as long as the process.
 void use_device_runtime(cuda::Runtime* runtime);
 
-/// What a step on devices needs of the library that the arrays are from, as functions of Python.
-struct DeviceInterface {
-    /// stream(device) -> the address of the stream to use, an integer.
+/// Functions in Python that a step on devices calls, for the library that the arrays are from.
+struct DeviceCallbacks {
+    /// stream(device) -> the address of the stream to use.
     py::object stream;
-    /// scaling(device) -> (found_inf, grad_scale), each the address of a float32 on the device, or 0. For the CPU, -1:
-    /// whether the step is to be left out, and the factor of the gradients. None: there is nothing of this kind.
+    /// scaling(device) -> (found_inf, grad_scale), each the address of a float32 on the device, or 0. For `cpu_device`:
+    /// (whether the step is skipped, the factor of the gradients). None if gradients are not scaled.
     py::object scaling = py::none();
 };
 
 class DeviceSteps {
   public:
-    /// Steps all tensors: those of the devices first, which go on by themselves meanwhile. Throws
-    /// std::invalid_argument before anything is changed. A CudaError says which devices were stepped before the one
+    /// Steps all tensors, those on devices first: the devices work while the CPU steps its own. Throws
+    /// std::invalid_argument before anything is changed. A CudaError names the devices that were stepped before the one
     /// that failed.
     ///
-    /// Nothing waits for a device, unless tensors that are not on it need a number that is.
+    /// The step waits for a device only where tensors elsewhere need a hyperparameter that is on that device.
     void step(std::span<const TensorRef> tensors, const py::list& param_groups, const GroupHypers& hypers,
-              StepOptions options, const DeviceInterface& interface);
+              StepOptions options, const DeviceCallbacks& callbacks);
 
   private:
-    /// Leaves a stepper that a fork brought here as it is: a thread that is not here may have been changing it.
+    /// Keeps a stepper that a fork copied: a thread of the parent may have been changing it.
     struct Discard {
         void operator()(cuda::Stepper* stepper) const {
             if (stepper->is_of_this_process()) delete stepper;

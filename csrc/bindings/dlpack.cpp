@@ -1,4 +1,4 @@
-// NumPy arrays given and taken as DLPack capsules.
+// NumPy arrays exported and imported as DLPack capsules.
 #include "dlpack.hpp"
 
 #include <algorithm>
@@ -76,7 +76,7 @@ py::capsule export_array(const ArrayRef& ref, DLDevice device) {
         managed.version = {known_major, 0};
         managed.flags = ref.writable ? 0 : flag_read_only;
     }
-    // A consumer renames the capsule; only one that nobody took still owns its tensor.
+    // A consumer renames the capsule. A capsule that nobody took still owns its tensor.
     py::capsule capsule(&managed, Managed::fresh, [](PyObject* self) {
         if (!PyCapsule_IsValid(self, Managed::fresh)) return;
         auto* unclaimed = static_cast<Managed*>(PyCapsule_GetPointer(self, Managed::fresh));
@@ -104,7 +104,7 @@ py::array import_capsule(const py::object& capsule, bool writable) {
         contiguous *= shape[axis];
     }
     const py::dtype numpy = numpy_dtype(*dtype);
-    // From here on the memory is ours to release.
+    // From here on this function releases the memory.
     PyCapsule_SetName(capsule.ptr(), Managed::used);
     const py::capsule owner(managed, [](void* self) {
         auto* taken = static_cast<Managed*>(self);
@@ -127,12 +127,12 @@ bool is_known_writable(py::handle object) {
     return false;
 }
 
-/// True if what is written reaches the memory that the producer shares.
+/// True if writes reach the memory of the producer.
 bool may_be_written(const DLManagedTensorVersioned& managed) {
     return (managed.flags & (flag_read_only | flag_copied)) == 0;
 }
 
-/// What `object.__dlpack__()` shares, wherever it is.
+/// An ndarray over the memory that `object.__dlpack__()` shares, on any device.
 py::array import_array(py::handle object, const py::dict& keywords = py::dict()) {
     const py::object share = attribute(object, "__dlpack__");
     py::object capsule;
@@ -145,7 +145,7 @@ py::array import_array(py::handle object, const py::dict& keywords = py::dict())
     if (PyCapsule_IsValid(capsule.ptr(), DLManagedTensorVersioned::fresh)) {
         const auto* managed = static_cast<DLManagedTensorVersioned*>(
             PyCapsule_GetPointer(capsule.ptr(), DLManagedTensorVersioned::fresh));
-        if (managed->version.major != known_major) {  // nothing else of it can be read
+        if (managed->version.major != known_major) {  // the rest has another layout
             throw py::buffer_error("DLPack tensor: expected version " + std::to_string(known_major) + ", got " +
                                    std::to_string(managed->version.major));
         }

@@ -14,13 +14,13 @@ namespace sgdcore::bindings {
 pybind11::capsule to_dlpack(const pybind11::array& array, bool versioned, int device);
 
 /// An ndarray over the memory that `object.__dlpack__()` shares, read-only unless the capsule says that the memory may
-/// be written. A capsule older than DLPack 1.0 cannot say so: what it shares is read-only, as numpy.from_dlpack
-/// decides, but for libraries whose arrays are always writable.
+/// be written. A capsule older than DLPack 1.0 cannot say so: its memory is read-only, as numpy.from_dlpack decides,
+/// except for libraries whose arrays are always writable.
 ///
 /// Raises ValueError if the memory is not on the CPU, and TypeError if its data type is not one of the storage types.
 pybind11::array from_dlpack(pybind11::handle object);
 
-/// The same for memory of a CUDA device: an ndarray whose elements cannot be touched, and the device. Nothing is
+/// `from_dlpack` for memory of a CUDA device: an ndarray that only describes the array, and the device. Nothing is
 /// synchronized.
 std::pair<pybind11::array, int> from_device_dlpack(pybind11::handle object);
 

@@ -1,5 +1,5 @@
-// The DLPack 1.x ABI (https://dmlc.github.io/dlpack/latest/c_api.html), declared here because the few structures we
-// need are smaller than a dependency.
+// The DLPack 1.x ABI (https://dmlc.github.io/dlpack/latest/c_api.html). The few structures that are needed are declared
+// here, which is less than a dependency.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct DLDataType {
 };
 inline constexpr std::uint8_t code_int = 0, code_float = 2, code_bfloat = 4;
 
-/// The storage type, if it is one of ours.
+/// The storage type, if the core has it.
 constexpr std::optional<DType> storage_type(const DLDataType& type) {
     if (type.lanes != 1) return std::nullopt;
     if (type.code == code_bfloat && type.bits == 16) return DType::bfloat16;
@@ -47,8 +47,8 @@ struct DLTensor {
     std::uint64_t byte_offset;
 };
 
-/// What a framework offers to read its tensors from C, as the attribute __dlpack_c_exchange_api__ of its tensor type
-/// (since DLPack 1.2). Only the member we call has its true type.
+/// A framework's functions that read its tensors from C, the attribute __dlpack_c_exchange_api__ of its tensor type
+/// (since DLPack 1.2). Only the function that is called here has its true type.
 struct DLPackExchangeAPI {
     static constexpr const char* capsule_name = "dlpack_exchange_api";
     struct {
@@ -58,7 +58,7 @@ struct DLPackExchangeAPI {
     void (*managed_tensor_allocator)();
     void (*managed_tensor_from_py_object_no_sync)();
     void (*managed_tensor_to_py_object_no_sync)();
-    /// Fills in `out`, which borrows from the tensor; nonzero, with a Python exception set, if it cannot.
+    /// Fills in `out`, which borrows from the tensor. Returns nonzero, with a Python exception set, on failure.
     int (*dltensor_from_py_object_no_sync)(void* tensor, DLTensor* out);
     void (*current_work_stream)();
 };

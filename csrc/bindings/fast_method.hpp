@@ -1,5 +1,5 @@
-// Methods bound by CPython's own calling convention, for calls that every step makes: pybind11's dispatcher takes 850
-// instructions, as many as the rest of the smallest step.
+// Methods bound by CPython's own calling convention, for calls that every step makes. pybind11's dispatcher would take
+// 850 instructions, as many as the rest of the smallest step.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@ namespace sgdcore::bindings {
 
 namespace py = pybind11;
 
-/// The C++ object of an instance. Its type is not looked at: CPython calls a method with instances of its class only.
+/// The C++ object of an instance. The type is not checked: CPython calls a method only with instances of its class.
 template <class T>
 T& value_of(PyObject* self) {
     void* const value = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr();
@@ -61,8 +61,8 @@ PyObject* called(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
 
 }  // namespace detail
 
-/// Adds a method of `count` positional arguments, which the method does not own. The signature is text for Python, as
-/// "(self, a, b)"; it and the name are not copied.
+/// Adds a method of `count` positional arguments, which are borrowed. Name and signature, the text "(self, a, b)" for
+/// Python, are not copied.
 template <class T, int count, py::object (*method)(T&, PyObject* const*)>
 void def_fast(py::class_<T>& type, const char* name, const char* signature) {
     static PyMethodDef definition{name, nullptr, METH_FASTCALL, signature};

@@ -21,13 +21,13 @@ std::string hyper_text(PyObject* key, std::size_t index) {
     return "param_groups[" + std::to_string(index) + "]['" + py::cast<std::string>(py::handle(key)) + "']";
 }
 
-/// Raises TypeError, or ValueError where an OverflowError is set. An exception that is set becomes the cause.
+/// Raises TypeError; ValueError if an OverflowError is set. An exception that is set becomes the cause.
 [[noreturn]] void refuse(const py::object& value, const char* expected, PyObject* key, std::size_t index) {
     const bool caused = PyErr_Occurred() != nullptr;
     if (caused && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();  // such as KeyboardInterrupt
     const bool too_large = caused && PyErr_ExceptionMatches(PyExc_OverflowError);
     std::optional<py::error_already_set> cause;
-    if (caused) cause.emplace();  // takes the exception, which would be in the way of repr
+    if (caused) cause.emplace();  // takes the exception: repr must not find one set
     const std::string text = hyper_text(key, index) + ": expected " + expected +
                              (too_large ? " that a float can hold, got " : ", got ") +
                              repr_text(value, too_large ? 80 : std::string::npos);
@@ -36,7 +36,7 @@ std::string hyper_text(PyObject* key, std::size_t index) {
     throw py::error_already_set();
 }
 
-/// Raises OverflowError if a number that is finite became an infinite one, as float() makes of a large Decimal.
+/// Sets OverflowError if a finite number became an infinite float, as a large Decimal does.
 void require_kept(PyObject* value, double number) {
     if (!std::isinf(number) || PyFloat_Check(value)) return;
     const py::float_ infinity(number);
@@ -44,25 +44,25 @@ void require_kept(PyObject* value, double number) {
     if (equal == 0) PyErr_SetString(PyExc_OverflowError, "the number is finite and its float is not");
 }
 
-/// True for arrays and tensors. A tensor that requires a gradient warns when it is converted in another way; NumPy's
-/// scalars are converted as they are, since their item() allocates memory.
+/// True for arrays and tensors: a tensor that requires a gradient warns when it is converted otherwise. False for
+/// NumPy's scalars, whose item() allocates memory.
 bool converts_by_item(const py::object& value) {
     static PyObject* const tensor_mark = PyUnicode_InternFromString("requires_grad");
     return py::isinstance<py::array>(value) ||
            unless_python_ends([&] { return PyObject_HasAttr(value.ptr(), tensor_mark); }) != 0;
 }
 
-/// What is read of one group.
+/// One group as it was read.
 struct GroupValues {
     Values values;
-    GroupScalars scalars;
-    bool on_device = false;  // one of the numbers is
+    DeviceScalars scalars;
+    bool on_device = false;  // one of the numbers is on a device
     bool plain = true;       // all are floats, integers and bools, which never change
 };
 
-/// group[key]: a float, whatever converts to one, or an array or tensor of one element. If there is a `place`, a number
-/// on a device stays there, and is NaN here.
-double number_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code, DeviceNumber* place,
+/// group[key] as a float. If `place` is not null, a number on a device stays there: `place` describes it, and the
+/// result is NaN.
+double number_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode& before_code, DeviceScalar* place,
                  bool& plain) {
     PyObject* const item = group_item(group, key, index);
     if (PyFloat_CheckExact(item)) return PyFloat_AS_DOUBLE(item);
@@ -75,7 +75,7 @@ double number_of(PyObject* group, PyObject* key, std::size_t index, const Before
         const std::string text = hyper_text(key, index);
         const ArrayRef ref = read_array(value, text.c_str());
         if (ref.size != 1) refuse(value, expected_number, key, index);
-        *place = {ref.data, ref.dtype, ref.device};
+        *place = {ref.data, ref.device, ref.dtype};
         return std::numeric_limits<double>::quiet_NaN();
     }
     py::object scalar = value;
@@ -117,16 +117,16 @@ PyObject* const* keys_of(int rule) {
     return keys.of[rule];
 }
 
-/// Reads a group; numbers that may be read on devices stay there if `leave_on_device`.
+/// Reads a group. If `leave_on_device`, the numbers that a device may read stay there.
 GroupValues read_group(int rule, PyObject* group, std::size_t index, bool leave_on_device,
                        const BeforeCode& before_code) {
     PyObject* const* const keys = keys_of(rule);
     GroupValues found;
-    DeviceNumber* next = found.scalars.numbers;
+    DeviceScalar* next = found.scalars.of;
     int hyper = 0;
     for (const HyperSpec& spec : rules()[static_cast<std::size_t>(rule)].hypers) {
         PyObject* const key = keys[hyper];
-        DeviceNumber* const place = spec.on_device ? next++ : nullptr;
+        DeviceScalar* const place = spec.on_device ? next++ : nullptr;
         found.values[hyper++] =
             spec.kind == HyperSpec::flag
                 ? flag_of(group, key, index, before_code, found.plain)
@@ -136,7 +136,7 @@ GroupValues read_group(int rule, PyObject* group, std::size_t index, bool leave_
     return found;
 }
 
-/// A number that is another one after each change of the dict, and for each dict; 0 where CPython keeps none.
+/// A number that differs from dict to dict and changes with each change of a dict; 0 where CPython keeps none.
 std::uint64_t version_of([[maybe_unused]] PyObject* dict) {
 #if PY_VERSION_HEX < 0x030E0000 && !defined(PYPY_VERSION)
 #pragma GCC diagnostic push

@@ -1,4 +1,4 @@
-// What observes the steps of an optimizer of torch tensors, which then have to go through Python code.
+// What observes the steps of an optimizer of torch tensors. An observed step has to go through Python code.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,12 +14,12 @@ namespace py = pybind11;
 
 class Observers {
   public:
-    /// `dicts` hold hooks, or attributes for one step; `profiler_enabled` is torch's function of that name.
+    /// `dicts` hold hooks, or attributes of one step. `profiler_enabled` is torch's function of that name.
     Observers(std::vector<py::dict> dicts, py::object profiler_enabled)
         : dicts_(std::move(dicts)), profiler_enabled_(std::move(profiler_enabled)) {}
     Observers() = default;
 
-    /// True if one of the dicts holds anything, or the profiler is on.
+    /// True if one of the dicts is not empty, or the profiler is on.
     bool any() const {
         for (const py::dict& dict : dicts_) {
             if (PyDict_GET_SIZE(dict.ptr()) != 0) return true;

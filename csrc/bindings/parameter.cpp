@@ -1,4 +1,4 @@
-// Assigning arrays to parameters, and everything that can be wrong with them.
+// Assigning arrays to parameters, and the checks of the arrays.
 #include "parameter.hpp"
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 namespace sgdcore::bindings {
 namespace {
 
-/// Reads the array of a parameter. Raises TypeError for an object whose elements can only be copied, as NumPy's
-/// scalars: the object would not be updated.
+/// Reads the array of a parameter. Raises TypeError for an object whose elements can only be copied, such as a NumPy
+/// scalar: a step would not update the object.
 ArrayRef read_data(const py::object& data) {
     ArrayRef ref = read_array(data, "data");
     if (ref.copied) {
@@ -23,7 +23,7 @@ ArrayRef read_data(const py::object& data) {
     return ref;
 }
 
-/// Gives a buffer's gradient the values of an array of its shape, which for one on a device may also be on the CPU.
+/// Copies an array of the same shape into a buffer's gradient. An array on the CPU may be copied to a device.
 void copy_to_buffer(const ArrayRef& ref, const ArrayRef& buffer_grad) {
     if (buffer_grad.device != cpu_device) {
         call(python_functions().assign, py::make_tuple(buffer_grad.object(), ref.object()));
@@ -42,7 +42,7 @@ void Dependents::remove(Dependent* dependent) {
 }
 
 void Dependents::tell(void (Dependent::*function)()) {
-    // One at a time: what one does may end another, which then removes itself.
+    // One at a time: a dependent's function may end another dependent, which then removes itself.
     while (!all_.empty()) {
         Dependent* const dependent = all_.back();
         all_.pop_back();
@@ -72,14 +72,14 @@ void Parameter::set_data(const py::object& array) {
                              dtype_name(ref.dtype));
     }
     require_same_layout(ref, data_, "data");
-    std::swap(data_, ref);  // the old array goes last: its end may run Python code, which must see the new one
+    std::swap(data_, ref);  // the old array is released last: that may run Python code, which must see the new array
     ++data_version;
 }
 
 void Parameter::set_grad(const py::object& array) {
     if (array.is_none()) {
         ArrayRef old;
-        std::swap(grad_, old);  // released last, as in set_data
+        std::swap(grad_, old);  // `old` is released last, as in set_data
         grad_axes_.clear();
         ++grad_version;
         return;
@@ -136,7 +136,7 @@ int Parameter::traverse(visitproc visit, void* arg) const {
 }
 
 void Parameter::clear() {
-    // The arrays stay: they are no part of a cycle that cannot be broken at the buffer, and `data` is never absent.
+    // The arrays stay, since `data` must exist. Every cycle through them also goes through the buffer.
     buffer_ = py::none();
 }
 

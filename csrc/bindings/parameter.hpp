@@ -1,4 +1,4 @@
-// A parameter as the step sees it: the array it updates and the gradient it reads.
+// A parameter: the array that a step updates, and the gradient that it reads.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,25 +11,25 @@
 
 namespace sgdcore::bindings {
 
-/// Who relies on parameters and their states without keeping the parameters alive.
+/// An object that refers to parameters and their states without keeping the parameters alive.
 class Dependent {
   public:
-    /// A parameter goes: its address means nothing from now on.
+    /// A parameter ends: its address is no longer valid.
     virtual void parameter_goes() = 0;
-    /// Slots no longer hold the states of their parameter in the optimizer.
+    /// Slots were taken out of the optimizer's state.
     virtual void slots_are_detached() = 0;
 
   protected:
     ~Dependent() = default;
 };
 
-/// Those that rely on one object, each as often as it was added.
+/// The dependents of one object, each as often as it was added.
 class Dependents {
   public:
     void add(Dependent* dependent) { all_.push_back(dependent); }
-    /// Does nothing if it is not there.
+    /// Does nothing if the dependent was not added.
     void remove(Dependent* dependent);
-    /// Calls a function of Dependent for each, after letting it go.
+    /// Removes each dependent and then calls its function.
     void tell(void (Dependent::*function)());
 
   private:
@@ -42,21 +42,21 @@ class Dependents {
 class Parameter {
   public:
     /// Raises TypeError or ValueError if `data` cannot be updated in place. `buffer` and `buffer_grad` are None for a
-    /// parameter of its own.
+    /// parameter outside of a ParameterBuffer.
     Parameter(const py::object& data, std::string name, py::object buffer, const py::object& buffer_grad);
     ~Parameter() { dependents.tell(&Dependent::parameter_goes); }
     Parameter(const Parameter&) = delete;
     Parameter& operator=(const Parameter&) = delete;
 
-    /// Another array of the same shape, dtype and memory layout takes the old one's place.
+    /// Takes another array of the same shape, dtype and memory layout.
     void set_data(const py::object& array);
-    /// None, or an array of the parameter's shape; its dtype and strides are its own.
+    /// Takes None, or an array of the parameter's shape. The dtype and the strides may differ.
     void set_grad(const py::object& array);
-    /// Raises ValueError if `zero_grad` could not clear the gradient: it is read-only, or in another memory order than
-    /// its parameter on a device.
+    /// Raises ValueError if `zero_grad` cannot clear the gradient: the gradient is read-only, or on a device in another
+    /// memory order than its parameter.
     void require_clearable(bool set_to_none) const;
-    /// Clears the gradient: forgets it (`set_to_none`), or zeroes it in place, as always in a buffer. It has to be
-    /// clearable.
+    /// Clears the gradient, which has to be clearable: drops it (`set_to_none`) or zeroes it in place. In a buffer it
+    /// is always zeroed.
     void zero_grad(bool set_to_none);
 
     const ArrayRef& data() const { return data_; }
@@ -65,7 +65,7 @@ class Parameter {
     const std::string& name() const { return name_; }
     const py::object& buffer() const { return buffer_; }
 
-    /// Counts the assignments, so that a plan notices arrays it has not checked for overlap yet.
+    /// Counts of the assignments: a plan notices arrays that it has not checked for overlap.
     std::uint32_t data_version = 0;
     std::uint32_t grad_version = 0;
 
@@ -88,7 +88,7 @@ class Parameter {
     ArrayRef buffer_grad_;
 };
 
-/// Lets Python's garbage collector see the references that a bound class holds through its traverse() and clear().
+/// Shows Python's garbage collector the references that a bound class holds, by the class's traverse() and clear().
 template <class T>
 py::custom_type_setup garbage_collected() {
     return py::custom_type_setup([](PyHeapTypeObject* heap_type) {

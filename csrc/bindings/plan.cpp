@@ -1,5 +1,5 @@
-// The way of a step from param_groups to the core. Order of events in `run`: match the groups, read hyperparameters,
-// list the tensors, check memory, and only then write.
+// The way of a step from param_groups to the core. The order in `run`: match the groups, read hyperparameters, list the
+// tensors, check memory, and only then write.
 #include "plan.hpp"
 
 #include <algorithm>
@@ -16,23 +16,23 @@
 namespace sgdcore::bindings {
 namespace {
 
-/// What a step knows of one parameter. States that take no part are null.
+/// The arrays of one parameter's update. States that take no part are null.
 struct Operands {
     const ArrayRef &data, &grad;
     const ArrayRef* states[max_states];
     std::span<const Axis> grad_axes;
     std::uint32_t group;
-    bool first;
+    bool first_step;
 };
 
-/// True if `next` continues `tensor` in all arrays, so that both are one run of memory with one rule.
+/// True if each array of `next` begins where that of `tensor` ends, and all else is the same: one entry serves both.
 bool continues(const TensorRef& tensor, const Operands& next, int state_count) {
     const auto ends_at = [&](const std::byte* base, DType dtype, const ArrayRef& array) {
         return dtype == array.dtype && base + tensor.size * static_cast<std::int64_t>(item_size(dtype)) == array.data;
     };
     if (!ends_at(tensor.param, tensor.param_dtype, next.data) || !ends_at(tensor.grad, tensor.grad_dtype, next.grad) ||
         !tensor.grad_axes.empty() || !next.grad_axes.empty() || tensor.hyper != next.group ||
-        tensor.device != next.data.device || tensor.first != next.first) {
+        tensor.device != next.data.device || tensor.first_step != next.first_step) {
         return false;
     }
     for (int state = 0; state < state_count; ++state) {
@@ -42,8 +42,8 @@ bool continues(const TensorRef& tensor, const Operands& next, int state_count) {
     return true;
 }
 
-/// Fills an entry of the work list, which holds those of an earlier step, in place: what was just written in pieces is
-/// slow to copy.
+/// Fills an entry of the work list in place, over the entry of an earlier step. Copying an entry that was just written
+/// piece by piece would be slow.
 void fill(TensorRef& tensor, const Operands& operands, int state_count) {
     tensor.param = operands.data.data;
     tensor.grad = operands.grad.data;
@@ -53,7 +53,7 @@ void fill(TensorRef& tensor, const Operands& operands, int state_count) {
     tensor.device = operands.data.device;
     tensor.param_dtype = operands.data.dtype;
     tensor.grad_dtype = operands.grad.dtype;
-    tensor.first = operands.first;
+    tensor.first_step = operands.first_step;
     for (int state = 0; state < state_count; ++state) {
         const ArrayRef* const array = operands.states[state];
         tensor.states[state] = array == nullptr ? nullptr : array->data;
@@ -70,7 +70,7 @@ bool is_sequence(const py::object& object) {
     return answer != 0;
 }
 
-/// A list or tuple as it is, what else is a sequence as a tuple: its items come from Python code.
+/// A list or tuple as it is; any other sequence as a tuple, since its items come from Python code.
 py::sequence as_list(const py::object& grads) {
     if (PyList_CheckExact(grads.ptr()) || PyTuple_CheckExact(grads.ptr())) return py::sequence(grads);
     if (!is_sequence(grads)) {
@@ -81,7 +81,7 @@ py::sequence as_list(const py::object& grads) {
     return py::reinterpret_steal<py::tuple>(items);
 }
 
-/// Runs its function when the scope is left, also by an exception.
+/// Calls its function when the scope is left, also by an exception.
 template <class F>
 struct AtExit {
     F function;
@@ -99,7 +99,7 @@ void Plan::build(const py::list& parameters, const py::list& slots) {
         append(entries, group, parameters[group], slots[group]);
     }
     group_count_ = parameters.size();
-    std::swap(entries_, entries);  // the old ones are released last, as in clear
+    std::swap(entries_, entries);  // the old entries are released last: that may run Python code
     stop_relying_on(entries);
     rely_on(entries_);
     outdated_ = false;
@@ -113,10 +113,10 @@ void Plan::add_group(const py::list& parameters, const py::list& slots) {
     std::vector<Entry> entries;
     append(entries, group_count_, parameters, slots);
     rely_on(entries);
-    const std::size_t first = entries_.size();
+    const std::size_t from = entries_.size();
     entries_.insert(entries_.end(), std::make_move_iterator(entries.begin()), std::make_move_iterator(entries.end()));
     ++group_count_;
-    start_with(first);
+    start_with(from);
 }
 
 void Plan::require_no_step() const {
@@ -134,15 +134,15 @@ void Plan::append(std::vector<Entry>& entries, std::size_t group, const py::list
     }
 }
 
-void Plan::start_with(std::size_t first) {
+void Plan::start_with(std::size_t from) {
     missing_.clear();
     used_grads_.assign(entries_.size(), nullptr);
     tensors_.resize(entries_.size());
     tensor_count_ = 0;
-    first_.reserve(entries_.size());
+    first_steps_.reserve(entries_.size());
     hypers_.reserve(group_count_);
     try {
-        collect_writes(first);
+        collect_writes(from);
     } catch (...) {
         clear();  // a plan that was not checked must match no groups
         throw;
@@ -193,7 +193,7 @@ void Plan::read_given(const py::object& grads) {
     }
     given_.resize(entries_.size());
     for (std::size_t i = 0; i < entries_.size(); ++i) {
-        // Checked access that takes a reference: reading the one before may have run Python code that changed the list.
+        // Checked access, which takes a reference: reading the previous item may have run code that changed the list.
         const py::object item = list[i];
         if (item.is_none()) continue;
         const Argument argument{"grads", static_cast<std::ptrdiff_t>(i)};
@@ -207,7 +207,7 @@ void Plan::read_given(const py::object& grads) {
 
 void Plan::forget_step() {
     for (GivenGrad& given : given_) given.ref = {};
-    // Releasing the last reference to a parameter clears the plan, which the step needs no more.
+    // Releasing the last reference to a parameter clears the plan. The step no longer needs the plan here.
     held_.clear();
     parameters_held_ = false;
     if (outdated_) clear();
@@ -260,10 +260,10 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
 Plan::Listed Plan::list_tensors(bool given) {
     const int state_count = static_cast<int>(info_.states.size());
     std::size_t count = 0;
-    first_.clear();
+    first_steps_.clear();
     Listed listed;
     listed.new_grads = given;
-    // A number on a device makes a step on the CPU wait for it; a device reads it by itself.
+    // A step on the CPU waits for a hyperparameter on a device; a device reads its own.
     listed.on_device = !hypers_.on_device().empty();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
         const Entry& entry = entries_[i];
@@ -279,15 +279,15 @@ Plan::Listed Plan::list_tensors(bool given) {
             .states = {},
             .grad_axes = given ? given_[i].axes : parameter.grad_axes(),
             .group = entry.group,
-            .first = false,
+            .first_step = false,
         };
         for (int state = 0; state < state_count; ++state) {
             if (!hypers_[entry.group].has_state(state)) continue;
             operands.states[state] = &entry.slots->array(state);
-            operands.first |= !entry.slots->holds(state);
+            operands.first_step |= !entry.slots->holds(state);
             if (operands.states[state]->empty()) missing_.emplace_back(i, state);
         }
-        if (operands.first) first_.push_back(i);
+        if (operands.first_step) first_steps_.push_back(i);
         listed.on_device |= operands.data.device != cpu_device;
         listed.elements += operands.data.size;
         if (operands.data.size == 0) continue;
@@ -307,11 +307,12 @@ void Plan::check_memory(const Listed& listed, bool given, bool zero_grad) {
         collect_writes(0);
     }
     if (listed.rebound || listed.new_grads) {
-        disjoint_grads_checked_ = false;  // first: what a refused step has looked at is not looked at again
+        // Before the check: it may throw after it has noted some gradients as checked.
+        disjoint_grads_checked_ = false;
         check_grads_against_writes(given);
     }
     const bool check_disjoint = zero_grad && !disjoint_grads_checked_;
-    // Both let other threads run, which may rebind arrays that are in the list by now.
+    // Comparing gradients and stepping may let other threads run, which may rebind arrays of the list.
     if (check_disjoint || listed.on_device || releases_gil(listed.elements)) hold_arrays();
     if (check_disjoint) check_disjoint_grads(given);
     if (zero_grad) disjoint_grads_checked_ = !given;
@@ -336,7 +337,7 @@ void Plan::update(const py::list& param_groups, const Listed& listed, const Step
 }
 
 void Plan::note_first_steps() {
-    for (const std::size_t i : first_) {
+    for (const std::size_t i : first_steps_) {
         const Entry& entry = entries_[i];
         if (entry.slots->version != entry.states_version) continue;  // a state was replaced meanwhile
         entry.slots->note_step(hypers_[entry.group].states);
@@ -376,7 +377,7 @@ void Plan::hold_arrays() {
     }
 }
 
-void Plan::collect_writes(std::size_t first) {
+void Plan::collect_writes(std::size_t from) {
     ++checks_;
     const std::size_t sorted = writes_.size();
     const auto add = [this](const ArrayRef& array, std::size_t entry, Kind kind, int state) {
@@ -384,7 +385,7 @@ void Plan::collect_writes(std::size_t first) {
             writes_.push_back({extent, entry, kind, array.array, state});
         }
     };
-    for (std::size_t i = first; i < entries_.size(); ++i) {
+    for (std::size_t i = from; i < entries_.size(); ++i) {
         const Entry& entry = entries_[i];
         add(entry.parameter->data(), i, Kind::data, 0);
         for (int state = 0; state < entry.slots->count(); ++state) {
@@ -393,8 +394,8 @@ void Plan::collect_writes(std::size_t first) {
     }
     sort_by_address(writes_, sorted);
     if (const auto found = find_overlap(writes_); found != writes_.end()) refuse_overlap(found[0], found[1]);
-    // Only now: what is refused is checked again by the next step.
-    for (std::size_t i = first; i < entries_.size(); ++i) {
+    // Noted after the check: the next step checks again what was refused.
+    for (std::size_t i = from; i < entries_.size(); ++i) {
         Entry& entry = entries_[i];
         entry.data_version = entry.parameter->data_version;
         entry.states_version = entry.slots->version;
@@ -425,7 +426,7 @@ void Plan::check_disjoint_grads(bool given) {
     }
     sort_by_address(grad_ranges_);
     for (auto first = grad_ranges_.begin(); first != grad_ranges_.end();) {
-        // As many as hang together.
+        // [first, last) are all ranges that hang together by overlaps.
         auto last = first + 1;
         for (std::uintptr_t end = first->end; last != grad_ranges_.end() && last->begin < end; ++last) {
             end = std::max(end, last->end);
@@ -445,7 +446,7 @@ bool Plan::are_interleaved(std::span<const Range> ranges) {
         period = std::gcd(period, spacing.period);
     }
     if (period == 0) return false;
-    // Each array's runs are among those that come back with the period, so one period tells.
+    // Each array's runs lie a multiple of the period apart, so comparing them within one period is enough.
     for (Extent& run : runs_) {
         const std::uintptr_t before = run.begin / period * period;
         run = {run.begin - before, run.end - before};

@@ -29,7 +29,7 @@ class Plan : private Dependent {
     Plan& operator=(const Plan&) = delete;
 
     /// Takes in the parameters of each group, a list of lists; `slots` holds the StateSlots of each in the same form.
-    /// Nobody else may hold these lists: another thread could change them here.
+    /// The lists must be the caller's alone: another thread could change them here.
     /// Raises ValueError if two parameters, or a parameter and a state, overlap.
     void build(const py::list& parameters, const py::list& slots);
 
@@ -37,10 +37,10 @@ class Plan : private Dependent {
     /// Raises ValueError as `build` does.
     void add_group(const py::list& parameters, const py::list& slots);
 
-    /// True if the plan matches the groups and knows where their parameters and states are.
+    /// True if the plan matches the groups, and no parameter or state was rebound since its memory was checked.
     bool is_current(const py::list& param_groups) const;
 
-    /// How often memory was checked: while the number stays, the plan's parameters are where they were.
+    /// How often memory was checked. While the number stays the same, so do the parameters' addresses.
     std::uint64_t checks() const { return checks_; }
 
     /// True while every group holds the very parameters of the last `build`, in order.
@@ -52,17 +52,17 @@ class Plan : private Dependent {
 
     /// A state whose storage is missing: its parameter, the parameter's group, and the state's number.
     using Missing = std::tuple<py::object, py::object, int>;
-    /// What the last `run` found missing; nothing if the groups have changed since and the plan has to be built.
+    /// What the last `run` found missing; nothing if the groups have changed since, so that the plan has to be built.
     std::optional<std::vector<Missing>> missing_states(const py::list& param_groups) const;
 
-    /// Has the plan built anew by the next step; one under way goes on with what it found.
+    /// Makes the next step build the plan anew. A running step goes on with the old plan.
     void outdate();
 
     int traverse(visitproc visit, void* arg) const;
     void clear();
 
   private:
-    /// The parameter lives as long as the entry, which does not keep it alive: the plan is cleared when one goes.
+    /// An entry does not keep its parameter alive. The plan is cleared when a parameter ends, so an entry's lives.
     struct Entry {
         py::object slots_object;
         StateSlots* slots;
@@ -72,31 +72,31 @@ class Plan : private Dependent {
         // The versions whose memory was last checked for overlap.
         std::uint32_t data_version, states_version, grad_version;
     };
-    /// A gradient passed to the step, not held by its parameter.
+    /// A gradient that was passed to the step.
     struct GivenGrad {
         ArrayRef ref;
         std::vector<Axis> axes;
     };
-    /// A range of memory, what it is, and the parameter it belongs to.
+    /// A range of memory: which of an entry's arrays it is.
     enum class Kind { data, state, grad, given_grad };
     struct Range : Extent {
         std::size_t entry;
         Kind kind;
-        py::handle array;  // used while it is held only
-        int state = 0;     // its number
+        py::handle array;  // only used while a reference is held
+        int state = 0;     // the number of a state
     };
 
     /// What a step's work list holds.
     struct Listed {
         std::int64_t elements = 0;
-        bool rebound = false;    // parameters or states lie elsewhere than when they were last checked
+        bool rebound = false;    // parameters or states were rebound since they were last checked
         bool new_grads = false;  // gradients were not checked yet
         bool on_device = false;  // tensors or hyperparameters
     };
 
     void parameter_goes() override { clear(); }
     void slots_are_detached() override { outdate(); }
-    /// Starts or ends being told of what happens to the entries' parameters and slots.
+    /// Registers the plan with the entries' parameters and slots, or takes it out again.
     void rely_on(const std::vector<Entry>& entries);
     void stop_relying_on(const std::vector<Entry>& entries);
 
@@ -104,35 +104,35 @@ class Plan : private Dependent {
     /// Adds an entry for each of a group's parameters.
     static void append(std::vector<Entry>& entries, std::size_t group, const py::list& parameters,
                        const py::list& slots);
-    /// Makes room for a step over all entries, and checks the memory of those from `first` on.
-    void start_with(std::size_t first);
-    /// Lets go what a step used.
+    /// Makes room for a step over all entries, and checks the memory of those from `from` on.
+    void start_with(std::size_t from);
+    /// Releases what a step held.
     void forget_step();
-    /// Raises TypeError if no parameter has ever had a gradient and the optimizer made them all of arrays: whoever gave
-    /// it the arrays has no `grad` to assign to.
+    /// Raises TypeError if no parameter has ever had a gradient, and the optimizer made all of them of arrays: the
+    /// caller then has no `grad` to assign to.
     void require_reachable_grads();
     /// Keeps all parameters alive while Python code or other threads run during a step.
     void hold_parameters();
     void read_given(const py::object& grads);
-    /// Makes tensors_, first_ and used_grads_ those of a step, and missing_ the states that it lacks.
+    /// Fills tensors_, first_steps_ and used_grads_ for a step, and missing_ with the states that it lacks.
     Listed list_tensors(bool given);
-    /// The work list of the step under way.
+    /// The work list of the running step.
     std::span<TensorRef> tensors() { return {tensors_.data(), tensor_count_}; }
-    /// Raises ValueError if what the step writes overlaps other memory of the list, as far as it was not checked yet.
+    /// Raises ValueError if the step writes memory that overlaps other memory of the list. Checks only memory that was
+    /// not checked before.
     void check_memory(const Listed& listed, bool given, bool zero_grad);
     void check_grads_against_writes(bool given);
     void update(const py::list& param_groups, const Listed& listed, const StepOptions& options);
     void note_first_steps();
     void update_on_devices(const py::list& param_groups, const StepOptions& options);
-    /// Keeps all the step reads and writes alive and in place while other threads may rebind arrays or remove
-    /// parameters.
+    /// Keeps all arrays of the step alive and in place while other threads may rebind arrays or remove parameters.
     void hold_arrays();
-    /// Adds what a step writes for the entries from `first` on; raises ValueError if ranges overlap.
-    void collect_writes(std::size_t first);
+    /// Adds the memory that a step writes for the entries from `from` on. Raises ValueError if ranges overlap.
+    void collect_writes(std::size_t from);
     void check_against_writes(std::size_t entry, const ArrayRef& grad, bool given) const;
     void check_disjoint_grads(bool given);
-    /// True if the ranges, which overlap, are known to have no byte in common because their gaps fit into each other,
-    /// as those of a matrix's columns do.
+    /// True if ranges that overlap are known to share no byte, because the arrays' gaps fit into each other, as those
+    /// of a matrix's columns do.
     bool are_interleaved(std::span<const Range> ranges);
     void check_pairs(std::span<const Range> ranges) const;
     /// Blames `b` if it was passed to the step.
@@ -148,12 +148,13 @@ class Plan : private Dependent {
 
     // Refilled by every run; their capacity is kept, so that a step does not allocate.
     GroupHypers hypers_;
-    std::vector<TensorRef> tensors_;  // the first tensor_count_; the others wait for steps with more gradients
+    std::vector<TensorRef>
+        tensors_;  // the first tensor_count_ are in use; the others are for steps with more gradients
     std::size_t tensor_count_ = 0;
     std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient
     std::vector<GivenGrad> given_;
-    std::vector<std::size_t> first_;  // entries of which a state holds nothing before this step
-    std::vector<py::object> held_;    // references kept while the GIL is released
+    std::vector<std::size_t> first_steps_;  // the entries whose first step this is
+    std::vector<py::object> held_;          // references kept while the GIL is released
     std::vector<Axis> held_axes_;
     std::vector<Range> writes_;  // sorted by address
     std::vector<Range> grad_ranges_;
@@ -162,7 +163,7 @@ class Plan : private Dependent {
     std::uint64_t checks_ = 0;
     bool disjoint_grads_checked_ = false;
     bool parameters_held_ = false;
-    bool outdated_ = false;  // during the step under way
+    bool outdated_ = false;  // while a step ran
     Occupant running_;
 };
 

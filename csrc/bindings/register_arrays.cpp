@@ -1,4 +1,4 @@
-// How arrays are read, and how messages tell of values: for the package's Python files.
+// Reading arrays, and texts of values in messages, for the package's Python files.
 #include <pybind11/pybind11.h>
 
 #include <string>

@@ -1,4 +1,4 @@
-// What the benchmarks compare a step with: its memory traffic without its arithmetic.
+// The yardstick of the benchmarks: a step's memory traffic without its arithmetic.
 #include <cstdint>
 #include <string>
 

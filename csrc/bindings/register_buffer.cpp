@@ -1,4 +1,4 @@
-// Aligned memory and its exchange with other libraries.
+// Aligned memory, and its exchange with other libraries.
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace sgdcore::bindings {
 namespace {
 
-/// A zero-filled 1-d array that owns its memory: it and every view of it keep the allocation alive.
+/// A zero-filled 1-d array. The array and every view of it keep the allocation alive.
 py::array allocate(py::ssize_t size, const py::dtype& dtype) {
     if (size < 0 || size > PY_SSIZE_T_MAX / dtype.itemsize()) throw std::bad_alloc();
     auto buffer = std::make_unique<AlignedBuffer>(static_cast<std::size_t>(size * dtype.itemsize()));

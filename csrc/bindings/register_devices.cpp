@@ -1,4 +1,4 @@
-// Devices: the runtime that another module brings, what is known of it, and memory for arrays of our own.
+// Devices: the runtime, which another module brings, its properties, and memory for arrays on devices.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -18,7 +18,7 @@ namespace {
 /// Memory of a device.
 class DeviceMemory {
   public:
-    /// Uninitialized, or filled with zeros, which it waits for: any stream may use it then.
+    /// Uninitialized, or filled with zeros; the constructor waits for that, so that any stream may use the memory.
     DeviceMemory(std::size_t size, int device, bool zeros) : runtime_(device_runtime()), device_(device), size_(size) {
         const int count = runtime_.device_count();
         if (device < 0 || device >= count) {
@@ -71,7 +71,7 @@ void register_devices(py::module_& module) {
     py::register_exception<cuda::CudaError>(module, "CudaError", PyExc_RuntimeError);
     module.def(
         "use_runtime",
-        [](const py::object& capsule) {  // None: there is no runtime any more
+        [](const py::object& capsule) {  // None: there is no runtime any longer
             void* pointer = nullptr;
             if (!capsule.is_none()) {
                 pointer = PyCapsule_GetPointer(capsule.ptr(), cuda::Runtime::capsule_name);

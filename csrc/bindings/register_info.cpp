@@ -1,5 +1,4 @@
-// What was built, what the machine has and how fast its memory is, and the two settings:
-// instruction set and threads.
+// What was built, what the machine runs, and the two settings: instruction set and threads.
 #include <pybind11/stl.h>
 
 #include <string>

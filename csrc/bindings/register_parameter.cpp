@@ -1,4 +1,4 @@
-// Parameter and StateSlots. Python subclasses Parameter to document it and add the conveniences.
+// Parameter and StateSlots. The package derives its documented Parameter from this one.
 #include <memory>
 #include <string>
 
@@ -21,8 +21,7 @@ void register_parameter(py::module_& module) {
             "data", [](const Parameter& self) { return self.data().object(); }, &Parameter::set_data)
         .def_property(
             "grad", [](const Parameter& self) { return array_or_none(self.grad()); }, &Parameter::set_grad)
-        // The ndarray itself, or what describes an array on a device: shape and dtype, whose elements cannot be
-        // touched.
+        // The ndarray itself, or an ndarray that only describes an array on a device.
         .def_property_readonly("_description", [](const Parameter& self) { return self.data().array; })
         .def_property_readonly("device", [](const Parameter& self) { return self.data().device; })
         .def_property_readonly("name", &Parameter::name)

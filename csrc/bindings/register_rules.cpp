@@ -1,4 +1,4 @@
-// What the rules declare, for Python.
+// The rules' declarations, for Python.
 #include <string>
 
 #include "../engine/catalog.hpp"
@@ -34,7 +34,7 @@ void register_rules(py::module_& module) {
         },
         py::arg("rule"));
 
-    // Which states take part in the steps of a group, and Hyper::skips_zero_grads.
+    // (whether each state takes part in the steps of a group, ...), and Hyper::skips_zero_grads.
     module.def(
         "states_in_use",
         [](const std::string& rule, const py::dict& group) {

@@ -53,7 +53,7 @@ void register_torch_plan(py::module_& module) {
             },
             py::arg("dicts"), py::arg("profiler_enabled"))
         .def_readwrite("in_backward", &TorchPlan::in_backward)
-        .def("run_beside", &TorchPlan::run_beside, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
+        .def("run_prepared", &TorchPlan::run_prepared, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
              py::arg("grad_factor"), py::arg("scaling"), py::arg("left_out"), py::arg("new_states"), py::arg("items"))
         .def("run_items", &TorchPlan::run_items, py::arg("param_groups"), py::arg("items"), py::arg("grad_factor"),
              py::arg("dry_run"), py::arg("scaling") = py::none())

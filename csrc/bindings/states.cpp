@@ -15,7 +15,7 @@ int StateSlots::find(const std::string& key) const {
 void StateSlots::set(int state, const py::object& array) { assign(state, array, !array.is_none()); }
 
 void StateSlots::reserve(int state, const py::object& storage) {
-    if (!array(state).empty()) return;  // another thread's step was faster
+    if (!array(state).empty()) return;  // a step in another thread came first
     assign(state, storage, false);
 }
 
@@ -34,7 +34,7 @@ void StateSlots::assign(int state, const py::object& array, bool holds) {
     }
     Slot& slot = slots_[static_cast<std::size_t>(state)];
     slot.holds = holds;
-    std::swap(slot.array, ref);  // the old one is released last, as in Parameter::set_data
+    std::swap(slot.array, ref);  // the old array is released last, as in Parameter::set_data
     ++version;
     update_kept();
 }
@@ -62,7 +62,7 @@ void StateSlots::update_kept() {
         kept = parameter_();
         if (kept.is_none()) kept = py::object();
     }
-    std::swap(kept_, kept);  // the old one is released last: that may be the end of the parameter
+    std::swap(kept_, kept);  // the old reference is released last: the parameter may end with it
 }
 
 int StateSlots::traverse(visitproc visit, void* arg) const {
@@ -75,7 +75,7 @@ int StateSlots::traverse(visitproc visit, void* arg) const {
 }
 
 void StateSlots::clear() {
-    ++version;  // since plans look at the states no more than they have to
+    ++version;  // plans look at the states only when the version has changed
     const auto kept = std::move(kept_);
     std::array<ArrayRef, max_states> arrays;
     for (std::size_t i = 0; i < arrays.size(); ++i) std::swap(arrays[i], slots_[i].array);

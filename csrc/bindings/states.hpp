@@ -1,4 +1,4 @@
-// The states that a rule keeps of one parameter.
+// The states that a rule keeps for one parameter.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,8 +14,8 @@ namespace sgdcore::bindings {
 
 /// The states of one parameter in one optimizer, by their number in the rule's declaration.
 ///
-/// Storage is reserved before a parameter's first step. It holds nothing until that step has succeeded.
-/// The parameter is kept alive only while the optimizer's state has something to say about it.
+/// Storage is reserved before a parameter's first step, and holds nothing until that step has succeeded. The slots keep
+/// the parameter alive while they hold a value and are part of the optimizer's state.
 class StateSlots {
   public:
     /// `rule` is the rule's number.
@@ -24,21 +24,21 @@ class StateSlots {
     /// The number of the state with that key; -1 if the rule has none.
     int find(const std::string& key) const;
 
-    /// The state from now on: an array of the parameter's shape and memory layout, of any storage type; None removes
-    /// it. Raises ReferenceError if the parameter is gone.
+    /// Sets a state to an array of the parameter's shape and memory layout, of any storage type; None removes the
+    /// state. Raises ReferenceError if the parameter is gone.
     void set(int state, const py::object& array);
-    /// Storage for the first step to fill, unless there is some already.
+    /// Gives a state storage for the first step to fill, unless it has storage.
     void reserve(int state, const py::object& storage);
-    /// A step has written these states: bit s is state s.
+    /// Notes that a step has written these states: bit s is state s.
     void note_step(std::uint32_t states);
-    /// Whether the user has values of other keys for the parameter.
+    /// Notes whether the user has values of other keys for the parameter.
     void note_other_values(bool exist);
-    /// Takes the slots out of the optimizer's state, with what they hold.
+    /// Takes the slots, with their values, out of the optimizer's state.
     void detach();
 
-    /// The storage of a state; empty if there is none.
+    /// The storage of a state; empty if it has none.
     const ArrayRef& array(int state) const { return slots_[static_cast<std::size_t>(state)].array; }
-    /// Whether it holds something.
+    /// Whether a state holds a value.
     bool holds(int state) const { return slots_[static_cast<std::size_t>(state)].holds; }
     int count() const { return static_cast<int>(rule_->states.size()); }
     const char* key(int state) const { return rule_->states[static_cast<std::size_t>(state)].key; }
@@ -57,7 +57,7 @@ class StateSlots {
     };
 
     void assign(int state, const py::object& array, bool holds);
-    /// Keeps the parameter alive, or lets it go.
+    /// Takes or releases the reference that keeps the parameter alive.
     void update_kept();
 
     std::array<Slot, max_states> slots_;

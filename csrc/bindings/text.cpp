@@ -1,4 +1,4 @@
-// Cuts are made in Python's str, which counts characters: a cut in UTF-8's bytes would leave half a character.
+// Texts are cut in Python's str, which counts characters: a cut in UTF-8's bytes could leave half a character.
 #include "text.hpp"
 
 #include <algorithm>

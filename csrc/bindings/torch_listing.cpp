@@ -12,7 +12,7 @@ bool same_shape(const TorchView& a, const TorchView& b) {
     return a.dimensions == b.dimensions && std::equal(a.shape, a.shape + a.dimensions, b.shape);
 }
 
-/// True if both, of one shape, have their elements in the same order and distance.
+/// True if two tensors of one shape have the same strides, except where an axis has length 1.
 bool same_strides(const TorchView& a, const TorchView& b) {
     for (int axis = 0; axis < a.dimensions; ++axis) {
         if (a.strides[axis] != b.strides[axis] && a.shape[axis] != 1) return false;
@@ -20,9 +20,9 @@ bool same_strides(const TorchView& a, const TorchView& b) {
     return true;
 }
 
-/// A tensor may stand for its memory with the opposite sign: the imaginary part of a conjugate, which DLPack does not
-/// tell. It has gaps between its elements, if it has several, so only such gradients are asked; parameters and states
-/// were, once.
+/// True if the gradient may be a negated view, whose elements have the opposite sign of its memory: the imaginary part
+/// of a conjugate, which DLPack does not tell. Such a view has gaps between its elements, if there are several, so only
+/// gradients with gaps are asked. Parameters and states are asked when they are first read.
 bool may_be_negated(const TorchView& param, const TorchView& grad, std::int64_t size) {
     return size == 1 || (size > 0 && !same_strides(param, grad));
 }
@@ -40,7 +40,7 @@ Extent grad_extent(const TensorRef& tensor) {
 bool memory_order(const TorchView& view, int* order) {
     for (int axis = 0; axis < view.dimensions; ++axis) order[axis] = axis;
     std::stable_sort(order, order + view.dimensions, [&](int a, int b) {
-        // An axis of length 1 may have any stride; it goes first, where it does no harm.
+        // An axis of length 1 may have any stride. As the slowest axis it has no effect.
         const auto rank = [&](int axis) { return view.shape[axis] == 1 ? INT64_MAX : view.strides[axis]; };
         return rank(a) > rank(b);
     });
@@ -68,62 +68,62 @@ void TorchListing::start() {
 }
 
 TorchListing::Answer TorchListing::add(const TorchReader& reader, std::size_t position, PyObject* grad,
-                                       const TorchViews& views, std::uint32_t group, bool first) {
+                                       const TorchOperands& operands, std::uint32_t group, bool first_step) {
     if (next_ < tensors_.size()) {
-        const Found& found = found_[next_];
-        if (found.position == position && tensors_[next_].hyper == group && matches(next_, views)) {
-            if (found.may_be_negated && reader.is_negated(grad)) return Answer::refused;
-            tensors_[next_].first = first;
-            return update(next_, views);
+        const Source& source = sources_[next_];
+        if (source.position == position && tensors_[next_].hyper == group && matches(next_, operands)) {
+            if (source.may_be_negated && reader.is_negated(grad)) return Answer::refused;
+            tensors_[next_].first_step = first_step;
+            return update(next_, operands);
         }
     }
-    if (views.in_use != 0 && !views.states_are_read) return Answer::read_states;
+    if (operands.in_use != 0 && !operands.states_are_read) return Answer::read_states;
     truncate(next_);
-    return append(reader, position, grad, views, group, first);
+    return append(reader, position, grad, operands, group, first_step);
 }
 
-/// True if nothing but addresses has changed.
-bool TorchListing::matches(std::size_t index, const TorchViews& views) const {
-    const Found& found = found_[index];
+/// True if the operands differ from the list's entry in nothing but addresses.
+bool TorchListing::matches(std::size_t index, const TorchOperands& operands) const {
+    const Source& source = sources_[index];
     const TensorRef& tensor = tensors_[index];
-    const TorchView &p = views.param, &g = views.grad;
-    if (p.dtype != tensor.param_dtype || g.dtype != tensor.grad_dtype || p.dimensions != found.dimensions ||
-        g.dimensions != found.dimensions || views.in_use != found.in_use) {
+    const TorchView &p = operands.param, &g = operands.grad;
+    if (p.dtype != tensor.param_dtype || g.dtype != tensor.grad_dtype || p.dimensions != source.dimensions ||
+        g.dimensions != source.dimensions || operands.in_use != source.in_use) {
         return false;
     }
     if (p.device != tensor.device || g.device != tensor.device) return false;
-    const std::int64_t *shape = layouts_.data() + found.layout, *strides = shape + found.dimensions,
-                       *grad_strides = strides + found.dimensions;
-    for (int axis = 0; axis < found.dimensions; ++axis) {
+    const std::int64_t *shape = layouts_.data() + source.layout, *strides = shape + source.dimensions,
+                       *grad_strides = strides + source.dimensions;
+    for (int axis = 0; axis < source.dimensions; ++axis) {
         if (p.shape[axis] != shape[axis] || g.shape[axis] != shape[axis] || p.strides[axis] != strides[axis] ||
             g.strides[axis] != grad_strides[axis]) {
             return false;
         }
     }
-    if (!views.states_are_read) return true;
+    if (!operands.states_are_read) return true;
     bool same = true;
-    views.for_each_state([&](int state) {
-        const TorchView& s = views.states[state];
+    operands.for_each_state([&](int state) {
+        const TorchView& s = operands.states[state];
         same = same && s.dtype == tensor.state_dtypes[state] && s.device == tensor.device &&
-               s.dimensions == found.dimensions && std::equal(shape, strides, s.shape) &&
+               s.dimensions == source.dimensions && std::equal(shape, strides, s.shape) &&
                std::equal(strides, grad_strides, s.strides);
     });
     return same;
 }
 
-/// Takes over the addresses.
-TorchListing::Answer TorchListing::update(std::size_t index, const TorchViews& views) {
+/// Takes over the operands' addresses.
+TorchListing::Answer TorchListing::update(std::size_t index, const TorchOperands& operands) {
     TensorRef& tensor = tensors_[index];
-    const TorchView &p = views.param, &g = views.grad;
+    const TorchView &p = operands.param, &g = operands.grad;
     if (tensor.size > 0 && (p.data == nullptr || g.data == nullptr)) return Answer::refused;
     if (p.data != tensor.param) {
         tensor.param = p.data;
         moved_writes_ = true;
     }
-    if (views.states_are_read) {
-        views.for_each_state([&](int state) {
-            if (views.states[state].data == tensor.states[state]) return;
-            tensor.states[state] = views.states[state].data;
+    if (operands.states_are_read) {
+        operands.for_each_state([&](int state) {
+            if (operands.states[state].data == tensor.states[state]) return;
+            tensor.states[state] = operands.states[state].data;
             moved_writes_ = true;
         });
     }
@@ -135,8 +135,8 @@ TorchListing::Answer TorchListing::update(std::size_t index, const TorchViews& v
     return Answer::listed;
 }
 
-bool TorchListing::takes(const TorchReader& reader, PyObject* grad, const TorchViews& views) const {
-    const TorchView &p = views.param, &g = views.grad;
+bool TorchListing::takes(const TorchReader& reader, PyObject* grad, const TorchOperands& operands) const {
+    const TorchView &p = operands.param, &g = operands.grad;
     if (!same_shape(p, g) || p.device != g.device) return false;
     const std::int64_t size = size_of(p);
     if (size > 0 && (p.data == nullptr || g.data == nullptr)) return false;
@@ -146,13 +146,13 @@ bool TorchListing::takes(const TorchReader& reader, PyObject* grad, const TorchV
 }
 
 TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t position, PyObject* grad,
-                                          const TorchViews& views, std::uint32_t group, bool first) {
-    const TorchView &p = views.param, &g = views.grad;
+                                          const TorchOperands& operands, std::uint32_t group, bool first_step) {
+    const TorchView &p = operands.param, &g = operands.grad;
     if (!same_shape(p, g) || p.device != g.device) return Answer::refused;
     TensorRef tensor;
     bool fits = true;
-    views.for_each_state([&](int state) {
-        const TorchView& s = views.states[state];
+    operands.for_each_state([&](int state) {
+        const TorchView& s = operands.states[state];
         fits = fits && same_shape(p, s) && same_strides(p, s) && p.device == s.device;
         tensor.states[state] = s.data;
         tensor.state_dtypes[state] = s.dtype;
@@ -165,7 +165,7 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
     tensor.size = size_of(p);
     tensor.hyper = group;
     tensor.device = p.device;
-    tensor.first = first;
+    tensor.first_step = first_step;
     if (tensor.size > 0 && (p.data == nullptr || g.data == nullptr)) return Answer::refused;
     const bool ask = may_be_negated(p, g, tensor.size);
     if (ask && reader.is_negated(grad)) return Answer::refused;
@@ -180,7 +180,7 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
             append_axis(axes_, axes_start, {g.shape[order[i]], g.strides[order[i]] * item});
         }
     }
-    found_.push_back({position, layouts_.size(), axes_.size(), p.dimensions, views.in_use, ask, p.shape, g.shape});
+    sources_.push_back({position, layouts_.size(), axes_.size(), p.dimensions, operands.in_use, ask, p.shape, g.shape});
     for (const std::int64_t* part : {p.shape, p.strides, g.strides}) {
         layouts_.insert(layouts_.end(), part, part + p.dimensions);
     }
@@ -195,8 +195,8 @@ void TorchListing::prefetch() const {
     constexpr std::size_t ahead = 2;
     if (next_ + ahead >= tensors_.size()) return;
     const TensorRef& tensor = tensors_[next_ + ahead];
-    const Found& found = found_[next_ + ahead];
-    for (const void* header : {found.param_header, found.grad_header}) {
+    const Source& source = sources_[next_ + ahead];
+    for (const void* header : {source.param_header, source.grad_header}) {
         const auto* const bytes = static_cast<const std::byte*>(header);
         __builtin_prefetch(bytes - cache_line);
         __builtin_prefetch(bytes);
@@ -208,10 +208,10 @@ void TorchListing::prefetch() const {
 void TorchListing::truncate(std::size_t count) {
     if (count == tensors_.size()) return;
     for (std::size_t i = count; i < tensors_.size(); ++i) elements_ -= tensors_[i].size;
-    layouts_.resize(found_[count].layout);
-    axes_.resize(count == 0 ? 0 : found_[count - 1].axes);
+    layouts_.resize(sources_[count].layout);
+    axes_.resize(count == 0 ? 0 : sources_[count - 1].axes);
     tensors_.resize(count);
-    found_.resize(count);
+    sources_.resize(count);
     relisted_ = moved_writes_ = true;
 }
 
@@ -221,8 +221,8 @@ void TorchListing::finish() {
         on_device_ = std::ranges::any_of(tensors_, [](const TensorRef& t) { return t.device != cpu_device; });
         std::size_t start = 0;
         for (std::size_t i = 0; i < tensors_.size(); ++i) {
-            tensors_[i].grad_axes = {axes_.data() + start, found_[i].axes - start};
-            start = found_[i].axes;
+            tensors_[i].grad_axes = {axes_.data() + start, sources_[i].axes - start};
+            start = sources_[i].axes;
         }
     }
     if (relisted_ || !moved_grads_.empty()) disjoint_grads_ = false;
@@ -231,7 +231,7 @@ void TorchListing::finish() {
         std::vector<bool> marked(tensors_.size());
         mark_conflicts(all, marked);
         for (std::size_t i = 0; i < marked.size(); ++i) {
-            if (marked[i]) entangled_.push_back(i);
+            if (marked[i]) overlapping_.push_back(i);
         }
     }
     complete_ = true;
@@ -244,24 +244,24 @@ void TorchListing::for_each_write(std::size_t index, Function&& function) const 
         return extent_at(data, static_cast<std::uintptr_t>(tensor.size) * item_size(dtype));
     };
     function(extent(tensor.param, tensor.param_dtype));
-    for_each_state(found_[index].in_use,
+    for_each_state(sources_[index].in_use,
                    [&](int state) { function(extent(tensor.states[state], tensor.state_dtypes[state])); });
 }
 
-/// False if there may be entangled tensors, which are to be found then. Looks at what has moved only.
+/// True if no tensors overlap. Compares only memory that has moved; false may mean that it is not known.
 bool TorchListing::is_disjoint() {
-    const bool again = !entangled_.empty();  // any that moved may have come apart
+    const bool again = !overlapping_.empty();  // tensors that moved may overlap no longer
     if (!moved_writes_ && moved_grads_.empty()) return true;
     if (moved_writes_ || again) {
-        entangled_.clear();
+        overlapping_.clear();
         return writes_are_disjoint() &&
                std::ranges::all_of(tensors_, [&](const TensorRef& tensor) { return apart_from_writes(tensor); });
     }
     return std::ranges::all_of(moved_grads_, [&](std::size_t index) { return apart_from_writes(tensors_[index]); });
 }
 
-bool TorchListing::can_take_turns() const {
-    return std::ranges::all_of(entangled_, [&](std::size_t index) {
+bool TorchListing::can_step_in_sequence() const {
+    return std::ranges::all_of(overlapping_, [&](std::size_t index) {
         const TensorRef& tensor = tensors_[index];
         std::vector<Extent> writes;
         for_each_write(index, [&](const Extent& extent) { writes.push_back(extent); });

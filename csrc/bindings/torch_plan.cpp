@@ -1,4 +1,4 @@
-// The way of a step from torch tensors to the core: read everything, check it, and only then write.
+// The way of a step from torch tensors to the core. Every tensor is read and checked before the first write.
 #include "torch_plan.hpp"
 
 #include <algorithm>
@@ -19,19 +19,19 @@ namespace {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-/// Whether something else than CPython evaluates the frames of Python code, as torch.compile's compiler does.
+/// True if CPython's evaluation of frames is replaced, as torch.compile's compiler does.
 bool frames_are_intercepted() {
     return _PyInterpreterState_GetEvalFrameFunc(PyInterpreterState_Get()) != _PyEval_EvalFrameDefault;
 }
 
-/// mapping[key], borrowed; null if it is not there.
+/// mapping[key], borrowed; null if the key is not there.
 PyObject* lookup(PyObject* mapping, PyObject* key) {
     PyObject* value = PyDict_GetItemWithError(mapping, key);
     if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
     return value;
 }
 
-/// The same where the key's hash is known.
+/// mapping[key] as `lookup` finds it, by the key's hash.
 PyObject* lookup_hashed(PyObject* mapping, PyObject* key, [[maybe_unused]] Py_hash_t hash) {
 #if PY_VERSION_HEX < 0x030E0000
     PyObject* value = _PyDict_GetItem_KnownHash(mapping, key, hash);
@@ -48,7 +48,7 @@ std::vector<PyObject*> state_keys(int rule) {
     return keys;
 }
 
-/// The position, among all, of each group's first parameter; of so many groups as have lists of parameters.
+/// The position among all parameters of each group's first one, up to the first group without a list of parameters.
 std::vector<std::size_t> starts_of(const py::list& param_groups) {
     std::vector<std::size_t> starts;
     std::size_t position = 0;
@@ -61,7 +61,7 @@ std::vector<std::size_t> starts_of(const py::list& param_groups) {
     return starts;
 }
 
-/// The groups as a list; torch takes whatever can be iterated more than once.
+/// The groups as a list. torch takes any sequence.
 py::list list_of(const py::object& param_groups) {
     if (PyList_Check(param_groups.ptr())) return py::reinterpret_borrow<py::list>(param_groups);
     if (!PySequence_Check(param_groups.ptr())) {
@@ -78,28 +78,28 @@ py::list list_of(const py::object& param_groups) {
 TorchPlan::TorchPlan(int rule, TorchInterface interface)
     : rule_(rule), state_keys_(state_keys(rule)), reader_(std::move(interface)) {}
 
-/// Takes the plan's memory and gives it back.
+/// Takes the plan's cache and gives it back.
 class TorchPlan::Lease {
   public:
-    explicit Lease(TorchPlan& plan) : plan_(plan), memory_(std::move(plan.memory_)) {
-        if (!memory_) memory_ = std::make_unique<Memory>();
+    explicit Lease(TorchPlan& plan) : plan_(plan), cache_(std::move(plan.cache_)) {
+        if (!cache_) cache_ = std::make_unique<Cache>();
     }
     ~Lease() {
-        memory_->held.release();
-        plan_.memory_ = std::move(memory_);
+        cache_->held.release();
+        plan_.cache_ = std::move(cache_);
     }
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
 
-    Memory& operator*() const { return *memory_; }
+    Cache& operator*() const { return *cache_; }
 
   private:
     TorchPlan& plan_;
-    std::unique_ptr<Memory> memory_;
+    std::unique_ptr<Cache> cache_;
 };
 
 void TorchPlan::References::release() {
-    // Deallocation may run Python code, so nothing of ours may be in an intermediate state.
+    // Deallocation may run Python code: the list is consistent before each one.
     for (std::vector<PyObject*>* references : {&params, &grads, &states, &parts}) {
         while (!references->empty()) {
             PyObject* const reference = references->back();
@@ -114,8 +114,8 @@ class TorchPlan::States {
   public:
     explicit States(PyObject* state) : state_(state) {}
 
-    /// Finds state[parameter], whose items `item` gives then; false if it is no dict. Looks first at what follows the
-    /// last one found: the state mostly has the parameters' order.
+    /// Finds state[parameter], whose items `item` then gives. Returns false if state[parameter] is no dict. The entry
+    /// behind the last one found is tried first, since the state mostly has the parameters' order.
     bool find(PyObject* parameter, Py_hash_t hash) {
         PyObject* key;
         Py_ssize_t next = position_;
@@ -128,7 +128,7 @@ class TorchPlan::States {
         return values_ == nullptr || PyDict_Check(values_);
     }
 
-    /// state[parameter][key], borrowed; null if it is not there. Looks first at what follows the last one.
+    /// state[parameter][key], borrowed; null if the key is not there. The entry behind the last one is tried first.
     PyObject* item(PyObject* key) {
         if (values_ == nullptr) return nullptr;
         PyObject *next_key, *value;
@@ -144,49 +144,50 @@ class TorchPlan::States {
 
 namespace {
 
-/// Shapes and strides of a parameter, its gradient and its states.
+/// Shapes and strides of a parameter, its gradient and its states, where torch does not lend them.
 using Layouts = std::array<std::vector<std::int64_t>, 2 + max_states>;
 
-/// Reads what an item of `run_beside` and `run_items` has; false if a tensor cannot be read.
+/// Reads the tensors of an item of `run_prepared` or `run_items`. Returns false if one cannot be read.
 bool view_item(const TorchReader& reader, const py::object& parameter, const py::object& grad, const py::tuple& states,
-               TorchViews& views, Layouts& layouts) {
-    views.states_are_read = true;
-    if (!reader.view(parameter.ptr(), views.param, layouts[0]) || !reader.view(grad.ptr(), views.grad, layouts[1])) {
+               TorchOperands& operands, Layouts& layouts) {
+    operands.states_are_read = true;
+    if (!reader.view(parameter.ptr(), operands.param, layouts[0]) ||
+        !reader.view(grad.ptr(), operands.grad, layouts[1])) {
         return false;
     }
     for (std::size_t state = 0; state < states.size(); ++state) {
         const py::object tensor = states[state];
         if (tensor.is_none()) continue;
-        views.in_use |= 1u << state;
-        if (!reader.view(tensor.ptr(), views.states[state], layouts[2 + state])) return false;
+        operands.in_use |= 1u << state;
+        if (!reader.view(tensor.ptr(), operands.states[state], layouts[2 + state])) return false;
     }
     return true;
 }
 
 }  // namespace
 
-/// What a step does beside the parameters that are as usual: see `run_beside`.
-struct TorchPlan::Beside {
+/// What Python code has prepared: see `run_prepared`.
+struct TorchPlan::Prepared {
     std::vector<std::size_t> left_out;                          // positions, sorted
     bool everything_left_out = false;                           // whatever the groups are
     std::vector<std::pair<std::size_t, py::tuple>> new_states;  // by position, sorted
 
-    // The items.
-    TorchListing listing, apart;  // of those that step, and of the others; the position of each is its index
+    // Items that step, and items that are apart. An item's position is its index.
+    TorchListing listing, apart;
     std::vector<std::uint8_t*> pending;
     std::vector<bool> is_apart, overlaps;
     std::vector<Claim> claims;  // by index
 
-    // Where the pass has come to.
+    // How far the scan has come in `left_out` and `new_states`.
     std::size_t next_left_out = 0, next_new = 0;
 
-    /// True if the parameter at this position is left out; asked in order.
+    /// True if the parameter at this position is left out. Positions must come in order.
     bool leaves_out(std::size_t position) {
         if (next_left_out >= left_out.size() || left_out[next_left_out] != position) return false;
         ++next_left_out;
         return true;
     }
-    /// The new states of the parameter at this position, borrowed, or null; asked in order.
+    /// The new states of the parameter at this position, borrowed, or null. Positions must come in order.
     PyObject* new_states_at(std::size_t position) {
         while (next_new < new_states.size() && new_states[next_new].first < position) ++next_new;
         const bool found = next_new < new_states.size() && new_states[next_new].first == position;
@@ -195,22 +196,22 @@ struct TorchPlan::Beside {
     void read_items(const TorchReader& reader, const py::list& items);
 };
 
-void TorchPlan::Beside::read_items(const TorchReader& reader, const py::list& items) {
+void TorchPlan::Prepared::read_items(const TorchReader& reader, const py::list& items) {
     overlaps.resize(items.size());
     Layouts layouts;
     listing.start();
     apart.start();
     for (std::size_t i = 0; i < items.size(); ++i) {
-        const auto [parameter, grad, states, group, first, flags, memory, stands_apart] = py::cast<
+        const auto [parameter, grad, states, group, first_step, flags, memory, stands_apart] = py::cast<
             std::tuple<py::object, py::object, py::tuple, std::uint32_t, bool, std::uintptr_t, py::object, bool>>(
             items[i]);
         is_apart.push_back(stands_apart);
-        TorchViews views;
-        const bool listed = view_item(reader, parameter, grad, states, views, layouts) &&
-                            (stands_apart ? apart : listing).add(reader, i, grad.ptr(), views, group, first) ==
+        TorchOperands operands;
+        const bool listed = view_item(reader, parameter, grad, states, operands, layouts) &&
+                            (stands_apart ? apart : listing).add(reader, i, grad.ptr(), operands, group, first_step) ==
                                 TorchListing::Answer::listed;
         if (!listed) {
-            overlaps[i] = !stands_apart;  // to be refused by its name
+            overlaps[i] = !stands_apart;  // Python code refuses the item with a message that names it
             continue;
         }
         if (!stands_apart) pending.push_back(pointer_of<std::uint8_t>(flags));
@@ -220,7 +221,7 @@ void TorchPlan::Beside::read_items(const TorchReader& reader, const py::list& it
             claims.push_back({{address, address + bytes}, i, written});
         }
     }
-    // What has no list of its memory shows it.
+    // An item without a list of its memory stands for the memory of its tensors.
     std::vector<bool> is_given(items.size());
     for (const Claim& claim : claims) is_given[claim.owner] = true;
     listing.finish();
@@ -233,39 +234,39 @@ void TorchPlan::Beside::read_items(const TorchReader& reader, const py::list& it
     }
 }
 
-/// What listing the parameters one after the other works with.
-struct TorchPlan::Pass {
-    Memory& memory;
+/// One scan over the parameters, which lists them one after the other.
+struct TorchPlan::Scan {
+    Cache& cache;
     States states;
     const bool zero_grad;
-    Beside* const beside;
-    bool only_looks = false;   // lists nothing
+    Prepared* const prepared;
+    bool dry_run = false;      // lists nothing
     std::size_t position = 0;  // of the parameter among all
     std::uint32_t group = 0;
-    TorchViews views = {};
-    Layouts layouts = {};         // of the views, where torch does not lend them
+    TorchOperands operands = {};
+    Layouts layouts = {};
     std::size_t group_start = 0;  // the position of the group's first parameter
-    /// What most passes have none of.
-    struct Unusual {
-        std::vector<Place> odd, missing, overlapping, left_out;
+    /// What is found beside dense regular parameters. Most scans find nothing, so it is made when first needed.
+    struct Findings {
+        std::vector<Place> irregular, lacking_states, overlapping, left_out;
         TorchRows rows;
         std::vector<Place> rows_of;  // of the parameters in `rows`
     };
-    std::unique_ptr<Unusual> made = {};
+    std::unique_ptr<Findings> found = {};
 
-    Unusual& unusual() {
-        if (!made) made = std::make_unique<Unusual>();
-        return *made;
+    Findings& findings() {
+        if (!found) found = std::make_unique<Findings>();
+        return *found;
     }
     Place place() const { return {position, group, position - group_start}; }
     bool is_complete() const {
-        return !made || (made->odd.empty() && made->missing.empty() && made->overlapping.empty());
+        return !found || (found->irregular.empty() && found->lacking_states.empty() && found->overlapping.empty());
     }
     void add_overlapping(const py::list& param_groups, const std::vector<std::size_t>& indices) {
         const std::vector<std::size_t> starts = starts_of(param_groups);
         for (const std::size_t index : indices) {
-            const std::size_t of = memory.listing.position(index), in_group = memory.listing.tensors()[index].hyper;
-            unusual().overlapping.push_back({of, in_group, of - starts[in_group]});
+            const std::size_t of = cache.listing.position(index), in_group = cache.listing.tensors()[index].hyper;
+            findings().overlapping.push_back({of, in_group, of - starts[in_group]});
         }
     }
     py::object report(bool clearable) {
@@ -276,11 +277,12 @@ struct TorchPlan::Pass {
             return list;
         };
         py::list items;
-        for (std::size_t i = 0; beside != nullptr && i < beside->overlaps.size(); ++i) {
-            if (beside->overlaps[i]) items.append(i);
+        for (std::size_t i = 0; prepared != nullptr && i < prepared->overlaps.size(); ++i) {
+            if (prepared->overlaps[i]) items.append(i);
         }
-        Unusual& found = unusual();
-        return py::make_tuple(places(found.odd), places(found.missing), places(found.overlapping), items, clearable);
+        const Findings& all = findings();
+        return py::make_tuple(places(all.irregular), places(all.lacking_states), places(all.overlapping), items,
+                              clearable);
     }
 };
 
@@ -294,85 +296,86 @@ py::object TorchPlan::run_unobserved(const py::object& groups, const py::object&
     return attempt(groups, state, zero_grad, 1.0, py::none(), nullptr);
 }
 
-py::object TorchPlan::run_beside(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
-                                 const py::object& scaling, const py::object& left_out, const py::list& new_states,
-                                 const py::list& items) {
-    Beside beside;
-    beside.everything_left_out = left_out.is_none();
+py::object TorchPlan::run_prepared(const py::object& groups, const py::object& state, bool zero_grad,
+                                   double grad_factor, const py::object& scaling, const py::object& left_out,
+                                   const py::list& new_states, const py::list& items) {
+    Prepared prepared;
+    prepared.everything_left_out = left_out.is_none();
     if (!left_out.is_none()) {
-        for (const py::handle position : left_out) beside.left_out.push_back(py::cast<std::size_t>(position));
+        for (const py::handle position : left_out) prepared.left_out.push_back(py::cast<std::size_t>(position));
     }
     for (const py::handle each : new_states) {
-        beside.new_states.push_back(py::cast<std::pair<std::size_t, py::tuple>>(each));
+        prepared.new_states.push_back(py::cast<std::pair<std::size_t, py::tuple>>(each));
     }
-    beside.read_items(reader_, items);
-    return attempt(groups, state, zero_grad, grad_factor, scaling, &beside);
+    prepared.read_items(reader_, items);
+    return attempt(groups, state, zero_grad, grad_factor, scaling, &prepared);
 }
 
 py::object TorchPlan::attempt(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
-                              const py::object& scaling, Beside* beside) {
+                              const py::object& scaling, Prepared* prepared) {
     if (frames_are_intercepted()) call(reader_.refuse_fullgraph());
     const py::list param_groups = list_of(groups);
     const Lease lease(*this);
-    Memory& memory = *lease;
-    const bool complete = std::exchange(memory.complete, false);
-    memory.hypers.read(rule_, param_groups);
-    const bool everything_left_out = beside != nullptr && beside->everything_left_out;
+    Cache& cache = *lease;
+    const bool complete = std::exchange(cache.complete, false);
+    cache.hypers.read(rule_, param_groups);
+    const bool everything_left_out = prepared != nullptr && prepared->everything_left_out;
     if (!everything_left_out && !PyDict_Check(state.ptr())) return py::bool_(false);
-    Pass pass{memory, States(state.ptr()), zero_grad, beside};
-    if (beside == nullptr && complete && finds_as_expected(pass, param_groups)) {
-        memory.complete = true;
-        return pass.report(true);
+    Scan scan{cache, States(state.ptr()), zero_grad, prepared};
+    if (prepared == nullptr && complete && is_still_irregular(scan, param_groups)) {
+        cache.complete = true;
+        return scan.report(true);
     }
-    memory.listing.start();
-    // A step that was left to Python may have given parameters other states.
-    if (!complete) std::ranges::fill(memory.states, Known());
-    if (!everything_left_out && !list(pass, param_groups)) return py::bool_(false);
-    TorchListing& listing = memory.listing;
+    cache.listing.start();
+    // If the last step was not completed here, Python code may have given parameters other states.
+    if (!complete) std::ranges::fill(cache.states, CachedTensor());
+    if (!everything_left_out && !list(scan, param_groups)) return py::bool_(false);
+    TorchListing& listing = cache.listing;
     listing.finish();
-    memory.complete = true;
-    const std::vector<std::size_t>& entangled = listing.entangled();
-    const bool takes_turns = !entangled.empty() && !zero_grad && scaling.is_none() &&
-                             memory.hypers.on_device().empty() && listing.can_take_turns();
-    if (find_overlaps(pass, param_groups) || !pass.is_complete() || (!entangled.empty() && !takes_turns)) {
-        pass.add_overlapping(param_groups, entangled);
-        return pass.report(true);
+    cache.complete = true;
+    const std::vector<std::size_t>& overlapping = listing.overlapping();
+    const bool in_sequence = !overlapping.empty() && !zero_grad && scaling.is_none() &&
+                             cache.hypers.on_device().empty() && listing.can_step_in_sequence();
+    if (find_overlaps(scan, param_groups) || !scan.is_complete() || (!overlapping.empty() && !in_sequence)) {
+        scan.add_overlapping(param_groups, overlapping);
+        return scan.report(true);
     }
-    if (zero_grad && !listing.can_clear()) return pass.report(false);
+    if (zero_grad && !listing.can_clear()) return scan.report(false);
 
     const StepOptions options{.rule = rule_, .grad_factor = grad_factor};
-    if (beside != nullptr && !beside->listing.tensors().empty()) {
-        update(memory, beside->listing.tensors(), beside->listing.elements(), beside->listing.on_device(), param_groups,
-               options, scaling, beside->pending);
+    if (prepared != nullptr && !prepared->listing.tensors().empty()) {
+        update(cache, prepared->listing.tensors(), prepared->listing.elements(), prepared->listing.on_device(),
+               param_groups, options, scaling, prepared->pending);
     }
-    if (pass.made && !pass.made->rows.tensors().empty()) {
-        update(memory, pass.made->rows.tensors(), pass.made->rows.elements(), false, param_groups, options, scaling,
+    if (scan.found && !scan.found->rows.tensors().empty()) {
+        update(cache, scan.found->rows.tensors(), scan.found->rows.elements(), false, param_groups, options, scaling,
                {});
     }
-    if (takes_turns) {
-        take_turns(memory, options);
+    if (in_sequence) {
+        step_in_sequence(cache, options);
     } else {
-        // Last, since it may clear gradients that others read.
-        update(memory, listing.tensors(), listing.elements(), listing.on_device(), param_groups,
-               {.rule = rule_, .zero_grad = zero_grad, .grad_factor = grad_factor}, scaling, pending_of(memory));
+        // The last update: it may clear gradients that the others read.
+        update(cache, listing.tensors(), listing.elements(), listing.on_device(), param_groups,
+               {.rule = rule_, .zero_grad = zero_grad, .grad_factor = grad_factor}, scaling, pending_of(cache));
     }
-    increment_versions(memory.held, state_exposed, zero_grad);
-    const bool any_apart = beside != nullptr && std::ranges::find(beside->is_apart, true) != beside->is_apart.end();
-    memory.expected.clear();
-    if (pass.made && !any_apart && !everything_left_out) {
-        std::swap(memory.expected, pass.made->left_out);
-        memory.group_starts = starts_of(param_groups);
+    increment_versions(cache.held, state_exposed, zero_grad);
+    const bool any_apart =
+        prepared != nullptr && std::ranges::find(prepared->is_apart, true) != prepared->is_apart.end();
+    cache.irregular.clear();
+    if (scan.found && !any_apart && !everything_left_out) {
+        std::swap(cache.irregular, scan.found->left_out);
+        cache.group_starts = starts_of(param_groups);
     }
     return py::bool_(true);
 }
 
-bool TorchPlan::finds_as_expected(Pass& pass, const py::list& param_groups) {
-    Memory& memory = pass.memory;
-    if (memory.expected.empty() || memory.group_starts.size() != memory.hypers.size()) return false;
-    if (memory.group_starts != starts_of(param_groups)) return false;
-    pass.only_looks = true;
+bool TorchPlan::is_still_irregular(Scan& scan, const py::list& param_groups) {
+    Cache& cache = scan.cache;
+    if (cache.irregular.empty() || cache.group_starts.size() != cache.hypers.size()) return false;
+    if (cache.group_starts != starts_of(param_groups)) return false;
+    scan.dry_run = true;
     bool found = true;
-    for (const Place& place : memory.expected) {
+    for (const Place& place : cache.irregular) {
         const py::object group = py::reinterpret_borrow<py::object>(group_at(param_groups, place.group));
         const py::object params =
             py::reinterpret_borrow<py::object>(group_item(group.ptr(), params_key(), place.group));
@@ -380,58 +383,58 @@ bool TorchPlan::finds_as_expected(Pass& pass, const py::list& param_groups) {
             found = false;
             break;
         }
-        pass.position = place.position;
-        pass.group = static_cast<std::uint32_t>(place.group);
-        pass.group_start = place.position - place.index;
-        pass.views.in_use = memory.hypers[place.group].states;
-        const std::size_t counts[] = {memory.held.params.size(), memory.held.grads.size(), memory.held.states.size()};
+        scan.position = place.position;
+        scan.group = static_cast<std::uint32_t>(place.group);
+        scan.group_start = place.position - place.index;
+        scan.operands.in_use = cache.hypers[place.group].states;
+        const std::size_t counts[] = {cache.held.params.size(), cache.held.grads.size(), cache.held.states.size()};
         PyObject* const parameter = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(place.index));
-        found = list_parameter(pass, parameter, group.ptr()) == Outcome::odd;
-        leave_out(pass, Outcome::odd, counts);
+        found = list_parameter(scan, parameter, group.ptr()) == Outcome::irregular;
+        leave_out(scan, Outcome::irregular, counts);
         if (!found) break;
     }
-    pass.only_looks = false;
-    pass.position = 0;
-    if (!found) pass.made.reset();
+    scan.dry_run = false;
+    scan.position = 0;
+    if (!found) scan.found.reset();
     return found;
 }
 
-void TorchPlan::take_turns(const Memory& memory, const StepOptions& options) const {
-    const std::span<const TensorRef> tensors = memory.listing.tensors();
-    const std::vector<std::size_t>& entangled = memory.listing.entangled();
+void TorchPlan::step_in_sequence(const Cache& cache, const StepOptions& options) const {
+    const std::span<const TensorRef> tensors = cache.listing.tensors();
+    const std::vector<std::size_t>& overlapping = cache.listing.overlapping();
     std::vector<TensorRef> others;
     std::int64_t elements = 0;
-    auto next = entangled.begin();
+    auto next = overlapping.begin();
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-        if (next != entangled.end() && *next == i) {
+        if (next != overlapping.end() && *next == i) {
             ++next;
             continue;
         }
         others.push_back(tensors[i]);
         elements += tensors[i].size;
     }
-    step_on_cpu(others, elements, memory.hypers.all(), options);
-    for (const std::size_t index : entangled) {
+    step_on_cpu(others, elements, cache.hypers.all(), options);
+    for (const std::size_t index : overlapping) {
         TensorRef tensor = tensors[index];
         std::vector<std::byte> copy;
-        if (memory.listing.is_own_gradient(index)) {
+        if (cache.listing.is_own_gradient(index)) {
             copy.assign(tensor.grad,
                         tensor.grad + tensor.size * static_cast<std::int64_t>(item_size(tensor.grad_dtype)));
             tensor.grad = copy.data();
         }
-        step_on_cpu({&tensor, 1}, tensor.size, memory.hypers.all(), options);
+        step_on_cpu({&tensor, 1}, tensor.size, cache.hypers.all(), options);
     }
 }
 
-bool TorchPlan::find_overlaps(Pass& pass, const py::list& param_groups) const {
-    Beside* const beside = pass.beside;
-    const std::size_t row_count = pass.made ? pass.made->rows.count() : 0;
-    if (beside == nullptr && row_count == 0) return false;
-    const TorchListing& listing = pass.memory.listing;
-    std::vector<Claim> claims = pass.unusual().rows.claims();
-    std::vector<bool> marked(row_count + (beside == nullptr ? 0 : beside->overlaps.size()));
-    if (beside != nullptr) {
-        for (Claim claim : beside->claims) {
+bool TorchPlan::find_overlaps(Scan& scan, const py::list& param_groups) const {
+    Prepared* const prepared = scan.prepared;
+    const std::size_t row_count = scan.found ? scan.found->rows.count() : 0;
+    if (prepared == nullptr && row_count == 0) return false;
+    const TorchListing& listing = scan.cache.listing;
+    std::vector<Claim> claims = scan.findings().rows.claims();
+    std::vector<bool> marked(row_count + (prepared == nullptr ? 0 : prepared->overlaps.size()));
+    if (prepared != nullptr) {
+        for (Claim claim : prepared->claims) {
             claim.owner += row_count;
             claims.push_back(claim);
         }
@@ -445,18 +448,18 @@ bool TorchPlan::find_overlaps(Pass& pass, const py::list& param_groups) const {
         for (std::size_t i = 0; i < marked_tensors.size(); ++i) {
             if (marked_tensors[i]) indices.push_back(i);
         }
-        pass.add_overlapping(param_groups, indices);
+        scan.add_overlapping(param_groups, indices);
         found = !indices.empty();
     }
     for (std::size_t i = 0; i < row_count; ++i) {
         if (!marked[i]) continue;
-        pass.unusual().odd.push_back(pass.unusual().rows_of[i]);
+        scan.findings().irregular.push_back(scan.findings().rows_of[i]);
         found = true;
     }
     for (std::size_t i = row_count; i < marked.size(); ++i) {
         const std::size_t item = i - row_count;
-        if (marked[i] && !beside->is_apart[item]) beside->overlaps[item] = true;
-        found |= beside->overlaps[item];
+        if (marked[i] && !prepared->is_apart[item]) prepared->overlaps[item] = true;
+        found |= prepared->overlaps[item];
     }
     return found;
 }
@@ -474,10 +477,10 @@ void TorchPlan::increment_versions(const References& held, bool with_states, boo
     if (!tensors.empty()) reader_.increment_versions(tensors);
 }
 
-bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
+bool TorchPlan::list(Scan& scan, const py::list& param_groups) {
     static PyObject* const differentiable_key = interned("differentiable");
-    for (std::size_t index = 0; index < pass.memory.hypers.size(); ++index) {
-        // Hyperparameters and new tensors run Python code, after which the lists may be other ones.
+    for (std::size_t index = 0; index < scan.cache.hypers.size(); ++index) {
+        // Reading hyperparameters and tensors may run Python code, which may change the lists.
         if (static_cast<Py_ssize_t>(index) >= PyList_GET_SIZE(param_groups.ptr())) return false;
         const auto group =
             py::reinterpret_borrow<py::object>(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(index)));
@@ -488,30 +491,30 @@ bool TorchPlan::list(Pass& pass, const py::list& param_groups) {
         }
         const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), params_key(), index));
         if (!PyList_Check(params.ptr())) return false;
-        pass.views.in_use = pass.memory.hypers[index].states;
-        pass.group = static_cast<std::uint32_t>(index);
-        pass.group_start = pass.position;
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++pass.position) {
-            if (pass.beside != nullptr && pass.beside->leaves_out(pass.position)) {
-                pass.unusual().left_out.push_back(pass.place());
+        scan.operands.in_use = scan.cache.hypers[index].states;
+        scan.group = static_cast<std::uint32_t>(index);
+        scan.group_start = scan.position;
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++scan.position) {
+            if (scan.prepared != nullptr && scan.prepared->leaves_out(scan.position)) {
+                scan.findings().left_out.push_back(scan.place());
                 continue;
             }
-            const std::size_t counts[] = {pass.memory.held.params.size(), pass.memory.held.grads.size(),
-                                          pass.memory.held.states.size()};
-            const Outcome outcome = list_parameter(pass, PyList_GET_ITEM(params.ptr(), i), group.ptr());
-            if (outcome != Outcome::done) leave_out(pass, outcome, counts);
+            const std::size_t counts[] = {scan.cache.held.params.size(), scan.cache.held.grads.size(),
+                                          scan.cache.held.states.size()};
+            const Outcome outcome = list_parameter(scan, PyList_GET_ITEM(params.ptr(), i), group.ptr());
+            if (outcome != Outcome::done) leave_out(scan, outcome, counts);
         }
     }
     return true;
 }
 
-void TorchPlan::leave_out(Pass& pass, Outcome outcome, const std::size_t (&counts)[3]) {
-    if (pass.position < pass.memory.entries.size()) {
-        std::fill_n(known_states(pass.memory, pass.position), state_count(), Known());
+void TorchPlan::leave_out(Scan& scan, Outcome outcome, const std::size_t (&counts)[3]) {
+    if (scan.position < scan.cache.parameters.size()) {
+        std::fill_n(cached_states(scan.cache, scan.position), state_count(), CachedTensor());
     }
-    Pass::Unusual& unusual = pass.unusual();
-    (outcome == Outcome::odd ? unusual.odd : unusual.missing).push_back(pass.place());
-    std::vector<PyObject*>* const all[] = {&pass.memory.held.params, &pass.memory.held.grads, &pass.memory.held.states};
+    Scan::Findings& findings = scan.findings();
+    (outcome == Outcome::irregular ? findings.irregular : findings.lacking_states).push_back(scan.place());
+    std::vector<PyObject*>* const all[] = {&scan.cache.held.params, &scan.cache.held.grads, &scan.cache.held.states};
     for (std::size_t i = 0; i < std::size(all); ++i) {
         while (all[i]->size() > counts[i]) {
             PyObject* const reference = all[i]->back();
@@ -521,162 +524,165 @@ void TorchPlan::leave_out(Pass& pass, Outcome outcome, const std::size_t (&count
     }
 }
 
-TorchPlan::Outcome TorchPlan::list_parameter(Pass& pass, PyObject* parameter, PyObject* group) {
-    Memory& memory = pass.memory;
-    memory.listing.prefetch();
+TorchPlan::Outcome TorchPlan::list_parameter(Scan& scan, PyObject* parameter, PyObject* group) {
+    Cache& cache = scan.cache;
+    cache.listing.prefetch();
     const TensorKind kind = reader_.kind(parameter);
-    if (kind == TensorKind::other) return Outcome::odd;
-    memory.held.params.push_back(Py_NewRef(parameter));
+    if (kind == TensorKind::other) return Outcome::irregular;
+    cache.held.params.push_back(Py_NewRef(parameter));
     PyObject* const grad = reader_.grad(parameter);
     if (grad == Py_None) {
-        memory.held.params.pop_back();
+        cache.held.params.pop_back();
         Py_DECREF(parameter);
         Py_DECREF(grad);
         return Outcome::done;
     }
-    memory.held.grads.push_back(grad);
-    // Clearing also takes a gradient out of the graph that computed it, which Python code does.
-    if (pass.zero_grad && reader_.requires_grad(grad)) return Outcome::odd;
-    if (pass.position >= memory.entries.size()) {
-        memory.entries.resize(pass.position + 1);
-        memory.states.resize(memory.entries.size() * state_count());
+    cache.held.grads.push_back(grad);
+    // Clearing such a gradient also detaches it from the graph that computed it, which Python code does.
+    if (scan.zero_grad && reader_.requires_grad(grad)) return Outcome::irregular;
+    if (scan.position >= cache.parameters.size()) {
+        cache.parameters.resize(scan.position + 1);
+        cache.states.resize(cache.parameters.size() * state_count());
     }
-    Entry& entry = memory.entries[pass.position];
-    if (entry.object != parameter) {
-        entry = Entry();
-        std::fill_n(known_states(memory, pass.position), state_count(), Known());
-        entry.object = parameter;
-        entry.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
-        if (entry.hash == -1) throw py::error_already_set();
+    CachedParameter& cached = cache.parameters[scan.position];
+    if (cached.object != parameter) {
+        cached = CachedParameter();
+        std::fill_n(cached_states(cache, scan.position), state_count(), CachedTensor());
+        cached.object = parameter;
+        cached.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
+        if (cached.hash == -1) throw py::error_already_set();
     }
-    if (!read(parameter, kind, memory.held, entry.parameter, pass.views.param, pass.layouts[0])) return Outcome::odd;
+    if (!read(parameter, kind, cache.held, cached.tensor, scan.operands.param, scan.layouts[0]))
+        return Outcome::irregular;
     if (kind == TensorKind::plain && reader_.is_tensor(grad)) {
-        if (reader_.view_grad(grad, entry.grad, pass.views.grad, pass.layouts[1]))
-            return list_dense(pass, parameter, grad, kind);
-        return reader_.is_sparse_coo(grad) ? list_rows(pass, parameter, grad, group) : Outcome::odd;
+        if (reader_.view_grad(grad, cached.grad, scan.operands.grad, scan.layouts[1]))
+            return list_dense(scan, parameter, grad, kind);
+        return reader_.is_sparse_coo(grad) ? list_rows(scan, parameter, grad, group) : Outcome::irregular;
     }
     if (kind != TensorKind::distributed || Py_TYPE(grad) != Py_TYPE(parameter) || !pending_.empty()) {
-        return Outcome::odd;
+        return Outcome::irregular;
     }
     PyObject* const part = reader_.local_part(grad);
-    if (part == nullptr) return Outcome::odd;
-    memory.held.parts.push_back(part);
+    if (part == nullptr) return Outcome::irregular;
+    cache.held.parts.push_back(part);
     if (!reader_.placed_alike(parameter, grad) ||
-        !reader_.view_grad(part, entry.grad, pass.views.grad, pass.layouts[1])) {
-        return Outcome::odd;
+        !reader_.view_grad(part, cached.grad, scan.operands.grad, scan.layouts[1])) {
+        return Outcome::irregular;
     }
-    return list_dense(pass, parameter, part, kind);
+    return list_dense(scan, parameter, part, kind);
 }
 
-TorchPlan::Outcome TorchPlan::list_dense(Pass& pass, PyObject* parameter, PyObject* grad, TensorKind kind) {
-    Memory& memory = pass.memory;
-    TorchViews& views = pass.views;
-    views.states_are_read = false;
-    bool first = false;
+TorchPlan::Outcome TorchPlan::list_dense(Scan& scan, PyObject* parameter, PyObject* grad, TensorKind kind) {
+    Cache& cache = scan.cache;
+    TorchOperands& operands = scan.operands;
+    operands.states_are_read = false;
+    bool first_step = false;
     Outcome states = Outcome::done;
-    if (views.in_use != 0) {
-        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_states_at(pass.position);
+    if (operands.in_use != 0) {
+        PyObject* const fresh = scan.prepared == nullptr ? nullptr : scan.prepared->new_states_at(scan.position);
         if (fresh != nullptr) {
-            first = true;
-            states = read_new_states(pass, fresh, kind);
-        } else if (state_exposed || !hold_known_states(pass)) {
-            states = read_states(pass, parameter, kind);
+            first_step = true;
+            states = read_new_states(scan, fresh, kind);
+        } else if (state_exposed || !hold_cached_states(scan)) {
+            states = read_states(scan, parameter, kind);
         }
     }
-    if (states == Outcome::odd) return Outcome::odd;
-    if (states == Outcome::missing) return memory.listing.takes(reader_, grad, views) ? Outcome::missing : Outcome::odd;
-    if (pass.only_looks) return memory.listing.takes(reader_, grad, views) ? Outcome::done : Outcome::odd;
+    if (states == Outcome::irregular) return Outcome::irregular;
+    if (states == Outcome::lacks_states)
+        return cache.listing.takes(reader_, grad, operands) ? Outcome::lacks_states : Outcome::irregular;
+    if (scan.dry_run) return cache.listing.takes(reader_, grad, operands) ? Outcome::done : Outcome::irregular;
     using Answer = TorchListing::Answer;
-    const auto add = [&] { return memory.listing.add(reader_, pass.position, grad, views, pass.group, first); };
+    const auto add = [&] { return cache.listing.add(reader_, scan.position, grad, operands, scan.group, first_step); };
     Answer answer = add();
     if (answer == Answer::read_states) {
-        answer = read_states(pass, parameter, kind) == Outcome::done ? add() : Answer::refused;
+        answer = read_states(scan, parameter, kind) == Outcome::done ? add() : Answer::refused;
     }
-    return answer == Answer::listed ? Outcome::done : Outcome::odd;
+    return answer == Answer::listed ? Outcome::done : Outcome::irregular;
 }
 
-TorchPlan::Outcome TorchPlan::list_rows(Pass& pass, PyObject* parameter, PyObject* grad, PyObject* group) {
+TorchPlan::Outcome TorchPlan::list_rows(Scan& scan, PyObject* parameter, PyObject* grad, PyObject* group) {
     static PyObject* const mode_key = interned("sparse_mode");
-    Memory& memory = pass.memory;
-    if (pass.zero_grad || !memory.hypers.on_device().empty()) return Outcome::odd;
+    Cache& cache = scan.cache;
+    if (scan.zero_grad || !cache.hypers.on_device().empty()) return Outcome::irregular;
     PyObject* const mode = lookup(group, mode_key);
     const bool lazy = mode != nullptr && PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "lazy") == 0;
-    const bool rows_only = lazy || memory.hypers[pass.group].skips_zero_grads;
-    bool first = false;
+    const bool rows_only = lazy || cache.hypers[scan.group].skips_zero_grads;
+    bool first_step = false;
     Outcome found = Outcome::done;
-    if (pass.views.in_use != 0) {
-        PyObject* const fresh = pass.beside == nullptr ? nullptr : pass.beside->new_states_at(pass.position);
-        found = fresh == nullptr ? read_states(pass, parameter, TensorKind::plain)
-                                 : read_new_states(pass, fresh, TensorKind::plain);
-        first = fresh != nullptr;
+    if (scan.operands.in_use != 0) {
+        PyObject* const fresh = scan.prepared == nullptr ? nullptr : scan.prepared->new_states_at(scan.position);
+        found = fresh == nullptr ? read_states(scan, parameter, TensorKind::plain)
+                                 : read_new_states(scan, fresh, TensorKind::plain);
+        first_step = fresh != nullptr;
     }
-    if (found == Outcome::odd) return Outcome::odd;
+    if (found == Outcome::irregular) return Outcome::irregular;
     IndexView indices;
     std::array<py::object, 2> parts;
-    const bool is_read = reader_.sparse_view(grad, indices, pass.views.grad, parts);
+    const bool is_read = reader_.sparse_view(grad, indices, scan.operands.grad, parts);
     for (py::object& part : parts) {
-        if (part) memory.held.parts.push_back(part.release().ptr());
+        if (part) cache.held.parts.push_back(part.release().ptr());
     }
-    TorchViews views = pass.views;
-    if (found == Outcome::missing) views.in_use = 0;
-    if (!is_read || !pass.unusual().rows.add(views, indices, pass.group, first,
-                                             rows_only ? TorchRows::Others::stay : TorchRows::Others::have_zeros)) {
-        return Outcome::odd;
+    TorchOperands operands = scan.operands;
+    if (found == Outcome::lacks_states) operands.in_use = 0;
+    if (!is_read || !scan.findings().rows.add(operands, indices, scan.group, first_step,
+                                              rows_only ? TorchRows::Others::stay : TorchRows::Others::have_zeros)) {
+        return Outcome::irregular;
     }
-    pass.unusual().rows_of.push_back(pass.place());
+    scan.findings().rows_of.push_back(scan.place());
     return found;
 }
 
-bool TorchPlan::hold_known_states(Pass& pass) {
-    // They live: the optimizer's state refers to them, and nobody can have changed that.
-    const Known* const known = known_states(pass.memory, pass.position);
+bool TorchPlan::hold_cached_states(Scan& scan) {
+    // The cached states are alive: the optimizer's state refers to them, and nobody can have changed it.
+    const CachedTensor* const cached = cached_states(scan.cache, scan.position);
     bool all = true;
-    pass.views.for_each_state([&](int state) { all = all && known[state].identity.object != nullptr; });
+    scan.operands.for_each_state([&](int state) { all = all && cached[state].identity.object != nullptr; });
     if (!all) return false;
-    pass.views.for_each_state(
-        [&](int state) { pass.memory.held.states.push_back(Py_NewRef(known[state].identity.object)); });
+    scan.operands.for_each_state(
+        [&](int state) { scan.cache.held.states.push_back(Py_NewRef(cached[state].identity.object)); });
     return true;
 }
 
-TorchPlan::Outcome TorchPlan::read_new_states(Pass& pass, PyObject* tuple, TensorKind kind) {
-    pass.views.states_are_read = true;
+TorchPlan::Outcome TorchPlan::read_new_states(Scan& scan, PyObject* new_states, TensorKind kind) {
+    scan.operands.states_are_read = true;
     bool is_read = true;
-    pass.views.for_each_state([&](int state) {
+    scan.operands.for_each_state([&](int state) {
         if (!is_read) return;
-        Known unknown;  // nor is it known to the next step, which finds it in the state if this one comes to its end
-        PyObject* const tensor = PyTuple_GET_ITEM(tuple, state);
-        pass.memory.held.states.push_back(Py_NewRef(tensor));
-        is_read = read(tensor, kind, pass.memory.held, unknown, pass.views.states[state],
-                       pass.layouts[2 + static_cast<std::size_t>(state)]);
+        // The next step finds the tensor in the state, if this step comes to its end.
+        CachedTensor uncached;
+        PyObject* const tensor = PyTuple_GET_ITEM(new_states, state);
+        scan.cache.held.states.push_back(Py_NewRef(tensor));
+        is_read = read(tensor, kind, scan.cache.held, uncached, scan.operands.states[state],
+                       scan.layouts[2 + static_cast<std::size_t>(state)]);
     });
-    return is_read ? Outcome::done : Outcome::odd;
+    return is_read ? Outcome::done : Outcome::irregular;
 }
 
-TorchPlan::Outcome TorchPlan::read_states(Pass& pass, PyObject* parameter, TensorKind kind) {
-    Known* const known = known_states(pass.memory, pass.position);
+TorchPlan::Outcome TorchPlan::read_states(Scan& scan, PyObject* parameter, TensorKind kind) {
+    CachedTensor* const cached = cached_states(scan.cache, scan.position);
     Outcome outcome = Outcome::done;
-    if (!pass.states.find(parameter, pass.memory.entries[pass.position].hash)) outcome = Outcome::odd;
-    pass.views.states_are_read = true;
-    pass.views.for_each_state([&](int state) {
-        if (outcome == Outcome::odd) return;
-        PyObject* const tensor = pass.states.item(state_keys_[static_cast<std::size_t>(state)]);
+    if (!scan.states.find(parameter, scan.cache.parameters[scan.position].hash)) outcome = Outcome::irregular;
+    scan.operands.states_are_read = true;
+    scan.operands.for_each_state([&](int state) {
+        if (outcome == Outcome::irregular) return;
+        PyObject* const tensor = scan.states.item(state_keys_[static_cast<std::size_t>(state)]);
         if (tensor == nullptr || tensor == Py_None) {
-            outcome = Outcome::missing;
+            outcome = Outcome::lacks_states;
             return;
         }
         const bool is_usual =
             kind == TensorKind::plain ? reader_.is_tensor(tensor) : Py_TYPE(tensor) == Py_TYPE(parameter);
-        if (is_usual) pass.memory.held.states.push_back(Py_NewRef(tensor));
-        if (!is_usual || !read(tensor, kind, pass.memory.held, known[state], pass.views.states[state],
-                               pass.layouts[2 + static_cast<std::size_t>(state)])) {
-            outcome = Outcome::odd;
+        if (is_usual) scan.cache.held.states.push_back(Py_NewRef(tensor));
+        if (!is_usual || !read(tensor, kind, scan.cache.held, cached[state], scan.operands.states[state],
+                               scan.layouts[2 + static_cast<std::size_t>(state)])) {
+            outcome = Outcome::irregular;
         }
     });
-    if (outcome != Outcome::done) std::fill_n(known, state_count(), Known());
+    if (outcome != Outcome::done) std::fill_n(cached, state_count(), CachedTensor());
     return outcome;
 }
 
-bool TorchPlan::read(PyObject* tensor, TensorKind kind, References& held, Known& known, TorchView& view,
+bool TorchPlan::read(PyObject* tensor, TensorKind kind, References& held, CachedTensor& cached, TorchView& view,
                      std::vector<std::int64_t>& layout) const {
     if (kind == TensorKind::distributed) {
         tensor = reader_.local_part(tensor);
@@ -684,24 +690,24 @@ bool TorchPlan::read(PyObject* tensor, TensorKind kind, References& held, Known&
         held.parts.push_back(tensor);
     }
     const TensorIdentity identity = reader_.identity(tensor);
-    const bool again = known.identity == identity;
+    const bool again = cached.identity == identity;
     if (!(again ? reader_.view_again(tensor, view, layout) : reader_.view(tensor, view, layout))) {
-        known = Known();
+        cached = CachedTensor();
         return false;
     }
-    // Where a negation leaves no gaps it cannot be told from the strides (see TorchListing::append).
-    if (again && known.data == view.data && size_of(view) != 1) return true;
-    known = {identity, view.data};
+    // A negated tensor of one element has no gaps that its strides would show (see TorchListing::append).
+    if (again && cached.data == view.data && size_of(view) != 1) return true;
+    cached = {identity, view.data};
     return !reader_.is_negated(tensor);
 }
 
-std::vector<std::uint8_t*> TorchPlan::pending_of(const Memory& memory) const {
+std::vector<std::uint8_t*> TorchPlan::pending_of(const Cache& cache) const {
     std::vector<std::uint8_t*> pending;
     if (pending_.empty()) return pending;
-    for (std::size_t i = 0; i < memory.listing.tensors().size(); ++i) {
-        const std::uint32_t in_use = memory.hypers[memory.listing.tensors()[i].hyper].states;
-        const std::size_t first = memory.listing.position(i) * state_count() + std::countr_zero(in_use);
-        const auto found = in_use == 0 ? pending_.end() : pending_.find(memory.states[first].identity.object);
+    for (std::size_t i = 0; i < cache.listing.tensors().size(); ++i) {
+        const std::uint32_t in_use = cache.hypers[cache.listing.tensors()[i].hyper].states;
+        const std::size_t first = cache.listing.position(i) * state_count() + std::countr_zero(in_use);
+        const auto found = in_use == 0 ? pending_.end() : pending_.find(cache.states[first].identity.object);
         pending.push_back(found == pending_.end() ? nullptr : found->second.second);
     }
     return pending;
@@ -716,43 +722,44 @@ void TorchPlan::set_pending(const py::list& flags) {
     std::swap(pending_, pending);
 }
 
-void TorchPlan::update(const Memory& memory, std::span<const TensorRef> work, std::int64_t elements, bool on_device,
+void TorchPlan::update(const Cache& cache, std::span<const TensorRef> work, std::int64_t elements, bool on_device,
                        const py::list& param_groups, const StepOptions& options, const py::object& scaling,
                        const std::vector<std::uint8_t*>& pending) {
-    // Numbers on a device make a step on the CPU wait for them.
-    if (on_device || !memory.hypers.on_device().empty() || !scaling.is_none()) {
+    // A step on the CPU has to wait for hyperparameters on a device.
+    if (on_device || !cache.hypers.on_device().empty() || !scaling.is_none()) {
         std::vector<TensorRef> tensors(work.begin(), work.end());
         for (std::size_t i = 0; i < pending.size(); ++i) tensors[i].pending = pending[i];
-        const DeviceInterface interface{.stream = reader_.current_stream(), .scaling = scaling};
-        device_steps_.step(tensors, param_groups, memory.hypers, options, interface);
+        const DeviceCallbacks callbacks{.stream = reader_.current_stream(), .scaling = scaling};
+        device_steps_.step(tensors, param_groups, cache.hypers, options, callbacks);
     } else {
-        step_on_cpu(work, elements, memory.hypers.all(), options);
+        step_on_cpu(work, elements, cache.hypers.all(), options);
     }
 }
 
 bool TorchPlan::run_items(const py::object& groups, const py::list& items, double grad_factor, bool dry_run,
                           const py::object& scaling) {
     const py::list param_groups = list_of(groups);
-    Memory memory;
+    Cache cache;
     std::vector<std::uint8_t*> pending;
-    memory.hypers.read(rule_, param_groups);
+    cache.hypers.read(rule_, param_groups);
     Layouts layouts;
-    memory.listing.start();
+    cache.listing.start();
     std::size_t position = 0;
     for (const py::handle item : items) {
-        const auto [parameter, grad, states, group, first, flags] =
+        const auto [parameter, grad, states, group, first_step, flags] =
             py::cast<std::tuple<py::object, py::object, py::tuple, std::uint32_t, bool, std::uintptr_t>>(item);
         pending.push_back(pointer_of<std::uint8_t>(flags));
-        TorchViews views;
-        if (!view_item(reader_, parameter, grad, states, views, layouts) ||
-            memory.listing.add(reader_, position++, grad.ptr(), views, group, first) != TorchListing::Answer::listed) {
+        TorchOperands operands;
+        if (!view_item(reader_, parameter, grad, states, operands, layouts) ||
+            cache.listing.add(reader_, position++, grad.ptr(), operands, group, first_step) !=
+                TorchListing::Answer::listed) {
             return false;
         }
     }
-    memory.listing.finish();
-    if (!memory.listing.entangled().empty()) return false;
+    cache.listing.finish();
+    if (!cache.listing.overlapping().empty()) return false;
     if (!dry_run) {
-        update(memory, memory.listing.tensors(), memory.listing.elements(), memory.listing.on_device(), param_groups,
+        update(cache, cache.listing.tensors(), cache.listing.elements(), cache.listing.on_device(), param_groups,
                {.rule = rule_, .grad_factor = grad_factor}, scaling, pending);
     }
     return true;
@@ -773,7 +780,7 @@ int TorchPlan::traverse(visitproc visit, void* arg) const {
 
 void TorchPlan::clear() {
     reader_.clear();
-    // Whose deallocation may run Python code.
+    // Their deallocation may run Python code, which must find them gone.
     const auto pending = std::move(pending_);
     const auto observed_by = std::exchange(observers, Observers());
 }

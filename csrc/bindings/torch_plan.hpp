@@ -1,6 +1,7 @@
 // The step over torch tensors: finds each parameter's gradient and states and hands a work list to the core.
 //
-// What is unusual (see `run`) is left to Python code that turns it into the usual.
+// A parameter that the core cannot read is irregular (see `run`). Python code prepares tensors for it that the core can
+// read; `run_prepared` steps them together with the regular parameters.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -27,38 +28,47 @@ class TorchPlan {
     /// `rule` is the rule's number.
     TorchPlan(int rule, TorchInterface interface);
 
-    /// One step over the groups' parameters that have a gradient, with the rule's states from `state`. Returns True if
-    /// every tensor is as usual: of torch's own types or part of a DTensor, dense memory of a storage type on the CPU
-    /// or a CUDA device, each state there already and laid out as its parameter, and nothing overlapping but
-    /// whole tensors on the CPU; or the gradient is sparse (COO) and all is in C order on the CPU. `grad_factor`
-    /// multiplies every gradient; `scaling` is DeviceInterface's, or None.
+    /// One step over the groups' parameters that have a gradient, with the rule's states from `state`. `grad_factor`
+    /// multiplies every gradient; `scaling` is DeviceCallbacks', or None. Returns True if every parameter is regular:
     ///
-    /// Else nothing is changed. Returns a tuple of what is in the way: lists of the parameters that are unusual, that
-    /// lack only states, and that overlap others in memory, each as a tuple (position among all, index of
-    /// the group, position in the group); a list that is empty here; and whether gradients overlap, so that they cannot
-    /// be cleared. Returns False if the groups themselves are unusual.
+    /// - its tensors are of torch's own types, or parts of DTensors;
+    /// - their memory is dense, of a storage type, on the CPU or a CUDA device;
+    /// - its states are there already and laid out as the parameter;
+    /// - no tensors overlap, except whole tensors on the CPU.
+    ///
+    /// A sparse (COO) gradient is regular, too, where all tensors are in C order on the CPU.
+    ///
+    /// Otherwise nothing is changed, and the result is a tuple. Its first three items are lists of places (position
+    /// among all, index of the group, position in the group): of the parameters that are irregular, that lack only
+    /// states, and that overlap others in memory. The fourth is the list of `run_prepared`, empty here. The fifth tells
+    /// whether the gradients can be cleared, which they cannot where they overlap.
+    ///
+    /// Returns False if the groups themselves are irregular.
     py::object run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                    const py::object& scaling);
 
-    /// The same without factor and scaling, unless somebody observes it: None then, with nothing changed.
+    /// `run` without factor and scaling. Returns None, with nothing changed, if anything observes the step.
     py::object run_unobserved(const py::object& groups, const py::object& state, bool zero_grad);
 
-    /// The same beside what is unusual: without the parameters at the positions `left_out`, a sorted list, or without
-    /// all of them if it is None; with new states for those of `new_states`, a sorted list of tuples (position,
-    /// states), zeros where the gradient is sparse; and with `items`, tuples (parameter, gradient, states,
-    /// index of the group, first, address of TensorRef's pending flags or 0, memory, apart). `memory` lists tuples
-    /// (address, bytes, written) that the item stands for, or is None if that is what its tensors show. An item that is
-    /// `apart` does not step; its memory is only compared with what does. The list that `run` leaves empty has the
-    /// items that overlap something or that cannot be read, by index. States are a tuple in the
-    /// rule's order, with None for those that take no part. Does not increment versions for items, which are
-    /// never cleared.
-    py::object run_beside(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
-                          const py::object& scaling, const py::object& left_out, const py::list& new_states,
-                          const py::list& items);
+    /// `run` together with what Python code has prepared:
+    ///
+    /// - `left_out`: the sorted positions of the parameters that the step leaves alone; None for all of them.
+    /// - `new_states`: a sorted list of tuples (position, states), for parameters that lacked states. They are zeros
+    ///   where the gradient is sparse.
+    /// - `items`: tuples (parameter, gradient, states, index of the group, first step, address of TensorRef's pending
+    ///   flags or 0, memory, apart). `memory` lists the ranges (address, bytes, written) that the item stands for; None
+    ///   if those are its tensors' own. An item that is `apart` takes no step: its memory is only checked for overlap.
+    ///
+    /// States are a tuple in the rule's order, with None for those that take no part. The fourth item of the result
+    /// lists the items, by index, that overlap other memory or cannot be read. Items' gradients are not cleared, and
+    /// their versions are not incremented.
+    py::object run_prepared(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
+                            const py::object& scaling, const py::object& left_out, const py::list& new_states,
+                            const py::list& items);
 
-    /// One step over `items`, tuples (parameter, gradient, states, index of the group, first, address of TensorRef's
-    /// pending flags or 0). False as above; `dry_run` goes no further than that. Does not increment
-    /// versions.
+    /// One step over `items`, tuples (parameter, gradient, states, index of the group, first step, address of
+    /// TensorRef's pending flags or 0). Returns False, with nothing changed, if an item cannot be read or items
+    /// overlap. `dry_run` only finds that out. Versions are not incremented.
     bool run_items(const py::object& groups, const py::list& items, double grad_factor, bool dry_run,
                    const py::object& scaling);
 
@@ -69,12 +79,12 @@ class TorchPlan {
     /// True if the elements fill one range of memory, axes in any order.
     bool is_dense(const py::object& tensor);
 
-    /// Whether anyone may hold a reference to the optimizer's state. As long as nobody has asked for it, nobody can
-    /// have moved the states' memory or recorded one for autograd, so a step need neither read them anew nor
-    /// increment their versions.
+    /// Whether anyone may hold a reference to the optimizer's state. As long as nobody has asked for it, no state's
+    /// memory can have moved, and autograd has recorded none: a step then neither reads the states anew nor increments
+    /// their versions.
     bool state_exposed = true;
 
-    /// Who observes steps; `in_backward` says that steps are part of the backward pass.
+    /// What observes steps. `in_backward`: steps are part of the backward pass.
     Observers observers;
     bool in_backward = false;
 
@@ -82,99 +92,101 @@ class TorchPlan {
     void clear();
 
   private:
-    /// A tensor as the last step found it. Between steps nothing here refers to a tensor: what the user lets go is
-    /// freed at once, and swap_tensors takes it.
-    struct Known {
+    /// A tensor as the last step found it. The identity is no reference: a tensor that the user lets go is freed at
+    /// once, and torch.utils.swap_tensors takes the others.
+    struct CachedTensor {
         TensorIdentity identity;
         const std::byte* data = nullptr;
     };
-    /// What is remembered of one parameter, by its position; a cache.
-    struct Entry {
-        PyObject* object = nullptr;  // the parameter; `parameter` is its part in this process if it is a DTensor
-        Known parameter;
-        TensorIdentity grad;  // of the last gradient that was read
-        Py_hash_t hash = 0;   // of the parameter: a Python call otherwise
+    /// One parameter as the last step found it.
+    struct CachedParameter {
+        PyObject* object = nullptr;
+        CachedTensor tensor;  // the parameter, or this process's part of a DTensor
+        TensorIdentity grad;  // the last gradient that was read
+        Py_hash_t hash = 0;   // the parameter's hash, which takes a call into Python
     };
-    /// References that a step holds.
+    /// The references that a step holds.
     struct References {
         std::vector<PyObject*> params, grads, states;
         std::vector<PyObject*> parts;  // of DTensors and sparse gradients
 
         void release();
     };
-    /// Where a parameter is: its position among all, the index of its group, its position in that.
+    /// Where a parameter is: its position among all, the index of its group, its position in the group.
     struct Place {
         std::size_t position, group, index;
     };
-    /// What is kept from step to step. A step takes it away from the plan for its time, so that another one, in another
-    /// thread or from code that this one calls, finds none and makes its own.
-    struct Memory {
-        std::vector<Entry> entries;
-        std::vector<Known> states;  // of the entries: as many of each as the rule has
+    /// What steps keep for later steps, to save time: a cache, which may be dropped at any moment. A running step takes
+    /// the cache away from the plan. A second step, in another thread or in code that the first one calls, finds none
+    /// and makes its own.
+    struct Cache {
+        std::vector<CachedParameter> parameters;  // by position
+        std::vector<CachedTensor> states;         // for each parameter as many as the rule has
         GroupHypers hypers;
         TorchListing listing;
-        References held;  // those of a step, which releases them at its end
-        /// The parameters that the last step left to Python as unusual, and where the groups began.
-        std::vector<Place> expected;
+        References held;  // the running step's, which releases them at its end
+        /// The parameters that the last step left to Python, and the positions where the groups began.
+        std::vector<Place> irregular;
         std::vector<std::size_t> group_starts;
-        bool complete = false;  // the last step found everything as usual
+        bool complete = false;  // the last step listed every parameter
     };
     class Lease;
     class States;
-    struct Beside;
-    struct Pass;
-    /// What became of a parameter in a pass: it is listed, or skipped without a gradient; it is unusual; it lacks
-    /// states only.
-    enum class Outcome { done, odd, missing };
+    struct Prepared;
+    struct Scan;
+    /// What a scan made of a parameter. `done`: it is listed, or has no gradient.
+    enum class Outcome { done, irregular, lacks_states };
 
     py::object attempt(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
-                       const py::object& scaling, Beside* beside);
-    /// Makes the memory's listing the work list of a step; false if a group is unusual.
-    bool list(Pass& pass, const py::list& param_groups);
-    /// Takes the parameter at the pass's position, and what was held for it, out of the pass again; `counts` are those
-    /// of the references before.
-    void leave_out(Pass& pass, Outcome outcome, const std::size_t (&counts)[3]);
-    /// Lists the parameter at the pass's position if it has a gradient.
-    Outcome list_parameter(Pass& pass, PyObject* parameter, PyObject* group);
-    /// The same where the gradient, or this process's part of it, was read.
-    Outcome list_dense(Pass& pass, PyObject* parameter, PyObject* grad, TensorKind kind);
-    /// The same for a sparse gradient.
-    Outcome list_rows(Pass& pass, PyObject* parameter, PyObject* grad, PyObject* group);
-    /// Reads the states of the parameter at the pass's position.
-    Outcome read_states(Pass& pass, PyObject* parameter, TensorKind kind);
-    /// Reads a tuple of some that are not in the optimizer's state yet.
-    Outcome read_new_states(Pass& pass, PyObject* tuple, TensorKind kind);
-    /// Holds the states of the parameter at the pass's position if nobody can have moved them since they were read.
-    bool hold_known_states(Pass& pass);
-    /// What is known of the states of the parameter at a position.
-    Known* known_states(Memory& memory, std::size_t position) const {
-        return memory.states.data() + position * state_count();
+                       const py::object& scaling, Prepared* prepared);
+    /// Makes the cache's listing the work list of a step. Returns false if a group is irregular.
+    bool list(Scan& scan, const py::list& param_groups);
+    /// Takes the parameter at the scan's position out of the scan again, and releases the references that were added
+    /// since their numbers were `counts`.
+    void leave_out(Scan& scan, Outcome outcome, const std::size_t (&counts)[3]);
+    /// Lists the parameter at the scan's position if it has a gradient.
+    Outcome list_parameter(Scan& scan, PyObject* parameter, PyObject* group);
+    /// Lists it with a dense gradient that was read: the gradient, or this process's part of a DTensor.
+    Outcome list_dense(Scan& scan, PyObject* parameter, PyObject* grad, TensorKind kind);
+    /// Lists it with a sparse gradient.
+    Outcome list_rows(Scan& scan, PyObject* parameter, PyObject* grad, PyObject* group);
+    /// Reads the states of the parameter at the scan's position.
+    Outcome read_states(Scan& scan, PyObject* parameter, TensorKind kind);
+    /// Reads a tuple of states that are not in the optimizer's state yet.
+    Outcome read_new_states(Scan& scan, PyObject* states, TensorKind kind);
+    /// Holds the states of the parameter at the scan's position, if all of them are cached.
+    bool hold_cached_states(Scan& scan);
+    /// The states of the parameter at a position, as the last step found them.
+    CachedTensor* cached_states(Cache& cache, std::size_t position) const {
+        return cache.states.data() + position * state_count();
     }
     std::size_t state_count() const { return state_keys_.size(); }
-    /// Reads a tensor, or this process's part of a DTensor; false if it is unusual.
-    bool read(PyObject* tensor, TensorKind kind, References& held, Known& known, TorchView& view,
+    /// Reads a tensor, or this process's part of a DTensor. Returns false if the core cannot read it.
+    bool read(PyObject* tensor, TensorKind kind, References& held, CachedTensor& cached, TorchView& view,
               std::vector<std::int64_t>& layout) const;
-    /// True if what the last step left to Python is unusual still. A pass over all the others would find no more.
-    bool finds_as_expected(Pass& pass, const py::list& param_groups);
-    /// Steps the listed tensors that are entangled, each seeing what those before it wrote, as in torch's loop.
-    void take_turns(const Memory& memory, const StepOptions& options) const;
-    /// Notes the parameters and items that overlap others; true if there are any. Says nothing of parameters that only
-    /// overlap each other.
-    bool find_overlaps(Pass& pass, const py::list& param_groups) const;
-    /// Tells autograd of what a step has written.
+    /// True if the parameters that the last step left to Python are irregular still. The step then goes to Python at
+    /// once, and the regular parameters are scanned only there.
+    bool is_still_irregular(Scan& scan, const py::list& param_groups);
+    /// Steps the listed tensors that overlap one after the other, as torch's loop does: each reads what those before it
+    /// wrote.
+    void step_in_sequence(const Cache& cache, const StepOptions& options) const;
+    /// Notes the parameters with sparse gradients and the items that overlap other memory, and the parameters that they
+    /// overlap. Returns true if there are any. Dense parameters are compared with each other by the listing.
+    bool find_overlaps(Scan& scan, const py::list& param_groups) const;
+    /// Tells autograd which tensors a step has written.
     void increment_versions(const References& held, bool with_states, bool with_grads) const;
-    void update(const Memory& memory, std::span<const TensorRef> tensors, std::int64_t elements, bool on_device,
+    void update(const Cache& cache, std::span<const TensorRef> tensors, std::int64_t elements, bool on_device,
                 const py::list& param_groups, const StepOptions& options, const py::object& scaling,
                 const std::vector<std::uint8_t*>& pending);
-    /// The flags of each tensor in the listing; empty if there are none at all.
-    std::vector<std::uint8_t*> pending_of(const Memory& memory) const;
+    /// The pending flags of each tensor in the listing; empty if no tensor has any.
+    std::vector<std::uint8_t*> pending_of(const Cache& cache) const;
 
     const int rule_;
     const std::vector<PyObject*> state_keys_;  // of the rule's states, interned
     TorchReader reader_;
     DeviceSteps device_steps_;
     std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending_;  // by state
-    std::unique_ptr<Memory> memory_;                                     // null while a step uses it
+    std::unique_ptr<Cache> cache_;                                       // null while a step uses it
 };
 
 }  // namespace sgdcore::bindings

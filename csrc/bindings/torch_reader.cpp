@@ -74,7 +74,7 @@ TorchReader::TorchReader(TorchInterface interface) : interface_(std::move(interf
 
 bool TorchReader::exchange(PyObject* tensor, DLTensor& dl) const {
     if (exchange_->dltensor_from_py_object_no_sync(tensor, &dl) == 0) return true;
-    // Quantized or such: not an error, only not for this path.
+    // A quantized tensor, say. This is no error: the tensor is left to Python code.
     if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
     PyErr_Clear();
     return false;
@@ -86,14 +86,14 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
     return exchanged_view(tensor, view);
 }
 
-bool TorchReader::view_grad(PyObject* grad, TensorIdentity& known, TorchView& view,
+bool TorchReader::view_grad(PyObject* grad, TensorIdentity& last, TorchView& view,
                             std::vector<std::int64_t>& layout) const {
     if (!access_) return this->view(grad, view, layout);
     if (!is_strided(grad)) return false;
     const TensorIdentity identity = this->identity(grad);
-    if (identity == known) return view_again(grad, view, layout);
+    if (identity == last) return view_again(grad, view, layout);
     if (!exchanged_view(grad, view)) return false;
-    known = identity;
+    last = identity;
     return true;
 }
 
@@ -116,8 +116,8 @@ bool TorchReader::exchanged_view(PyObject* tensor, TorchView& view) const {
     return dtype.has_value();
 }
 
-/// False for a sparse or complex tensor. The exchange function throws for it, or for its conjugate, in C++, which costs
-/// as much as a thousand tensors: torch notes the stack each time.
+/// True if the tensor is strided and of a storage type. The exchange function throws a C++ exception for sparse and
+/// conjugate complex tensors, which costs as much as a thousand tensors: torch records the stack each time.
 bool TorchReader::has_usual_elements(PyObject* tensor) const {
     void* const handle = reinterpret_cast<std::byte*>(tensor) + access_->offset;
     std::int32_t dtype;
@@ -169,8 +169,8 @@ bool TorchReader::sparse_view(PyObject* tensor, IndexView& indices, TorchView& v
 
 TensorKind TorchReader::kind_of_other(PyObject* object) const {
     PyTypeObject* const type = Py_TYPE(object);
-    for (const auto& [known, kind] : kinds_) {
-        if (known.ptr() == reinterpret_cast<PyObject*>(type)) return kind;
+    for (const auto& [seen, kind] : kinds_) {
+        if (seen.ptr() == reinterpret_cast<PyObject*>(type)) return kind;
     }
     auto held = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
     const auto kind = static_cast<TensorKind>(py::cast<int>(call(interface_.kind_of, py::make_tuple(held))));
@@ -227,7 +227,7 @@ bool TorchReader::view_again(PyObject* tensor, TorchView& view, std::vector<std:
     std::int32_t type, device, dtype;
     std::int64_t dimensions, *shape, *strides;
     void* data;
-    // The first one refuses what has no memory, which later ones would write to stderr about.
+    // The type of the device comes first: for a tensor without memory the other functions would write to stderr.
     if (get.device_type(handle, &type) != 0 || (type != get.cpu && type != get.cuda)) return false;
     if (get.dtype(handle, &dtype) != 0 || get.dim(handle, &dimensions) != 0 || get.sizes(handle, &shape) != 0 ||
         get.strides(handle, &strides) != 0 || get.data_ptr(handle, &data) != 0) {
@@ -300,7 +300,7 @@ void TorchReader::increment_versions(const py::list& tensors) const {
         return unless_python_ends([&] { return PyObject_CallOneArg(increment.ptr(), tensors.ptr()); });
     };
     PyObject* result = tell(interface_.increment_version);
-    if (result == nullptr && PyErr_ExceptionMatches(PyExc_RuntimeError)) {  // such as inference tensors have none
+    if (result == nullptr && PyErr_ExceptionMatches(PyExc_RuntimeError)) {  // inference tensors have no version
         PyErr_Clear();
         result = tell(interface_.increment_version_where_possible);
     }

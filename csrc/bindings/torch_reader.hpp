@@ -1,7 +1,7 @@
-// How torch's tensors are read: their memory, their gradients, and what else the step has to know of them.
+// Reads torch's tensors: their memory, their gradients, and their kind.
 //
 // torch's C++ library is not linked. Memory is read through the DLPack C exchange API, or through a Python function
-// where torch does not have it.
+// where torch lacks the API.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,20 +22,20 @@ namespace sgdcore::bindings {
 
 namespace py = pybind11;
 
-/// What to know of torch, from the Python side.
+/// torch's types and functions, handed in by the package.
 struct TorchInterface {
     py::object exchange_api;  // capsule, or None
-    /// describe(tensor) -> (address, shape, strides, dtype's name, number of the CUDA device or -1), or None for what
-    /// is not plain memory; used without exchange_api.
+    /// describe(tensor) -> (address, shape, strides, dtype's name, device), or None if the tensor is no plain memory.
+    /// Used without exchange_api.
     py::object describe;
-    /// (offset, addresses, codes) of TensorAccess, or None where torch does not have them.
+    /// (offset, addresses, codes) of TensorAccess, or None where torch lacks them.
     py::object access;
-    py::object increment_version;  // of a list of tensors; fails where one has no version
+    py::object increment_version;  // of a list of tensors; raises RuntimeError if one has no version
     py::object increment_version_where_possible;
-    py::object is_negated;  // of a tensor: the elements in memory have the opposite sign
+    py::object is_negated;  // of a tensor: its elements have the opposite sign of its memory
     py::object tensor_type, parameter_type, grad_descriptor, requires_grad_descriptor;
     py::object kind_of;  // of a type: TensorKind
-    /// Methods of a sparse COO tensor: its indices and its values, as they are.
+    /// Methods of a sparse COO tensor that return its indices and values without coalescing them.
     py::object sparse_indices, sparse_values;
     py::object current_stream;  // of a CUDA device: its address
     /// refuse_fullgraph(): raises RuntimeError if torch.compile was given the step itself with fullgraph=True.
@@ -44,12 +44,12 @@ struct TorchInterface {
 
 /// What a type of torch's is to a step.
 enum class TensorKind : std::uint8_t {
-    other,        // for Python code
-    plain,        // memory that is what it seems to be: torch's own types and subclasses that change nothing about it
-    distributed,  // a DTensor, of which this process has a part that is plain memory or not
+    other,        // left to Python code
+    plain,        // memory whose elements are the tensor's: torch's own types and subclasses without other operations
+    distributed,  // a DTensor, of which this process has a part
 };
 
-/// A tensor's memory. Shape and strides, in elements, are lent by the tensor.
+/// A tensor's memory. The tensor lends shape and strides, which count elements.
 struct TorchView {
     std::byte* data = nullptr;
     DType dtype = DType::float32;
@@ -58,7 +58,7 @@ struct TorchView {
     const std::int64_t *shape = nullptr, *strides = nullptr;
 };
 
-/// True if the elements lie in memory one after the other, the last axis being the fastest.
+/// True if the elements lie in memory one after the other, and the last axis is the fastest.
 bool in_c_order(const TorchView& view);
 
 /// The indices of a sparse tensor. Strides count elements.
@@ -67,9 +67,9 @@ struct IndexView {
     std::int64_t dimensions = 0, entries = 0, dimension_stride = 0, entry_stride = 0;
 };
 
-/// Functions of torch's stable C ABI (aoti_torch/c/shim.h) that tell where a tensor's elements are, and one that counts
-/// its changes. They take no reference to the tensor. DLPack's exchange function does, and torch (>= 2.10) then also
-/// takes one to the Python object and gives it back: 30 ns for a tensor that only Python refers to.
+/// Functions of torch's stable C ABI (aoti_torch/c/shim.h) that tell where a tensor's elements are, and one that
+/// increments its version. These functions take no reference to the tensor. DLPack's exchange function takes one, and
+/// torch (>= 2.10) then another one to the Python object: 30 ns for a tensor that only Python refers to.
 struct TensorAccess {
     template <class T>
     using Getter = std::int32_t (*)(void* handle, T* value);  // returns 0, or an error after it wrote to stderr
@@ -86,7 +86,7 @@ struct TensorAccess {
     void (*bump_version)(const void* handle) = nullptr;
 };
 
-/// What tells a tensor from others while both live. It does not refer to the tensor.
+/// Distinguishes a tensor from others that live at the same time. Holds no reference.
 struct TensorIdentity {
     PyObject* object = nullptr;
     const void* implementation = nullptr;  // which swap_tensors exchanges; null without TensorAccess
@@ -98,33 +98,35 @@ class TorchReader {
   public:
     explicit TorchReader(TorchInterface interface);
 
-    /// Reads where a tensor's elements are; false unless they lie in the memory of the CPU, or of a CUDA device that
-    /// can be used, as one of the storage types. `layout` keeps shape and strides where torch does not lend them.
+    /// Reads where a tensor's elements are. Returns false unless they have one of the storage types and lie in the
+    /// memory of the CPU, or of a CUDA device that can be used. `layout` keeps shape and strides where torch does not
+    /// lend them.
     bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
-    /// The same, faster, for a tensor that was viewed before, as its identity says.
+    /// `view` of a tensor that was viewed before, as its identity tells: not all is checked again, which saves time.
     bool view_again(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
-    /// The same for a gradient of a parameter whose elements are as usual. `known` is the last one's identity.
-    bool view_grad(PyObject* grad, TensorIdentity& known, TorchView& view, std::vector<std::int64_t>& layout) const;
+    /// `view` of the gradient of a parameter that was viewed. `last` is the identity of the last such gradient.
+    bool view_grad(PyObject* grad, TensorIdentity& last, TorchView& view, std::vector<std::int64_t>& layout) const;
     TensorIdentity identity(PyObject* tensor) const;
 
-    /// True for a sparse COO tensor; false, too, where torch does not tell.
+    /// True for a sparse COO tensor; false where the layout cannot be read.
     bool is_sparse_coo(PyObject* tensor) const;
-    /// Reads a sparse COO tensor on the CPU: indices, of shape (sparse dimensions, entries), which may be repeated, and
-    /// values, in C order. `parts` keeps the two tensors. False if the memory is not as a step takes it.
+    /// Reads a sparse COO tensor on the CPU: its indices, of shape (sparse dimensions, entries), and its values, in C
+    /// order. Indices may be repeated. `parts` keeps the two tensors. Returns false if a step does not take such
+    /// memory.
     bool sparse_view(PyObject* tensor, IndexView& indices, TorchView& values, std::array<py::object, 2>& parts) const;
 
     /// The gradient or None; a new reference.
     PyObject* grad(PyObject* parameter) const { return get(grad_getter_, parameter, "grad"); }
     bool requires_grad(PyObject* tensor) const;
 
-    /// True for torch's own type, whose memory is what it seems to be.
+    /// True for an instance of torch.Tensor itself.
     bool is_tensor(PyObject* object) const { return Py_TYPE(object) == tensor_type_; }
     TensorKind kind(PyObject* object) const {
         return Py_TYPE(object) == parameter_type_ || is_tensor(object) ? TensorKind::plain : kind_of_other(object);
     }
-    /// This process's part of a DTensor, a new reference; null if it is not memory of torch's own type.
+    /// This process's part of a DTensor, a new reference; null if the part is no instance of torch.Tensor itself.
     PyObject* local_part(PyObject* tensor) const;
-    /// True if two DTensors are placed alike.
+    /// True if two DTensors have the same mesh and placements.
     bool placed_alike(PyObject* a, PyObject* b) const;
 
     // These run Python code.
@@ -132,7 +134,7 @@ class TorchReader {
     const py::object& current_stream() const { return interface_.current_stream; }
     const py::object& refuse_fullgraph() const { return interface_.refuse_fullgraph; }
     void increment_versions(const py::list& tensors) const;
-    /// The same without a list. Returns false, maybe after some of them, if that is not possible.
+    /// `increment_versions` without Python code. Returns false, maybe after some tensors, if that is not possible.
     bool bump_versions(std::span<PyObject* const> tensors) const noexcept;
 
     int traverse(visitproc visit, void* arg) const;
@@ -150,10 +152,11 @@ class TorchReader {
     TorchInterface interface_;
     const DLPackExchangeAPI* exchange_ = nullptr;
     std::optional<TensorAccess> access_;
-    // The getters themselves, past the lookup of the attribute, which costs as much; null where torch has others.
+    // The attributes' getters, called without a lookup, which costs as much; null where the attribute is of another
+    // kind.
     const PyGetSetDef *grad_getter_ = nullptr, *requires_grad_getter_ = nullptr;
     PyTypeObject *tensor_type_, *parameter_type_;
-    mutable std::vector<std::pair<py::object, TensorKind>> kinds_;  // of types that were met
+    mutable std::vector<std::pair<py::object, TensorKind>> kinds_;  // the types' kinds, as far as they are known
 };
 
 }  // namespace sgdcore::bindings

@@ -33,8 +33,9 @@ void add_to(DType dtype, std::byte* sum, const std::byte* gradient, std::int64_t
 
 }  // namespace
 
-bool TorchRows::add(const TorchViews& views, const IndexView& indices, std::uint32_t group, bool first, Others others) {
-    const TorchView &param = views.param, &values = views.grad;
+bool TorchRows::add(const TorchOperands& operands, const IndexView& indices, std::uint32_t group, bool first_step,
+                    Others others) {
+    const TorchView &param = operands.param, &values = operands.grad;
     const auto sparse = static_cast<int>(indices.dimensions);
     if (sparse < 1 || sparse > param.dimensions || values.dimensions != 1 + param.dimensions - sparse ||
         !std::equal(param.shape + sparse, param.shape + param.dimensions, values.shape + 1)) {
@@ -42,8 +43,8 @@ bool TorchRows::add(const TorchViews& views, const IndexView& indices, std::uint
     }
     if (param.device != cpu_device || !in_c_order(param) || !in_c_order(values)) return false;
     bool fits = true;
-    views.for_each_state([&](int state) {
-        const TorchView& s = views.states[state];
+    operands.for_each_state([&](int state) {
+        const TorchView& s = operands.states[state];
         fits = fits && s.device == cpu_device && in_c_order(s) &&
                std::equal(param.shape, param.shape + param.dimensions, s.shape, s.shape + s.dimensions);
     });
@@ -55,17 +56,17 @@ bool TorchRows::add(const TorchViews& views, const IndexView& indices, std::uint
     tensor.param = param.data;
     tensor.param_dtype = param.dtype;
     tensor.grad_dtype = values.dtype;
-    tensor.first = first;
-    views.for_each_state([&](int state) {
-        tensor.states[state] = views.states[state].data;
-        tensor.state_dtypes[state] = views.states[state].dtype;
+    tensor.first_step = first_step;
+    operands.for_each_state([&](int state) {
+        tensor.states[state] = operands.states[state].data;
+        tensor.state_dtypes[state] = operands.states[state].dtype;
     });
     if (size_of(param) > 0) {
         if (param.data == nullptr || (size_of(values) > 0 && values.data == nullptr)) return false;
         others == Others::stay ? list_rows(tensor, values) : list_all(tensor, param, values);
     }
     claims_.push_back(claim_of(param, count_, true));
-    views.for_each_state([&](int state) { claims_.push_back(claim_of(views.states[state], count_, true)); });
+    operands.for_each_state([&](int state) { claims_.push_back(claim_of(operands.states[state], count_, true)); });
     claims_.push_back(claim_of(values, count_, false));
     ++count_;
     return true;

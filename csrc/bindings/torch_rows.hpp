@@ -1,6 +1,6 @@
-// The updates of parameters with sparse gradients. Where the rows that the gradient does not name stay as they are,
-// each of the others is a tensor of the work list, read and written in place; gradients of one row are added up first.
-// Else the gradient is written out with its zeros.
+// The updates of parameters with sparse gradients. Where the rows without a gradient stay as they are, each row with
+// one is a tensor of the work list, read and written in place; several gradients of one row are added up first.
+// Otherwise the gradient is written out as a dense one.
 #pragma once
 
 #include <cstddef>
@@ -19,34 +19,35 @@ namespace sgdcore::bindings {
 
 class TorchRows {
   public:
-    /// What a sparse gradient means for the rows that it does not name: nothing, or zeros.
+    /// What a step does to the rows without a gradient: nothing, or an update with a gradient of zeros.
     enum class Others { stay, have_zeros };
 
-    /// Lists an update, whose gradient are the `indices` and the values that `views` has. The states hold nothing yet
-    /// if it is the `first`. A row is what belongs to one index of the first `indices.dimensions` axes. False, with
-    /// nothing listed, unless all arrays are in C order on the CPU, of fitting shapes, and the indices in range.
-    bool add(const TorchViews& views, const IndexView& indices, std::uint32_t group, bool first, Others others);
+    /// Lists an update. The gradient has the indices `indices` and the values of `operands`. A row has one index along
+    /// each of the first `indices.dimensions` axes. Returns false, with nothing listed, unless all arrays are in C
+    /// order on the CPU, their shapes fit, and the indices are in range.
+    bool add(const TorchOperands& operands, const IndexView& indices, std::uint32_t group, bool first_step,
+             Others others);
 
     std::span<const TensorRef> tensors() const { return tensors_; }
     std::int64_t elements() const { return elements_; }
-    /// What the listed parameters' steps read and write; the owner is the number of the parameter.
+    /// The memory that the listed parameters' steps read and write; the owner is the number of the parameter.
     const std::vector<Claim>& claims() const { return claims_; }
     /// How many parameters are listed.
     std::size_t count() const { return count_; }
 
   private:
-    /// A row, the first of its gradients, and the place of their sum among sums; -1 if there is only one.
+    /// A row: its index, the first entry that names it, and the number of its sum; -1 if it has one gradient.
     struct Row {
         std::int64_t index, entry, sum;
     };
-    /// Lists what `tensor` tells for each row, or for all elements with a gradient that has zeros.
+    /// Lists each row of the tensor.
     void list_rows(TensorRef tensor, const TorchView& values);
+    /// Lists the whole tensor, with a dense gradient.
     void list_all(TensorRef tensor, const TorchView& param, const TorchView& values);
-    /// Makes `index_of_entry_` the rows by entry, and `rows_` the different ones with their positions by entry if the
-    /// others stay. False if an index is out of range.
+    /// Fills `index_of_entry_`, and `rows_` and `row_of_entry_` if the others stay. Returns false if an index is out of
+    /// range.
     bool find_rows(const TorchView& param, const IndexView& indices, Others others);
-    /// Adds up the gradients of equal indices in their order and their storage type, as torch's coalesce() does.
-    /// Returns the memory of the sums.
+    /// Adds up the gradients of each row in their order and storage type, as torch's coalesce() does. Returns the sums.
     const std::byte* add_up(const TorchView& values, std::int64_t row_size);
 
     std::vector<TensorRef> tensors_;
@@ -56,13 +57,13 @@ class TorchRows {
     struct Free {
         void operator()(std::byte* memory) const { std::free(memory); }
     };
-    std::vector<std::unique_ptr<std::byte, Free>> sums_;  // of gradients
+    std::vector<std::unique_ptr<std::byte, Free>> sums_;  // memory of gradients that were added up
 
-    // Of the parameter under way.
+    // Of the parameter that is being added.
     std::vector<Row> rows_;
     std::vector<std::uint32_t> row_of_entry_;
     std::vector<std::int64_t> index_of_entry_;
-    std::vector<std::uint32_t> table_;  // positions in rows_ by the hash of a row's index
+    std::vector<std::uint32_t> table_;  // a hash table of rows_ by their index
     std::int64_t sum_count_ = 0;
 };
 

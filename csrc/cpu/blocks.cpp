@@ -1,8 +1,8 @@
-// The way of one block: gather the gradient if it is strided, convert what the kernel does not read as it is stored,
-// scale the gradient, run the kernel, convert back, clear the gradient. A block stays in the L1 cache all the while.
+// The way of one block: a strided gradient is gathered, arrays are converted to the compute type, the gradient is
+// scaled, the kernel runs, results are converted back, the gradient is cleared. A block stays in the L1 cache all the
+// while.
 //
-// Gradient and state are read from memory before anything of the block is written, so arrays may be converted in any
-// order.
+// Gradient and states are read before anything of the block is written, so arrays may be converted in any order.
 #include "blocks.hpp"
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace sgdcore::cpu {
 namespace {
 
-// Elements that are handled together where nothing is copied.
+// The elements of a block where nothing is copied.
 constexpr std::int64_t direct_block = 1024;
 
 std::int64_t bytes_of(DType dtype, std::int64_t count) { return count * static_cast<std::int64_t>(item_size(dtype)); }
@@ -26,9 +26,9 @@ class Blocks {
            const StepOptions& options)
         : table_(table), choice_(choice), tensor_(tensor), values_(values), scale_(options.grad_factor) {}
 
-    /// Updates `count` elements from `first` on, with a gradient in the parameter's order at `grad`.
-    void update(Staging& staging, std::int64_t first, std::int64_t count, const std::byte* grad) const {
-        std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, first);
+    /// Updates `count` elements from `start` on, with a gradient in the parameter's order at `grad`.
+    void update(Staging& staging, std::int64_t start, std::int64_t count, const std::byte* grad) const {
+        std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, start);
         if (scale_ != 1 || is_staged(tensor_.grad_dtype)) {
             decode(tensor_.grad_dtype, grad, count, staging.grad);
             if (scale_ != 1) table_.scale[choice_.wide](staging.grad, count, scale_);
@@ -40,7 +40,7 @@ class Blocks {
         for (int state = 0; state < max_states; ++state) {
             if (choice_.uses[state] == Use::none) continue;
             const DType dtype = tensor_.state_dtypes[state];
-            states[state] = stored(state, first);
+            states[state] = stored(state, start);
             if (!is_staged(dtype)) continue;
             if (choice_.uses[state] == Use::update) decode(dtype, states[state], count, staging.states[state]);
             states[state] = staging.states[state];
@@ -48,7 +48,7 @@ class Blocks {
         choice_.kernel(stages_param ? staging.param : param, grad, states, count, values_);
         for (int state = 0; state < max_states; ++state) {
             if (states[state] != staging.states[state]) continue;
-            encode(tensor_.state_dtypes[state], states[state], count, stored(state, first));
+            encode(tensor_.state_dtypes[state], states[state], count, stored(state, start));
         }
         if (stages_param) encode(tensor_.param_dtype, staging.param, count, param);
     }
@@ -59,13 +59,13 @@ class Blocks {
     }
 
   private:
-    /// Whether the kernel works on a copy of an array of this type.
+    /// True if the kernel works on a copy of an array of this type.
     bool is_staged(DType dtype) const {
         return !choice_.direct && dtype != (choice_.wide ? DType::float64 : DType::float32);
     }
-    /// Where a state's elements are from `first` on.
-    std::byte* stored(int state, std::int64_t first) const {
-        return tensor_.states[state] + bytes_of(tensor_.state_dtypes[state], first);
+    /// The address of a state's elements from `start` on.
+    std::byte* stored(int state, std::int64_t start) const {
+        return tensor_.states[state] + bytes_of(tensor_.state_dtypes[state], start);
     }
     void decode(DType dtype, const std::byte* from, std::int64_t count, std::byte* to) const {
         table_.decode[static_cast<int>(dtype)][choice_.wide](from, count, to);
@@ -97,14 +97,14 @@ void update_blocks(const KernelTable& table, const Choice& choice, const TensorR
                    const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end) {
     const Blocks blocks(table, choice, tensor, values, options);
     const bool strided = !tensor.grad_axes.empty();
-    // An element that others still have to read is cleared by `run`.
+    // `run` clears gradients whose elements overlap: later blocks still have to read them.
     const bool clear = options.zero_grad && !grad_may_overlap(tensor);
     StridedGradient reader(tensor, begin), cleaner(tensor, begin);
-    for (std::int64_t first = begin; first < end; first += blocks.size()) {
-        const std::int64_t count = std::min(blocks.size(), end - first);
-        std::byte* const contiguous = tensor.grad + bytes_of(tensor.grad_dtype, first);
+    for (std::int64_t start = begin; start < end; start += blocks.size()) {
+        const std::int64_t count = std::min(blocks.size(), end - start);
+        std::byte* const contiguous = tensor.grad + bytes_of(tensor.grad_dtype, start);
         if (strided) reader.gather(staging.gathered, count);
-        blocks.update(staging, first, count, strided ? staging.gathered : contiguous);
+        blocks.update(staging, start, count, strided ? staging.gathered : contiguous);
         if (clear && strided) {
             cleaner.clear(count);
         } else if (clear) {

@@ -1,4 +1,4 @@
-// Updates block by block what no kernel updates as it is.
+// Updates tensors block by block where no kernel takes the arrays as they are.
 #pragma once
 
 #include "../work.hpp"
@@ -16,8 +16,8 @@ struct Choice {
 
 constexpr std::int64_t staging_bytes = 4096;  // of each array
 
-/// A thread's copies of a block in the compute type; `gathered` is one in the gradient's own. On the heap: OpenMP's
-/// threads may have stacks of 16 KiB (OMP_STACKSIZE).
+/// A thread's staging buffers: a block of each array in the compute type, and `gathered` in the gradient's own type.
+/// They are on the heap, since OpenMP's threads may have stacks of 16 KiB (OMP_STACKSIZE).
 struct Staging {
     alignas(cache_line) std::byte gathered[staging_bytes];
     alignas(cache_line) std::byte param[staging_bytes];
@@ -25,7 +25,7 @@ struct Staging {
     alignas(cache_line) std::byte states[max_states][staging_bytes];
 };
 
-/// Memory for `count` threads of a step that the calling thread takes. The calling thread keeps it for its next steps.
+/// Staging buffers for `count` threads of a step of the calling thread, which keeps them for its next steps.
 Staging* staging_for(int count);
 
 /// Updates the elements [begin, end) of a tensor whose gradient is strided, to be scaled or to be cleared, or whose

@@ -1,4 +1,4 @@
-// Instruction sets: which ones this build holds, which this machine runs, and which one is used.
+// Instruction sets: those that are compiled in, those that this machine runs, and the one in use.
 #pragma once
 
 #include <span>
@@ -15,15 +15,15 @@ struct InstructionSet {
     const KernelTable* table;
 };
 
-/// Everything compiled in, the most demanding first.
+/// All that are compiled in, the most demanding first.
 std::span<const InstructionSet> instruction_sets();
 
-/// The one in use: what `use_instruction_set` chose, else what the environment variable SGDCORE_ISA names, else
-/// the first one the machine supports. Chosen at the first call.
+/// The one in use: that of `use_instruction_set`, else that of the environment variable SGDCORE_ISA, else the first one
+/// that the machine runs. Chosen at the first call.
 /// Throws std::invalid_argument if SGDCORE_ISA names one that is unknown or that this machine cannot run.
 const InstructionSet& instruction_set();
 
-/// Uses the named one from now on; an empty name means the default again. Throws like `instruction_set`.
+/// Uses the named one from now on; an empty name returns to the default. Throws as `instruction_set` does.
 void use_instruction_set(std::string_view name);
 
 }  // namespace sgdcore::cpu

@@ -1,8 +1,8 @@
 // The CPU kernels: the loop around the rules, and the conversions of storage types. The build compiles this file once
 // per instruction set with SGDCORE_KERNEL_TABLE naming the table it defines.
 //
-// The compiler vectorises the plain loop, tail included. Only the table leaves this file: everything else is
-// in an anonymous namespace or always_inline.
+// The compiler vectorises the plain loop, tail included. Only the table is visible outside of this file: all else is in
+// an anonymous namespace or always_inline.
 #include "kernel.hpp"
 
 #include <bit>
@@ -12,7 +12,7 @@
 namespace sgdcore::cpu {
 namespace {
 
-/// Calls `function(i)` for each state, with the number as a constant.
+/// Calls `function(i)` for each state, with its number as a constant.
 template <int count, class Function>
 SGDCORE_INLINE void for_each_state(Function function) {
     [&]<int... i>(std::integer_sequence<int, i...>) SGDCORE_INLINE_LAMBDA {
@@ -50,7 +50,7 @@ struct Loops {
     static constexpr bool reads(int state) { return R::use(variant, state) == Use::update; }
     static constexpr bool writes(int state) { return R::use(variant, state) != Use::none; }
 
-    // Only parameters of a function can be `restrict`: hence one for each state there may be.
+    // Only parameters of a function can be `restrict`, so there is one for each possible state.
     static_assert(max_states == 3);
 #define SGDCORE_ARRAYS                                                                                              \
     std::byte *SGDCORE_RESTRICT param, const std::byte *SGDCORE_RESTRICT grad, std::byte *SGDCORE_RESTRICT state_0, \
@@ -63,7 +63,7 @@ struct Loops {
     static SGDCORE_INLINE std::int64_t update_bfloat16_pairs(const Coefficients& coefficients, SGDCORE_ARRAYS,
                                                              std::int64_t size) {
         static_assert(std::endian::native == std::endian::little);
-        // Only a NaN among the coefficients could bring one whose bits rounded_bits does not keep.
+        // rounded_bits keeps all NaNs except those that come from a NaN among the coefficients.
         if (coefficients.has_nan()) return 0;
         using storage::BFloat16;
         using Words = Unaligned<std::uint32_t>;
@@ -178,14 +178,14 @@ struct Loops {
 
 /// True if the variant writes a state whose old content it does not read.
 template <class R, typename R::Variant variant>
-constexpr bool is_first() {
+constexpr bool is_first_step() {
     for (int state = 0; state < state_count<R>; ++state) {
         if (R::use(variant, state) == Use::write) return true;
     }
     return false;
 }
 
-/// The rule that a variant's kernels are compiled for: R, unless R names another one that updates alike.
+/// The rule that a variant's kernels are compiled for: R, unless R names another rule with the same update.
 template <class R, typename R::Variant variant>
 struct KernelRule {
     using type = R;
@@ -196,10 +196,10 @@ struct KernelRule<R, variant> {
     using type = typename R::template Kernel<variant>;
 };
 
-/// Where memory alone is the limit, wide vectors only cost (see CMakeLists.txt). Conversions of 16-bit storage are
-/// worth them: a bfloat16 step over 64M elements on one thread of a Zen 4 machine took 13.3 ms with them, 14.7 without.
+/// Where memory is the limit, wide vectors only cost (see CMakeLists.txt). Conversions of 16-bit storage gain by them:
+/// a bfloat16 step over 64M elements on one thread of a Zen 4 machine took 13.3 ms with them, 14.7 without.
 ///
-/// A tensor's first step happens once: where its storage is converted it goes by blocks.
+/// A tensor's first step happens once, so over 16-bit storage it goes by blocks.
 template <class R, int index>
 constexpr Kernel kernel_at() {
     constexpr Storage types = direct_storage[index / variant_count<R>];
@@ -209,7 +209,7 @@ constexpr Kernel kernel_at() {
     constexpr bool converts = item_size(types.param) == 2 || item_size(types.grad) == 2 || item_size(types.state) == 2;
     if constexpr (!converts) {
         return Kernels::narrow;
-    } else if constexpr (is_first<R, variant>()) {
+    } else if constexpr (is_first_step<R, variant>()) {
         return nullptr;
     } else {
         return Kernels::wide;

@@ -1,12 +1,12 @@
 // The interface between the kernels, compiled once per instruction set, and the code that picks and drives them.
 //
-// A rule has a kernel for each of its variants and each combination of storage types in `direct_storage`, but for
-// first steps over 16-bit storage. Anything else is converted block by block to the compute type, whose kernel is among
-// these, and back. So the number of kernels is rules x variants x direct combinations, and that of conversions is
+// A rule has a kernel for each of its variants and each combination of storage types in `direct_storage`, except first
+// steps over 16-bit storage. All other combinations are converted block by block to the compute type and back. So the
+// number of kernels is rules x variants x direct combinations, and that of conversions is
 // storage types x compute types.
 //
-// No standard containers here: this header is included by the kernel source, where an inline function must not
-// survive as a symbol (see platform.hpp).
+// This header has no standard containers: the kernel source includes it, where no inline function may become a symbol
+// (see platform.hpp).
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@
 
 namespace sgdcore::cpu {
 
-/// Updates `size` elements. Any alignment; the arrays must not overlap. A state that the variant leaves alone is not
-/// touched, one that it only writes is not read; `grad` is not written.
+/// Updates `size` elements. The arrays may have any alignment and must not overlap. `grad` is not written. Use says
+/// what is done with each state.
 using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* const* states, std::int64_t size,
                         const Values& values);
 
@@ -40,8 +40,8 @@ struct Storage {
     DType param, grad, state;
 };
 
-/// What kernels read and write without a conversion: each storage type by itself, the compute types first, and the
-/// usual mixtures of 16 and 32 bits.
+/// The combinations that kernels read and write without staging: each storage type throughout, the compute types first,
+/// and the usual mixtures of 16 and 32 bits.
 inline constexpr Storage direct_storage[] = {
     {DType::float32, DType::float32, DType::float32},  {DType::float64, DType::float64, DType::float64},
     {DType::float16, DType::float16, DType::float16},  {DType::bfloat16, DType::bfloat16, DType::bfloat16},
@@ -77,11 +77,10 @@ struct RuleKernels {
     Kernel find(int direct, int variant) const { return kernels[direct * variants + variant]; }
 };
 
-/// One instruction set's code. Where two entries stand, the second is float64's as the compute type, the first
-/// float32's.
+/// One instruction set's code. Of two entries the first is for the compute type float32, the second for float64.
 struct KernelTable {
     RuleKernels rules[Rules::size];
-    Conversion decode[dtype_count][2];  // null for what is never converted: float64 to float32
+    Conversion decode[dtype_count][2];  // null for float64 to float32, which never happens
     Conversion encode[dtype_count][2];
     Scaling scale[2];
     MemoryPass memory_pass;

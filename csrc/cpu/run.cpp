@@ -1,8 +1,8 @@
 // Cuts the work list into one equal part per thread and drives the kernels over each part.
 //
-// The list is treated as one long row of elements; each thread takes an equal slice of it, whichever tensors that
-// covers. Cuts fall on cache lines of the parameter, so no two threads write to the same line, and since
-// the rule works element by element, where they fall does not change a bit.
+// The list is treated as one long row of elements. Each thread takes an equal slice of the row, whichever tensors that
+// covers. Cuts fall on cache lines of the parameter, so no two threads write to the same line. The rule works element
+// by element, so the places of the cuts change no bit.
 #include "run.hpp"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ constexpr std::int64_t cut_granularity = 64;  // elements; a whole number of cac
 // Below this many elements per thread, waking the thread costs more than it saves.
 constexpr std::int64_t elements_per_thread = 32 * 1024;
 
-/// The part of `tensor` before its `position`-th element that ends on a cache line of the parameter.
+/// The last cut at or before the `position`-th element of `tensor`: a cache line of the parameter begins there.
 std::int64_t cut_at(const TensorRef& tensor, std::int64_t position) {
     if (position <= 0) return 0;
     if (position >= tensor.size) return tensor.size;
@@ -51,7 +51,7 @@ template <class R>
 SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor, const Hyper& hyper,
                              const StepOptions& options) {
     bool wide = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64;
-    // The type of the states that take part. Without any, it plays no part either.
+    // The type of the states that take part. Without such states the type has no effect.
     DType state_dtype = tensor.param_dtype;
     bool found = false, alike = true;
     for (int state = 0; state < state_count<R>; ++state) {
@@ -62,11 +62,11 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
         state_dtype = dtype;
         found = true;
     }
-    // A gradient that is scaled comes to the kernel in the compute type.
+    // The kernel gets a scaled gradient in the compute type.
     const DType compute = wide ? DType::float64 : DType::float32;
     const DType grad = options.grad_factor == 1 ? tensor.grad_dtype : compute;
     const int direct = alike ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
-    const int variant = hyper.variant(tensor.first);
+    const int variant = hyper.variant(tensor.first_step);
     const Use* const uses = uses_of<R>.of[variant];
     const Kernel kernel = direct < 0 ? nullptr : kernels.find(direct, variant);
     if (kernel != nullptr) return {kernel, true, wide, uses};
@@ -79,7 +79,7 @@ struct Work {
     std::span<const Hyper> hypers;
     const StepOptions& options;
     std::int64_t total;
-    Staging* staging;  // one for each thread; null until it is needed where there is one tensor and one thread
+    Staging* staging;  // one for each thread; may be null where there is one tensor and one thread
 };
 
 /// Updates the elements [begin, end) of one tensor.
@@ -106,17 +106,15 @@ SGDCORE_INLINE void update_range(const Work& work, const TensorRef& tensor, int 
 template <class R>
 void run_slice(void* context, int thread, int count) {
     const Work& work = *static_cast<const Work*>(context);
-    // total * thread could overflow; the remainder is spread over the first threads by the second term.
+    // total * thread could overflow. The second term spreads the remainder over the first threads.
     const std::int64_t share = work.total / count, rest = work.total % count;
     const std::int64_t begin = share * thread + std::min<std::int64_t>(thread, rest);
     const std::int64_t end = begin + share + (thread < rest ? 1 : 0);
     std::int64_t start = 0;  // of the current tensor, in the row of all elements
     for (const TensorRef& tensor : work.tensors) {
         if (start >= end) break;
-        const std::int64_t first = cut_at(tensor, begin - start), last = cut_at(tensor, end - start);
-        if (first < last) {
-            update_range<R>(work, tensor, thread, first, last);
-        }
+        const std::int64_t from = cut_at(tensor, begin - start), to = cut_at(tensor, end - start);
+        if (from < to) update_range<R>(work, tensor, thread, from, to);
         start += tensor.size;
     }
 }
@@ -126,7 +124,7 @@ void run_slice(void* context, int thread, int count) {
 void run(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, const StepOptions& options) {
     std::int64_t total = 0;
     for (const TensorRef& tensor : tensors) total += tensor.size;
-    // num_threads() asks OpenMP, which is not worth it for the smallest steps.
+    // num_threads() asks OpenMP, which the smallest steps would notice.
     const std::int64_t worth = total / elements_per_thread;
     const int threads = worth < 2 ? 1 : static_cast<int>(std::min<std::int64_t>(worth, num_threads()));
     // Memory is allocated before anything is changed.
@@ -134,7 +132,7 @@ void run(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, cons
     Work work{*instruction_set().table, tensors, hypers, options, total, staging};
     with_rule(options.rule, [&]<class R>(RuleTag<R>) SGDCORE_INLINE_LAMBDA {
         if (threads == 1) {
-            // Without the cuts, whose divisions the smallest steps notice.
+            // The smallest steps would notice the divisions of the cuts.
             for (const TensorRef& tensor : tensors) {
                 if (tensor.size > 0) update_range<R>(work, tensor, 0, 0, tensor.size);
             }

@@ -1,8 +1,9 @@
-// The threads are those of libgomp, GCC's OpenMP runtime, because torch's wheels load the same: both share one pool
+// The threads are those of libgomp, GCC's OpenMP runtime. torch's wheels load libgomp, too, so both share one pool
 // instead of fighting for the cores.
 //
-// The region is started by the call that GCC makes of `#pragma omp parallel`. Clang makes another of it, which only its
-// own runtime has, and a process with torch in it would then have two pools. (Clang's runtime has this call, too.)
+// A region is started by GOMP_parallel, the call that GCC makes of `#pragma omp parallel`. Clang would call a function
+// that only its own runtime has, and a process with torch would have two pools. (Clang's runtime has GOMP_parallel,
+// too.)
 #include "threads.hpp"
 
 #include <atomic>
@@ -13,8 +14,8 @@
 
 #if defined(SGDCORE_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
-// libgomp is not instrumented, so the sanitizer cannot see that a region starts after what came before it and ends
-// before what follows. These two say so; everything between them is checked.
+// libgomp is not instrumented, so the sanitizer does not see how a region is ordered with the code before and after it.
+// These two macros tell. Everything between them is checked.
 #define SGDCORE_HAPPENS_BEFORE(tag) __tsan_release(tag)
 #define SGDCORE_HAPPENS_AFTER(tag) __tsan_acquire(tag)
 #define SGDCORE_NO_SANITIZE_THREAD __attribute__((no_sanitize_thread))
@@ -24,7 +25,7 @@
 #define SGDCORE_NO_SANITIZE_THREAD
 #endif
 
-// Declared here: clang comes without omp.h, and finds GCC's only where it is told to.
+// Declared here, since clang has no omp.h and does not find GCC's.
 extern "C" {
 int omp_get_max_threads(void);
 int omp_get_thread_num(void);
@@ -58,8 +59,8 @@ void run_thread(void* data) {
 }  // namespace
 
 int num_threads() {
-    // A child inherits libgomp's record of a thread pool, but not the threads: its first parallel region would wait for
-    // them forever.
+    // A forked child inherits libgomp's record of a thread pool without the threads: its first parallel region would
+    // wait for them forever.
     if (forks() > 0) return 1;
     const int count = requested.load(std::memory_order_relaxed);
     return count > 0 ? count : omp_get_max_threads();

@@ -1,10 +1,10 @@
-// Threads: how many work on a step, and the one parallel region that runs them.
+// Threads: how many work on a step, and the parallel region.
 #pragma once
 
 namespace sgdcore::cpu {
 
-/// The number of threads a large step uses: what `set_num_threads` chose, else OpenMP's own setting
-/// (OMP_NUM_THREADS, torch.set_num_threads); always 1 in a forked child, where OpenMP's pool does not exist.
+/// The number of threads that a large step uses: that of `set_num_threads`, else OpenMP's setting (OMP_NUM_THREADS,
+/// torch.set_num_threads). Always 1 in a forked child, where OpenMP's pool does not exist.
 int num_threads();
 
 /// Chooses the number of threads; 0 follows OpenMP's setting again.

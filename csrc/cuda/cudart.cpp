@@ -8,7 +8,7 @@ namespace {
 
 void require(cudaError_t error, const char* call, int device = cpu_device) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // or the next call of anyone would report it again, if it is no lasting one
+    cudaGetLastError();  // otherwise the next CUDA call in this thread would report the error again
     std::string text = call;
     if (device != cpu_device) text += " on device " + std::to_string(device);
     throw CudaError(text + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
@@ -34,8 +34,8 @@ class CurrentDevice {
     bool changed_ = false;
 };
 
-/// Lets the thread make calls that a capture in the default mode, of this thread or another, forbids because they might
-/// act on what is captured. Ours act on memory and events that no capture knows.
+/// Lets the thread make calls that a capture in the default mode, of any thread, forbids because they might act on
+/// captured memory. The calls here act on memory and events that are part of no capture.
 class BesideCaptures {
   public:
     BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -175,7 +175,7 @@ class CudaRuntime final : public Runtime {
     }
 
   private:
-    /// Ignores errors: the driver may be gone when the process ends.
+    /// Ignores errors: the driver may have ended before.
     template <class Function>
     static void release(int device, Function function) noexcept {
         try {
@@ -191,7 +191,7 @@ class CudaRuntime final : public Runtime {
 }  // namespace
 
 Runtime& cuda_runtime() {
-    static auto& runtime = *new CudaRuntime;  // never destroyed: optimizers may go later than static objects
+    static auto& runtime = *new CudaRuntime;  // never destroyed: optimizers may end later than static objects
     return runtime;
 }
 

@@ -9,10 +9,10 @@
 
 namespace sgdcore::cuda {
 
-/// Lives until the process ends. Works without a driver as far as `device_count`, which then says what is missing.
+/// Lives until the process ends. Without a driver `device_count` throws CudaError that says what is missing.
 Runtime& cuda_runtime();
 
-// The kernels' starts, and how many blocks of a step's a multiprocessor holds; on the current device.
+// Launches of the kernels, and the number of a step's blocks that a multiprocessor holds, on the current device.
 cudaError_t start_kernel(std::int64_t blocks, const Launch& launch, cudaStream_t stream);
 cudaError_t start_memory_pass(std::int64_t blocks, const MemoryPassArrays& arrays, cudaStream_t stream);
 cudaError_t kernel_occupancy(int* blocks);

@@ -1,4 +1,4 @@
-// The kernels, with the bodies that kernel.hpp and memory_pass.hpp have for host and device, and their starts.
+// The kernels and their launches. The bodies, for host and device, are in kernel.hpp and memory_pass.hpp.
 #include "kernel.hpp"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace sgdcore::cuda {
 namespace {
 
-/// A block of the device, seen from one of its threads.
+/// A block of the device, as one of its threads uses it.
 struct DeviceBlock {
     __device__ std::int64_t index() const { return blockIdx.x; }
     __device__ std::int64_t count() const { return gridDim.x; }

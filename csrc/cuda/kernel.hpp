@@ -1,10 +1,9 @@
 // The kernel's body: the walk over chunks. Compiled by nvcc for the device, and by the C++ compiler for the simulated
 // one that the tests use.
 //
-// Invariants. A chunk belongs to one block, and an element of it to one thread, which alone reads and writes it; so
-// blocks and threads may come in any order, and the rule, compiled without contraction, gives the CPU's bits.
-// Arithmetic in float64 that does not belong to an element is left to one thread of a block: on many devices it has
-// 1/64 of float32's rate.
+// Invariants. A chunk belongs to one block, and an element to one thread, which alone reads and writes the element. So
+// blocks and threads may run in any order, and the rule, compiled without contraction, gives the CPU's bits. One thread
+// of a block does all float64 arithmetic that belongs to no element: many devices have 1/64 of float32's rate for it.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +12,17 @@
 
 namespace sgdcore::cuda {
 
-/// Puts the `number`-th of the numbers that a device may read among `values`, if it is on the device.
+/// Reads the `number`-th of the hyperparameters that a device may read into `values`, if it is on the device.
 template <class R, int number>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void read_on_device(const DeviceHyper& group, Values& values) {
     if constexpr (device_hyper<R, number> >= 0) {
-        const DeviceNumber& source = group.on_device[number];
-        if (source.address != nullptr)
-            values[device_hyper<R, number>] = load_as<double>(source.dtype, source.address, 0);
+        const DeviceScalar& scalar = group.scalars.of[number];
+        if (scalar.address != nullptr)
+            values[device_hyper<R, number>] = load_as<double>(scalar.dtype, scalar.address, 0);
     }
 }
 
-/// Finds out what there is to do for a chunk.
+/// Puts together the work of one chunk.
 template <class R>
 SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t number, Work<R>& work) {
     const Chunk chunk = launch.chunks[number];
@@ -32,10 +31,10 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     static_assert(max_device_hypers == 2);
     read_on_device<R, 0>(launch.hypers[tensor.hyper], values);
     read_on_device<R, 1>(launch.hypers[tensor.hyper], values);
-    bool first = tensor.first;
+    bool first_step = tensor.first_step;
     if (tensor.pending != nullptr) {
-        // This block alone has the chunk, and goes on to fill its states.
-        first = first || tensor.pending[chunk.index] != 0;
+        // No other block has this chunk, and this block will fill the chunk's states.
+        first_step = first_step || tensor.pending[chunk.index] != 0;
         tensor.pending[chunk.index] = 0;
     }
     const std::int64_t start = chunk.index * chunk_size;
@@ -58,7 +57,7 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
         work.state_dtypes[state] = dtype;
         work.in_float64 = work.in_float64 || (memory != nullptr && dtype == DType::float64);
     }
-    work.variant = R::variant(values, first);
+    work.variant = R::variant(values, first_step);
     with_variant<R>(work.variant, [&](auto index) {
         for (int state = 0; state < state_count<R>; ++state) {
             work.uses[state] = R::use(R::variants[decltype(index)::value], state);
@@ -67,7 +66,7 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     work.path = tensor.path;
     work.grad_in_vectors = tensor.grad_in_vectors;
     work.zero_grad = launch.zero_grad;
-    // As torch's GradScaler undoes its scale: the reciprocal in float64, rounded to float32.
+    // torch's GradScaler undoes its scale by the reciprocal in float64, rounded to float32.
     work.factor = launch.grad_scale == nullptr
                       ? launch.grad_factor
                       : static_cast<double>(static_cast<float>(1 / static_cast<double>(*launch.grad_scale)));
@@ -102,20 +101,20 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_in_vectors(const Work<R>& work, in
     return 0;
 }
 
-/// Updates what one thread has of a chunk.
+/// Updates one thread's elements of a chunk.
 template <class R>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void update(const Work<R>& work, int thread) {
     const int in_vectors = update_in_vectors(work, thread);
-    // The rest, before and behind the vectors: a few elements, or all.
+    // The elements before and behind the vectors: a few, or all.
     for (int i = thread; i < work.count - in_vectors; i += block_threads) {
         update_element(work, i < work.head ? i : i + in_vectors);
     }
 }
 
-/// What one block does: every `block.count()`-th chunk, from `block.index()` on.
+/// Updates every `block.count()`-th chunk, from `block.index()` on.
 ///
-/// `leader(f)` calls f() in one thread of the block, `each_thread(f)` calls f(thread) in all, and `barrier()` waits for
-/// all. The leader prepares the next chunk while the others update.
+/// `leader(f)` calls f() in one thread of the block, `each_thread(f)` calls f(thread) in all threads, and `barrier()`
+/// waits for all. The leader prepares the next chunk while the other threads update.
 template <class R, class Block>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& block, Work<R> (&works)[2]) {
     if (launch.found_inf != nullptr && *launch.found_inf != 0) return;

@@ -13,7 +13,7 @@ namespace sgdcore::cuda {
 #define SGDCORE_UNROLL
 #endif
 
-/// Tells the compiler that a pointer is one into device memory, which it cannot see in a table.
+/// Tells the compiler that a pointer from a table points into device memory.
 SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* in_device_memory(std::byte* pointer) {
 #if defined(__CUDA_ARCH__)
     __builtin_assume(__isGlobal(pointer));
@@ -50,12 +50,12 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void store_as(DType dtype, std::byte* base, s
     });
 }
 
-/// What a thread reads or writes at once.
+/// The widest access of a thread.
 struct alignas(vector_bytes) [[gnu::may_alias]] Quad {
     std::uint32_t x, y, z, w;
 };
 
-/// `lanes` elements next to each other, as they are stored.
+/// `lanes` neighbouring elements, as they are stored.
 template <class Storage, int lanes>
 struct Vector {
     using StorageWord = typename Storage::Word;
@@ -73,7 +73,7 @@ struct Vector {
             words[4 * i + 3] = quad.w;
         }
     }
-    /// From where no vector lies, element by element.
+    /// Loads element by element, from any address.
     SGDCORE_HOST_DEVICE SGDCORE_INLINE void load_elements(const std::byte* from) {
         *this = {};
         for (int lane = 0; lane < lanes; ++lane) set_word(lane, load_word<Storage>(from, lane));

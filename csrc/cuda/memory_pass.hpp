@@ -7,8 +7,8 @@
 
 namespace sgdcore::cuda {
 
-/// What one thread does of a step's memory traffic without its arithmetic: parameter and state change places, with
-/// the gradient's bits flipped in one of them, so that it has to be read.
+/// One thread's part of a step's memory traffic without the arithmetic. Parameter and state are exchanged; the
+/// gradient's bits are mixed into one of them, so that the gradient has to be read.
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void memory_pass(const MemoryPassArrays& arrays, std::int64_t thread,
                                                     std::int64_t threads) {
     constexpr int turn = 2;

@@ -1,7 +1,7 @@
-// What the backend needs of CUDA, as an interface: the module with the CUDA runtime implements it, and so does the
-// simulated device of the tests. The core links no CUDA.
+// The calls of CUDA that the backend makes, as an interface. The module with the CUDA runtime implements it, and so
+// does the simulated device of the tests. The core links no CUDA.
 //
-// Every member may throw CudaError. Nothing but `synchronize` waits for the device; allocating may, inside the driver.
+// Every member may throw CudaError. Only `synchronize` waits for the device; allocating may wait inside the driver.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace sgdcore::cuda {
 
-/// A failed call, with its name, the device, and CUDA's words for it.
+/// A failed call. The message has the call's name, the device, and CUDA's description.
 class CudaError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -23,7 +23,7 @@ using Event = void*;   // cudaEvent_t
 
 class Runtime {
   public:
-    /// Changes with this class, so that modules of different builds do not meet.
+    /// Has to change whenever this class does: modules of different builds then refuse each other.
     static constexpr const char* capsule_name = "sgdcore.cuda.Runtime.1";
 
     virtual ~Runtime() = default;
@@ -32,10 +32,10 @@ class Runtime {
     virtual std::string device_name(int device) = 0;
     /// The device whose memory an address belongs to; `cpu_device` if it is none's.
     virtual int device_of(const void* address) = 0;
-    /// How many of the kernel's blocks the device runs at the same time.
+    /// The number of the kernel's blocks that the device runs at the same time.
     virtual std::int64_t blocks_at_once(int device) = 0;
 
-    /// Memory of the device, and memory of the host that it copies from by itself. Also while a stream is captured.
+    /// Memory of the device, and pinned memory of the host. Both may be allocated while a stream is captured.
     virtual std::byte* allocate(int device, std::size_t size) = 0;
     virtual void free(int device, std::byte* memory) noexcept = 0;
     virtual std::byte* allocate_pinned(int device, std::size_t size) = 0;
@@ -44,18 +44,18 @@ class Runtime {
     virtual Event create_event(int device) = 0;
     virtual void destroy_event(int device, Event event) noexcept = 0;
     virtual void record(int device, Event event, Stream stream) = 0;
-    /// True if the device is past the event's last record, or there was none.
+    /// True if the device has passed the event's last record, or the event was never recorded.
     virtual bool finished(int device, Event event) = 0;
     virtual void wait(int device, Stream stream, Event event) = 0;
 
-    /// True if a CUDA graph is made of what the stream gets.
+    /// True if the stream is being captured in a CUDA graph.
     virtual bool capturing(int device, Stream stream) = 0;
-    /// Any direction.
+    /// Copies in any direction.
     virtual void copy(int device, void* to, const void* from, std::size_t size, Stream stream) = 0;
     virtual void fill(int device, void* to, int byte, std::size_t size, Stream stream) = 0;
     virtual void launch(int device, std::int64_t blocks, const Launch& launch, Stream stream) = 0;
     virtual void synchronize(int device, Stream stream) = 0;
-    /// For the benchmarks; see kernel.hpp.
+    /// For the benchmarks; see memory_pass.hpp.
     virtual void memory_pass(int device, std::int64_t blocks, const MemoryPassArrays& arrays, Stream stream) = 0;
 };
 

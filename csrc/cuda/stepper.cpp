@@ -1,8 +1,8 @@
-// Lists the tensors for the device, keeps the tables there, launches.
+// Fills the device's tables, uploads them when they have changed, and launches the kernel.
 //
-// A step that finds its tables on the device as they have to be only launches. Otherwise they are written to pinned
-// memory and copied on the caller's stream, into tables that no pending launch reads: the event behind the last launch
-// says so, and where none is free there are new ones, so that the host never waits.
+// A step whose tables are on the device already only launches. Otherwise the tables are written to pinned memory and
+// copied on the caller's stream to memory that no pending launch reads: the event behind the last launch tells. Where
+// no such memory is free it is allocated, so that the host never waits.
 #include "stepper.hpp"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ constexpr std::size_t alignment = 16;  // of each table behind the other
 
 std::size_t aligned(std::size_t size) { return (size + alignment - 1) / alignment * alignment; }
 
-/// Storage types; all states have one.
+/// A combination of storage types with a loop over vectors; all states have one type.
 struct Triple {
     DType param, grad, state;
     Path path;
@@ -90,7 +90,7 @@ bool states_on_vector(const DeviceTensor& tensor, std::size_t head) {
     return true;
 }
 
-/// Chooses how the device goes through the tensor.
+/// Chooses the loop that updates the tensor.
 void choose_path(DeviceTensor& tensor) {
     tensor.path = Path::elements;
     tensor.head = 0;
@@ -100,7 +100,7 @@ void choose_path(DeviceTensor& tensor) {
         if (triple.param != tensor.param_dtype || triple.grad != tensor.grad_dtype) continue;
         if (!states_are(tensor, triple.state)) continue;
         const std::size_t lanes = vector_bytes / std::min(item_size(triple.param), item_size(triple.grad));
-        // The head that aligns all arrays; one that leaves the gradient out, if there is none.
+        // The head aligns all arrays, or, if no head does, all but the gradient.
         for (std::size_t head = 0; head < lanes; ++head) {
             if (!on_vector(tensor.param, head, triple.param) || !states_on_vector(tensor, head)) continue;
             const bool grad = on_vector(tensor.grad, head, triple.grad);
@@ -128,7 +128,7 @@ Stepper::Stepper(Runtime& runtime, int device)
 
 Stepper::~Stepper() {
     for (const std::unique_ptr<Table>& table : tables_) {
-        // Waits, in the driver, for launches that still read it.
+        // The driver waits for launches that still read the memory.
         if (table->memory != nullptr) runtime_.free(device_, table->memory);
         if (table->pinned != nullptr) runtime_.free_pinned(device_, table->pinned);
         if (table->event != nullptr) runtime_.destroy_event(device_, table->event);
@@ -156,14 +156,14 @@ void Stepper::list_hypers(int rule, std::span<const Hyper> hypers, std::span<con
     for (std::size_t i = 0; i < hypers.size(); ++i) {
         DeviceHyper entry{};
         entry.values = hypers[i].values;
-        int number = 0;  // among those that may be on the device
+        int number = 0;  // among the hyperparameters that may be on a device
         for (int hyper = 0; hyper < std::ssize(specs) && !scalars.empty(); ++hyper) {
             if (!specs[static_cast<std::size_t>(hyper)].on_device) continue;
-            DeviceNumber& target = entry.on_device[number];
-            target.address = scalars[i].addresses[number];
-            target.dtype = scalars[i].dtypes[number];
-            // What is on the device is not compared: the host's number says nothing.
-            if (target.address != nullptr) entry.values[hyper] = 0;
+            const DeviceScalar& scalar = scalars[i].of[number];
+            if (scalar.device == device_) {
+                entry.scalars.of[number] = scalar;
+                entry.values[hyper] = 0;  // the host's value says nothing, and the table is compared
+            }
             ++number;
         }
         std::memcpy(front_.data() + i * sizeof entry, &entry, sizeof entry);
@@ -189,7 +189,7 @@ void Stepper::list_tensors(std::span<const TensorRef> tensors, std::span<const H
         entry.hyper = tensor.hyper;
         entry.axes = static_cast<std::uint32_t>(axis);
         entry.axis_count = static_cast<std::uint8_t>(tensor.grad_axes.size());
-        entry.first = tensor.first;
+        entry.first_step = tensor.first_step;
         entry.param_dtype = tensor.param_dtype;
         entry.grad_dtype = tensor.grad_dtype;
         choose_path(entry);
@@ -219,11 +219,11 @@ Stepper::Table& Stepper::free_table(std::size_t size, bool any) {
     for (const std::unique_ptr<Table>& table : tables_) {
         if (any && !table->kept && table->capacity >= size && runtime_.finished(device_, table->event)) return *table;
     }
-    // Some room, so that a model that grows by a few tensors does not get new tables each time.
+    // With room to grow, so that a few more tensors need no new memory.
     std::size_t capacity = 4096;
     while (capacity < size) capacity *= 2;
     auto table = std::make_unique<Table>();
-    table->kept = true;  // until it is complete
+    table->kept = true;  // until the table is complete
     tables_.push_back(std::move(table));
     Table& made = *tables_.back();
     made.pinned = runtime_.allocate_pinned(device_, capacity);
@@ -249,13 +249,13 @@ void Stepper::upload(Table& table, Stream stream) {
 
 void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
                    std::span<const DeviceScalars> scalars, const StepOptions& options,
-                   const DeviceOptions& device_options) {
+                   const LaunchOptions& launch_options) {
     check_for_device(tensors, hypers, options.zero_grad);
     const std::lock_guard lock(mutex_);
     list(options.rule, tensors, hypers, scalars);
     if (chunks_.empty()) return;
 
-    const Stream stream = device_options.stream;
+    const Stream stream = launch_options.stream;
     const bool capturing = runtime_.capturing(device_, stream);
     const bool as_they_are = !capturing && current_ != nullptr && current_->chunks_version == chunks_version_ &&
                              current_->chunks_at == aligned(front_.size()) &&
@@ -264,10 +264,10 @@ void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hy
     Table& table = as_they_are ? *current_ : free_table(size, !capturing);
     if (!as_they_are) {
         current_ = nullptr;
-        table.kept = true;  // also if one of the calls below fails
+        table.kept = true;  // stays so if one of the calls below fails
         upload(table, stream);
     } else if (table.stream != stream) {
-        runtime_.wait(device_, stream, table.event);  // for the upload, which was on another stream
+        runtime_.wait(device_, stream, table.event);  // the upload was on another stream
     }
 
     Launch launch{};
@@ -277,8 +277,8 @@ void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hy
     launch.axes = reinterpret_cast<const Axis*>(table.memory + axes_at_);
     launch.chunks = reinterpret_cast<const Chunk*>(table.memory + table.chunks_at);
     launch.chunk_count = static_cast<std::int64_t>(chunks_.size());
-    launch.found_inf = device_options.found_inf;
-    launch.grad_scale = device_options.grad_scale;
+    launch.found_inf = launch_options.found_inf;
+    launch.grad_scale = launch_options.grad_scale;
     launch.grad_factor = options.grad_factor;
     launch.zero_grad = options.zero_grad;
     runtime_.launch(device_, std::min(blocks_, launch.chunk_count), launch, stream);

@@ -13,14 +13,8 @@
 
 namespace sgdcore::cuda {
 
-/// A group's numbers in the device's memory: the i-th is that of the i-th hyperparameter that the rule lets a device
-/// read. The address is null where a number is the host's.
-struct DeviceScalars {
-    const std::byte* addresses[max_device_hypers] = {};
-    DType dtypes[max_device_hypers] = {DType::float32, DType::float32};
-};
-
-struct DeviceOptions {
+/// What differs from device to device in one step.
+struct LaunchOptions {
     Stream stream = nullptr;
     const float* found_inf = nullptr;   // on the device: not zero makes the step do nothing
     const float* grad_scale = nullptr;  // on the device: every gradient is multiplied by its reciprocal
@@ -37,20 +31,21 @@ class Stepper {
     Stepper& operator=(const Stepper&) = delete;
 
     int device() const { return device_; }
-    /// False in a process that was forked since: the tables belong to the parent's use of the device, and a thread that
-    /// is not there any more may have been changing them. Such a stepper is neither to be used nor destroyed.
+    /// False in a process that was forked later: the tables belong to the parent, and a thread that the fork left
+    /// behind may have been changing them. Such a stepper may be neither used nor destroyed.
     bool is_of_this_process() const { return forks_ == forks(); }
 
-    /// Puts one step over all tensors on the stream: at most one copy, and one launch. Waits for nothing.
+    /// Puts one step over all tensors on the stream: at most one copy, and one launch. Does not wait.
     ///
-    /// The memory is used in the order of the stream. `scalars` is empty or has an entry for each of `hypers`. Throws
+    /// The step uses the memory in the order of the stream. `scalars` is empty or has an entry for each of `hypers`;
+    /// those on other devices are left alone, and the host's values count. Throws
     /// std::invalid_argument or CudaError, with no tensor changed.
     void step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, std::span<const DeviceScalars> scalars,
-              const StepOptions& options, const DeviceOptions& device_options);
+              const StepOptions& options, const LaunchOptions& launch_options);
 
   private:
-    /// The tables in the device's memory, and where they are copied from. A graph goes on using both whenever it is
-    /// replayed, so those it got are never changed again.
+    /// Memory for one version of the tables: on the device, and pinned on the host. A graph uses both whenever it is
+    /// replayed, so a graph's tables are never changed again.
     struct Table {
         std::byte *pinned = nullptr, *memory = nullptr;
         std::size_t capacity = 0;
@@ -58,15 +53,15 @@ class Stepper {
         Stream stream = nullptr;
         std::size_t chunks_at = 0;
         std::uint64_t chunks_version = 0;
-        bool kept = false;  // for a graph, or because it is not known whether the device still reads it
+        bool kept = false;  // never changed again: a graph has it, or the device may still read it
     };
 
-    /// Makes the tables those of a step.
+    /// Fills the tables for a step.
     void list(int rule, std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
               std::span<const DeviceScalars> scalars);
     void list_hypers(int rule, std::span<const Hyper> hypers, std::span<const DeviceScalars> scalars);
     void list_tensors(std::span<const TensorRef> tensors, std::span<const Hyper> hypers);
-    /// Makes the chunks anew if the sizes changed.
+    /// Lists the chunks anew if the sizes have changed.
     void cut_chunks(std::span<const TensorRef> tensors);
     Table& free_table(std::size_t size, bool any);
     void upload(Table& table, Stream stream);
@@ -78,11 +73,11 @@ class Stepper {
     std::mutex mutex_;
     std::vector<std::unique_ptr<Table>> tables_;
     Table* current_ = nullptr;
-    // The tables of the step: hyperparameters, tensors and axes, then the chunks, which only depend on the sizes.
+    // The tables of the step: hyperparameters, tensors and axes; and the chunks, which depend only on the sizes.
     std::vector<std::byte> front_;
     std::vector<Chunk> chunks_;
     std::size_t tensors_at_ = 0, axes_at_ = 0;
-    std::vector<std::int64_t> sizes_;  // the chunks are made for
+    std::vector<std::int64_t> sizes_;  // of the tensors that chunks_ lists
     std::uint64_t chunks_version_ = 0;
 };
 

@@ -1,7 +1,7 @@
-// What one launch works on, as plain data in device memory: tensors, their chunks, and hyperparameters.
+// The tables of one launch, plain data in device memory: tensors, their chunks, and hyperparameters.
 //
-// One launch serves all tensors of all groups of a device. They are cut into chunks of a fixed number of elements, so
-// that a chunk's number says which elements it has, whatever else is in the table.
+// One launch updates all tensors of all groups on a device. Tensors are cut into chunks of a fixed number of elements,
+// so a chunk's index in its tensor tells its elements.
 #pragma once
 
 #include <cstddef>
@@ -14,13 +14,13 @@
 namespace sgdcore::cuda {
 
 inline constexpr int block_threads = 256;
-/// Blocks that are to share a multiprocessor: together their loads in flight cover the latency of its memory.
+/// The blocks that share a multiprocessor. Together their loads in flight cover the latency of its memory.
 inline constexpr int resident_blocks = 3;
 /// The widest access of a thread, in bytes.
 inline constexpr int vector_bytes = 16;
 
-/// How a tensor is read and written: in vectors, for the usual storage types of parameter, gradient and states, or
-/// element by element.
+/// The loop that updates a tensor: over vectors, for the usual storage types of parameter, gradient and states, or over
+/// elements.
 enum class Path : std::uint8_t {
     elements,
     float64,
@@ -37,7 +37,7 @@ struct Chunk {
     std::uint32_t tensor, index;
 };
 
-/// A TensorRef for the device. No padding here and below: the tables are compared as bytes.
+/// A TensorRef for the device. The structs have no padding: tables are compared as bytes.
 struct alignas(16) DeviceTensor {
     std::byte *param, *grad, *states[max_states];  // a state is null if it takes no part
     std::uint8_t* pending;                         // see TensorRef
@@ -48,24 +48,16 @@ struct alignas(16) DeviceTensor {
     std::uint8_t head;  // elements of every chunk before the first vector
     Path path;
     bool grad_in_vectors;  // the gradient is aligned as the parameter is
-    bool first;
+    bool first_step;
     DType param_dtype, grad_dtype, state_dtypes[max_states];
     std::uint8_t unused[6];
 };
 static_assert(sizeof(DeviceTensor) == 80 && max_states == 3);
 
-/// A number in the device's memory; null where there is none.
-struct DeviceNumber {
-    const std::byte* address;
-    DType dtype;
-    std::uint8_t unused[7];
-};
-
-/// A group's hyperparameters. The i-th of `on_device`, if it is not null, takes the place of the i-th of those that the
-/// rule lets a device read.
+/// A Hyper for the device. A scalar that is there takes the place of the value.
 struct alignas(16) DeviceHyper {
     Values values;
-    DeviceNumber on_device[max_device_hypers];
+    DeviceScalars scalars;
 };
 static_assert(sizeof(DeviceHyper) == 96 && max_hypers == 8 && max_device_hypers == 2);
 

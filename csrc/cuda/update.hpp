@@ -1,4 +1,4 @@
-// The loop around the rule: what a block's threads do with one chunk.
+// The loops around the rule: how a block's threads update one chunk.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace sgdcore::cuda {
 
-/// One chunk's work under the rule R, put together by one thread of a block for all.
+/// One chunk's work under the rule R. One thread of a block puts it together for all.
 template <class R>
 struct Work {
     std::byte *param, *grad, *states[state_count<R>];  // at the chunk's first element; grad at the tensor's, if strided
@@ -24,7 +24,7 @@ struct Work {
     typename R::template Coefficients<double> in_double;
 };
 
-/// Calls `function` with the index of a variant as a constant. All threads of a block take the same way.
+/// Calls `function` with the index of a variant as a constant. All threads of a block have the same variant.
 template <class R, class Function>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void with_variant(int variant, Function function) {
 #define SGDCORE_VARIANT(index)                                                                  \
@@ -64,7 +64,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE const typename R::template Coefficients<C>& c
     }
 }
 
-/// Where the gradient of an element is.
+/// The address of an element's gradient.
 template <class R>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const Work<R>& work, int index) {
     std::byte* address = in_device_memory(work.grad);
@@ -114,8 +114,8 @@ SGDCORE_HOST_DEVICE inline void update_element(const Work<R>& work, int index) {
     }
 }
 
-/// Updates what one thread has of a chunk, in vectors, from `work.head` on. Returns how many elements all threads
-/// together update. All loads of a turn are under way before the first is needed.
+/// Updates one thread's vectors of a chunk, from `work.head` on. Returns the number of elements that all threads update
+/// together. All loads of a turn are in flight before the first result is needed.
 template <class Param, class Grad, class State, class R>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int thread) {
     using C = storage::ComputeType<Param, Grad, State>;
@@ -129,7 +129,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int t
     std::byte* state_memory[states];
     SGDCORE_UNROLL
     for (int state = 0; state < states; ++state) {
-        // A state that takes no part is null, to which nothing may be added.
+        // Nothing may be added to the null pointer of a state that takes no part.
         const int head = work.uses[state] == Use::none ? 0 : work.head * item_of<State>;
         state_memory[state] = in_device_memory(work.states[state] + head);
     }
@@ -142,7 +142,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int t
         SGDCORE_UNROLL
         for (int i = 0; i < turn; ++i) {
             const int vector = first + i * block_threads;
-            at[i] = (vector < vectors ? vector : first) * lanes;  // a second time instead of none
+            at[i] =
+                (vector < vectors ? vector : first) * lanes;  // loads its first vector a second time instead of none
             p_stored[i].load(param + at[i] * item_of<Param>);
             if (work.grad_in_vectors) {
                 g_stored[i].load(grad + at[i] * item_of<Grad>);

@@ -10,8 +10,8 @@ namespace {
 template <class R>
 Hyper hyper(const Values& values) {
     Hyper result{values};
-    for (const bool first : {false, true}) {
-        result.variants[first] = static_cast<std::uint8_t>(R::variant(values, first));
+    for (const bool first_step : {false, true}) {
+        result.variants[first_step] = static_cast<std::uint8_t>(R::variant(values, first_step));
     }
     result.skips_zero_grads = R::skips_zero_grads(values);
     for (int state = 0; state < state_count<R>; ++state) {

@@ -1,4 +1,4 @@
-// The rules at run time: what each declares, for code that gets a rule's number and no type.
+// The rules at run time: each rule's declaration, for code that has a rule's number and not its type.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct RuleInfo {
     const char* name;
     std::span<const HyperSpec> hypers;
     std::span<const StateSpec> states;
-    /// A group's hyperparameters with what the rule makes of them.
+    /// Makes a group's Hyper of its values.
     Hyper (*hyper)(const Values& values);
 };
 

@@ -1,4 +1,4 @@
-// What the engine asks of an update rule, and what rules are made of.
+// The requirements of an update rule, and the types that rules are made of.
 //
 // A rule is a struct of static members. It declares its hyperparameters, its states, its variants and its coefficients
 // in a compute type, and updates one element. The engine brings the loop, the storage types, the instruction sets and
@@ -18,21 +18,21 @@ inline constexpr int max_device_hypers = 2;  // of these, numbers that a device 
 inline constexpr int max_states = 3;         // of a rule: arrays of the parameter's shape that the optimizer keeps
 inline constexpr int max_variants = 16;      // of a rule
 
-/// A hyperparameter: its key in a parameter group, and what values it takes.
+/// A hyperparameter: its key in a parameter group, and the kind of its values.
 struct HyperSpec {
     enum Kind : std::uint8_t { number, flag } kind;
     const char* key;
     bool on_device = false;  // a device may read the number from its own memory
 };
 
-/// A state: its key in the state of a parameter, and the key of a parameter group that names its storage type. Where a
-/// group lacks that key, or it is None, new states have the parameter's type.
+/// A state: its key in the state of a parameter, and the key of a parameter group that names the storage type of new
+/// states. Where a group lacks that key, or its value is None, they have the parameter's type.
 struct StateSpec {
     const char* key;
     const char* dtype_key;
 };
 
-/// What a variant does with a state. `write`: the state's old content is never read, as on a tensor's first step.
+/// What a variant does with a state. `write`: it does not read the old content, as on a tensor's first step.
 enum class Use : std::uint8_t { none, write, update };
 
 /// The hyperparameters of a group as the user gave them, in the order of the rule's declaration. A flag is 0 or 1.
@@ -48,7 +48,7 @@ using SignMask = std::conditional_t<sizeof(C) == 8, std::uint64_t, std::uint32_t
 template <class C>
 inline constexpr SignMask<C> sign_bit = SignMask<C>{1} << (8 * sizeof(C) - 1);
 
-/// How many a rule declares. (std::size is a host function, which device code may not call.)
+/// The numbers of hyperparameters, states and variants of a rule. (Device code may not call std::size.)
 template <class R>
 inline constexpr int hyper_count = sizeof R::hypers / sizeof *R::hypers;
 template <class R>
@@ -72,22 +72,23 @@ constexpr int device_hyper(int number) {
 template <class R, int number>
 inline constexpr int device_hyper = detail::device_hyper<R>(number);
 
-/// The requirements.
+/// The requirements of a rule:
 ///
-/// A variant is what is decided before the loop, at compile time; `variant` gives its index for a group's values and a
-/// tensor at its first step or later. Whether a state takes part at all (`use` is not none) depends on the values
-/// alone. `skips_zero_grads` is true if a step leaves an element whose gradient is zero as it is, and its states.
-/// `Coefficients<C>` are the hyperparameters as the update of one element uses them, in the compute type C. The
-/// mask `flip` among them is the sign bit where the gradient's sign is turned, else zero; `has_nan` is true where any
-/// of them is a NaN.
+/// - `variants` lists the rule's variants: the decisions that the loop's code is compiled for. `variant` gives the
+/// index
+///   of one for a group's values and for a tensor's first or later step.
+/// - `use` tells what a variant does with a state. Whether a state takes part (not `none`) depends on the values alone.
+/// - `skips_zero_grads` is true if a step leaves an element whose gradient is zero as it is, and so its states.
+/// - `Coefficients<C>` are the hyperparameters in the compute type C, as the update of one element uses them. `flip` is
+///   the sign bit if the gradient's sign is flipped, else zero. `has_nan` is true if a coefficient is a NaN.
 template <class R>
-concept Rule = requires(const Values& values, const typename R::template Coefficients<float>& k, bool first) {
+concept Rule = requires(const Values& values, const typename R::template Coefficients<float>& k, bool first_step) {
     { R::name } -> std::convertible_to<const char*>;
     requires hyper_count<R> <= max_hypers;
     requires(device_hyper<R, max_device_hypers> < 0);
     requires state_count<R> <= max_states;
     requires variant_count<R> <= max_variants;
-    { R::variants[R::variant(values, first)] } -> std::convertible_to<typename R::Variant>;
+    { R::variants[R::variant(values, first_step)] } -> std::convertible_to<typename R::Variant>;
     { R::use(R::variants[0], 0) } -> std::same_as<Use>;
     { R::skips_zero_grads(values) } -> std::same_as<bool>;
     requires std::constructible_from<typename R::template Coefficients<float>, const Values&>;

@@ -1,4 +1,4 @@
-// Stochastic gradient descent: the update of one element, the only place where it is written.
+// Stochastic gradient descent: the update of one element. This is the only place that has it.
 //
 // Every path (scalar tail, vector body, any instruction set, any dtype, host and device) inlines this function.
 // With RT(x) = x rounded to the compute type C: -lr, momentum, 1 - dampening and weight_decay are formed in float64 and
@@ -11,9 +11,9 @@
 //     g = fma(momentum, b, g)  if nesterov,  else  b      both only if momentum != 0
 //     p = fma(-lr, g, p)
 //
-// which is what torch.optim.SGD(foreach=False) computes for float32 and float64, bit for bit. A term whose
-// coefficient is zero is left out, not multiplied by zero: 0 * inf would be NaN. Build with -ffp-contract=off: the
-// product in `RT` must not be fused.
+// torch.optim.SGD(foreach=False) computes the same for float32 and float64, bit for bit. A term whose coefficient is
+// zero is left out: 0 * inf would be NaN. The build needs -ffp-contract=off, since the product in `RT` must not be
+// fused.
 #pragma once
 
 #include "rule.hpp"
@@ -38,13 +38,13 @@ struct Sgd {
         {Use::write, false, false},  {Use::write, false, true},  {Use::write, true, false},  {Use::write, true, true},
         {Use::update, false, false}, {Use::update, false, true}, {Use::update, true, false}, {Use::update, true, true},
     };
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const Values& values, bool first) {
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const Values& values, bool first_step) {
         const int decayed = values[weight_decay] != 0 ? 1 : 0;
         if (values[momentum] == 0) return decayed;
-        return (first ? 2 : 6) + (values[nesterov] != 0 ? 2 : 0) + decayed;
+        return (first_step ? 2 : 6) + (values[nesterov] != 0 ? 2 : 0) + decayed;
     }
     SGDCORE_HOST_DEVICE static constexpr Use use(Variant variant, int) { return variant.buffer; }
-    /// p - lr * 0 is p. A maximizing step would turn the zero negative.
+    /// p - lr * 0 is p. If maximize, the zero would become negative.
     static bool skips_zero_grads(const Values& values) {
         return values[momentum] == 0 && values[weight_decay] == 0 && values[maximize] == 0;
     }

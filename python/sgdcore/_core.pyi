@@ -150,7 +150,7 @@ class TorchPlan:
     def observe(
         self, dicts: Sequence[dict[Any, Any]], profiler_enabled: Callable[[], bool]
     ) -> None: ...
-    def run_beside(
+    def run_prepared(
         self,
         param_groups: Sequence[dict[str, Any]],
         state: Any,

@@ -173,7 +173,7 @@ def dtype_of(state: State, group: Mapping[str, Any], parameter: Parameter) -> np
     return storage_dtype(group.get(state.dtype_key) or parameter.dtype, state.dtype_key)
 
 
-class _Flat(NamedTuple):
+class _FlatState(NamedTuple):
     """One flat array of a state, by what the parameters that share it have in common."""
 
     buffer: ParameterBuffer
@@ -182,7 +182,7 @@ class _Flat(NamedTuple):
     device: int
 
     @classmethod
-    def of(cls, storage: StateStorage) -> _Flat:
+    def of(cls, storage: StateStorage) -> _FlatState:
         parameter = storage.parameter
         return cls(parameter.buffer, storage.state, storage.dtype, parameter.device)
 
@@ -199,10 +199,10 @@ def new_storage(wanted: Sequence[StateStorage]) -> list[Array | DeviceArray]:
 
     That of parameters in one buffer is one flat array, so that the step runs through all of them without a break.
     """
-    sizes: dict[_Flat, int] = {}
+    sizes: dict[_FlatState, int] = {}
     for each in wanted:
         if each.parameter.buffer is not None:
-            flat = _Flat.of(each)
+            flat = _FlatState.of(each)
             sizes[flat] = sizes.get(flat, 0) + each.parameter.size
     arrays = {flat: flat.allocate(size) for flat, size in sizes.items()}
     starts = dict.fromkeys(arrays, 0)
@@ -211,7 +211,7 @@ def new_storage(wanted: Sequence[StateStorage]) -> list[Array | DeviceArray]:
         if each.parameter.buffer is None:
             storage.append(_separate(each))
             continue
-        flat = _Flat.of(each)
+        flat = _FlatState.of(each)
         start = starts[flat]
         starts[flat] = start + each.parameter.size
         storage.append(arrays[flat][start : starts[flat]].reshape(each.parameter.shape))

@@ -205,13 +205,13 @@ class ParameterBuffer(Mapping[str, Parameter]):
         if dtype is None and data is None:
             dtype = _common_dtype(arrays)
         size = sum(math.prod(shape) for shape in shapes.values())
-        self._data = _flat("data", data, size, dtype, self._device)
+        self._data = _flat_array("data", data, size, dtype, self._device)
         self._dtype = _description(self._data).dtype
         if grad_dtype is not None:
             grad_dtype = storage_dtype(grad_dtype, "grad_dtype")
         elif grad is None:
             grad_dtype = self._dtype
-        self._grad = _flat("grad", grad, size, grad_dtype, self._device)
+        self._grad = _flat_array("grad", grad, size, grad_dtype, self._device)
         if np.shares_memory(_description(self._data), _description(self._grad)):
             raise ValueError("grad: overlaps data in memory")
         self._parameters = self._views(shapes)
@@ -465,7 +465,7 @@ def _description(array: Any) -> Array:
     return array if isinstance(array, np.ndarray) else DeviceArray.of(array)._description
 
 
-def _flat(argument: str, given: Any, size: int, dtype: DTypeLike | None, device: int) -> Any:
+def _flat_array(argument: str, given: Any, size: int, dtype: DTypeLike | None, device: int) -> Any:
     """Return the given memory, checked, or new zeros."""
     if given is None:
         return _zeros(argument, size, storage_dtype(dtype), device)

@@ -74,7 +74,7 @@ class Bench {
         tensor.param_dtype = param_dtype;
         tensor.grad_dtype = grad_dtype;
         tensor.state_dtypes[0] = momentum_dtype;
-        tensor.first = test.first;
+        tensor.first_step = test.first;
         step_({&tensor, 1}, {&test.hyper, 1}, {.rule = test.hyper.rule(), .zero_grad = test.zero_grad});
 
         compare(test, "param", param_dtype, param, expected_param_, false);

@@ -150,7 +150,7 @@ TensorRef TestTensor::ref() {
     tensor.param_dtype = dtypes_.param;
     tensor.grad_dtype = dtypes_.grad;
     tensor.state_dtypes[0] = dtypes_.momentum;
-    tensor.first = first_;
+    tensor.first_step = first_;
     return tensor;
 }
 

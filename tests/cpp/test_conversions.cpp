@@ -41,7 +41,7 @@ void run_step(const DTypes& dtypes, Packed& param, Packed& grad, Packed& momentu
     tensor.param_dtype = dtypes.param;
     tensor.grad_dtype = dtypes.grad;
     tensor.state_dtypes[0] = dtypes.momentum;
-    tensor.first = first;
+    tensor.first_step = first;
     step({&tensor, 1}, {&hyper, 1}, {});
 }
 

@@ -14,8 +14,7 @@
 namespace sgdcore::test {
 namespace {
 
-using cuda::DeviceOptions;
-using cuda::DeviceScalars;
+using cuda::LaunchOptions;
 using cuda::SimulatedRuntime;
 using cuda::Stepper;
 
@@ -198,10 +197,9 @@ TEST(cuda_stepper, numbers_on_the_device) {
     double weight_decay = 0;
     std::vector<SgdHyper> groups = hypers;
     std::vector<DeviceScalars> scalars(groups.size());
-    scalars[1].addresses[0] = reinterpret_cast<const std::byte*>(&lr);
-    scalars[1].dtypes[0] = DType::float32;
-    scalars[1].addresses[1] = reinterpret_cast<const std::byte*>(&weight_decay);
-    scalars[1].dtypes[1] = DType::float64;
+    scalars[1].of[0] = {reinterpret_cast<const std::byte*>(&lr), 0, DType::float32};
+    scalars[1].of[1] = {reinterpret_cast<const std::byte*>(&weight_decay), 0, DType::float64};
+    scalars[0].of[0] = {reinterpret_cast<const std::byte*>(&lr), 1, DType::float32};  // not this device's
     for (const double value : {0.0, 0.1, 0.01, 0.0}) {
         weight_decay = value;
         lr *= 0.7f;
@@ -248,7 +246,7 @@ TEST(cuda_stepper, a_first_step_that_did_not_happen_comes_later) {
     std::vector<std::uint8_t> pending(4, 1);
     float found_inf = 1;
     std::vector<TensorRef> refs = refs_of(tensors);
-    refs[0].first = false;  // the host takes the momentum buffer for filled
+    refs[0].first_step = false;  // the host takes the momentum buffer for filled
     refs[0].pending = pending.data();
     const auto step = [&] { stepper.step(refs, hypers_of(hypers), {}, {}, {.found_inf = &found_inf}); };
     step();
@@ -274,9 +272,9 @@ TEST(cuda_stepper, graphs_replay_with_new_numbers) {
     float lr = 0.1f, scale = 2, found_inf = 0;
     std::vector<TestTensor> tensors = some_tensors(), others = some_tensors(3);
     std::vector<DeviceScalars> scalars(hypers.size());
-    for (DeviceScalars& each : scalars) each = {.addresses = {reinterpret_cast<const std::byte*>(&lr)}};
+    for (DeviceScalars& each : scalars) each.of[0] = {reinterpret_cast<const std::byte*>(&lr), 0, DType::float32};
     Stepper stepper(runtime, 0);
-    const DeviceOptions on_device{.stream = stream_of(1), .found_inf = &found_inf, .grad_scale = &scale};
+    const LaunchOptions on_device{.stream = stream_of(1), .found_inf = &found_inf, .grad_scale = &scale};
     const auto expect = [&](std::vector<TestTensor>& stepped) {
         std::vector<SgdHyper> groups = hypers;
         for (SgdHyper& group : groups) group.lr = static_cast<double>(lr);

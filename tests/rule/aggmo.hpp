@@ -31,8 +31,8 @@ struct AggMo {
     };
     static constexpr Variant variants[] = {
         {Use::none, Use::write}, {Use::none, Use::update}, {Use::write, Use::write}, {Use::update, Use::update}};
-    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const Values& values, bool first) {
-        return (values[beta_1] == 0 ? 0 : 2) + (first ? 0 : 1);
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const Values& values, bool first_step) {
+        return (values[beta_1] == 0 ? 0 : 2) + (first_step ? 0 : 1);
     }
     SGDCORE_HOST_DEVICE static constexpr Use use(Variant variant, int state) {
         return state == 0 ? variant.first_buffer : variant.others;

@@ -58,7 +58,7 @@ _States = list[Tensor | None]
 
 
 class Scaling:
-    """A GradScaler's found_inf and scale that stay on the device; see DeviceInterface in the core.
+    """A GradScaler's found_inf and scale that stay on the device; see DeviceCallbacks in the core.
 
     Attributes:
         pending: states that a step may have left empty, since the device decides whether it happens; the first of
@@ -266,7 +266,7 @@ class _Step:
                 for position, update in real
             ]
             clears = clears and not self.in_sequence
-            found = self.updater.plan.run_beside(
+            found = self.updater.plan.run_prepared(
                 self.groups,
                 self.state,
                 clears,
@@ -282,9 +282,9 @@ class _Step:
                 self.left_out = None
                 self.prepare(self.all_places())
                 continue
-            odd, missing, overlapping, indices, clearable = found
+            irregular, lacking, overlapping, indices, clearable = found
             clears = clears and clearable
-            self.prepare([*odd, *missing, *overlapping])
+            self.prepare([*irregular, *lacking, *overlapping])
             self.separate({place[0] for place in overlapping} | {real[i][0] for i in indices})
         self._note_new()
         for position, update in real:
@@ -367,11 +367,11 @@ def step(
             work.left_out = None
             work.prepare(work.all_places())
         else:
-            odd, missing, overlapping, _, _ = found
+            irregular, lacking, overlapping, _, _ = found
             if scaling is not None:  # whose first steps the device may leave out
-                odd, missing = [*odd, *missing], []
-            work.prepare([*odd, *overlapping])
-            work.make_states(missing)
+                irregular, lacking = [*irregular, *lacking], []
+            work.prepare([*irregular, *overlapping])
+            work.make_states(lacking)
         if not any(update.by_torch for update in work.updates.values()):
             return work.finish(overlapping, zero_grad)
     # First: an operation that a subclass lacks is found before anything else is changed.

@@ -36,14 +36,14 @@ _global_pre_hooks = _optimizer._global_optimizer_pre_hooks
 _global_post_hooks = _optimizer._global_optimizer_post_hooks
 
 
-class _Kept:
+class _Uncast:
     """A state on its way through load_state_dict, hidden from torch, which would cast it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-class _OfOneStep:
+class _StepAttribute:
     """An attribute that GradScaler sets before a step and removes after it.
 
     All of them are kept in one dict, so that a step sees at a glance that there are none, and without asking for the
@@ -58,17 +58,17 @@ class _OfOneStep:
         if optimizer is None:
             return self
         try:
-            return optimizer._of_one_step[self._name]
+            return optimizer._step_attributes[self._name]
         except KeyError:
             raise AttributeError(f"no step under a GradScaler sets {self._name} now") from None
 
     @not_compiled
     def __set__(self, optimizer: Optimizer, value: Any) -> None:
-        optimizer._of_one_step[self._name] = value
+        optimizer._step_attributes[self._name] = value
 
     @not_compiled
     def __delete__(self, optimizer: Optimizer) -> None:
-        if optimizer._of_one_step.pop(self._name, self) is self:
+        if optimizer._step_attributes.pop(self._name, self) is self:
             raise AttributeError(self._name)
 
 
@@ -88,8 +88,8 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
-    found_inf = _OfOneStep()
-    grad_scale = _OfOneStep()
+    found_inf = _StepAttribute()
+    grad_scale = _StepAttribute()
 
     @not_compiled
     def __init__(
@@ -99,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         own_defaults = self._own_defaults()
         defaults |= {key: value for key, value in own.items() if value != own_defaults[key]}
         self._check_group(defaults)
-        torch.optim.Optimizer.__init__(self, _listed(params), defaults)
+        torch.optim.Optimizer.__init__(self, _listed_params(params), defaults)
         self._observe()
 
     @staticmethod
@@ -137,7 +137,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         # From now on somebody may hold a state, and each step looks whether it was moved.
         self._plan.state_exposed = True
-        self._settle()
+        self._remove_pending()
         return self._state
 
     @state.setter
@@ -152,7 +152,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = new_plan(exchange_api(), self.rule)
         # Bound once: one look-up less in each step.
         self._run_unobserved = self._plan.run_unobserved
-        self._of_one_step: dict[str, Any] = {}
+        self._step_attributes: dict[str, Any] = {}
         # States that may hold nothing yet, the first of each parameter, with the flags on their device that say so.
         self._pending: dict[Tensor, Tensor] = {}
         # Loading a state dict changes nothing about who steps.
@@ -167,7 +167,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _observe(self) -> None:
         """Tell the plan what a step has to see before it is one call into the core."""
-        self._plan.observe([*self._hooks(), self._of_one_step], _profiler_enabled)
+        self._plan.observe([*self._hooks(), self._step_attributes], _profiler_enabled)
 
     @property
     def _in_backward(self) -> Any:
@@ -215,7 +215,7 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             self._check_group(param_group)
             if "params" in param_group:
-                param_group["params"] = _listed(param_group["params"])
+                param_group["params"] = _listed_params(param_group["params"])
         super().add_param_group(param_group)
         _interface.collapse_huge_pages(self.param_groups[-1]["params"])
         if self._in_backward is not None:
@@ -261,7 +261,7 @@ class Optimizer(torch.optim.Optimizer):
             return self._observed_step(closure, zero_grad)
         except BaseException:
             # GradScaler removes what it set for one step only where that succeeds.
-            self._of_one_step.clear()
+            self._step_attributes.clear()
             raise
 
     # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
@@ -303,9 +303,9 @@ class Optimizer(torch.optim.Optimizer):
         if self._in_backward is not None:
             self._in_backward.finish_round()  # and then the parameters that did not step in it
         grad_factor, scaling = 1.0, None
-        if self._of_one_step:
-            found_inf = self._of_one_step.get("found_inf")
-            scale = self._of_one_step.get("grad_scale")
+        if self._step_attributes:
+            found_inf = self._step_attributes.get("found_inf")
+            scale = self._step_attributes.get("grad_scale")
             scaling = _scaling_on_device(found_inf, scale)
             if scaling is None:
                 if found_inf is not None and float(found_inf) != 0:
@@ -365,7 +365,7 @@ class Optimizer(torch.optim.Optimizer):
     def _set_pending(self) -> None:
         self._plan.set_pending([(s, flags.data_ptr()) for s, flags in self._pending.items()])
 
-    def _settle(self) -> None:
+    def _remove_pending(self) -> None:
         """Remove states whose first step the device left out. Waits for the device, where there are any."""
         if not self._pending:
             return
@@ -440,7 +440,7 @@ class Optimizer(torch.optim.Optimizer):
         group_of = {p: group for group in groups for p in group["params"]}
         for parameter, values in state.get("state", {}).items():
             kept = values.items() if isinstance(values, dict) else ()
-            for key, value in [(key, value) for key, value in kept if isinstance(value, _Kept)]:
+            for key, value in [(key, value) for key, value in kept if isinstance(value, _Uncast)]:
                 values[key] = value.tensor
                 if parameter in group_of:
                     values[key] = self._loaded_state(
@@ -512,7 +512,7 @@ def _any_differentiable(groups: Iterable[dict[str, Any]]) -> bool:
     return any(group.get("differentiable", False) for group in groups)
 
 
-def _listed(params: Any) -> Any:
+def _listed_params(params: Any) -> Any:
     """Return parameters as a list; raise if one is of a kind that is easily mistaken for a parameter."""
     if isinstance(params, Tensor | set | frozenset):
         return params  # which torch takes, or refuses
@@ -578,16 +578,16 @@ def _read_checkpoint(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, An
     for key, values in state_dict["state"].items():
         if isinstance(values, dict):
             own = {each.key: values[each.key] for each in rule.states if each.key in values}
-            values = values | {name: _kept(value) for name, value in own.items()}
+            values = values | {name: _uncast(value) for name, value in own.items()}
         state[key] = values
     groups = _without_own_defaults(optimizer, state_dict["param_groups"])
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _kept(value: Any) -> Any:
+def _uncast(value: Any) -> Any:
     if isinstance(value, np.ndarray):  # of an optimizer of arrays
         value = as_tensor(value)
-    return _Kept(value) if isinstance(value, Tensor) else value
+    return _Uncast(value) if isinstance(value, Tensor) else value
 
 
 def _without_own_defaults(
