@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sgdcore import reference as reference
     from sgdcore import torch as torch
 
-# Imported when they are first used: they need more than NumPy, or are needed by few.
+# Imported at first use: most users need none of them, and two need more than NumPy.
 _MODULES = ("distributed", "reference", "torch")
 
 

@@ -1,4 +1,4 @@
-"""Data types of arrays: the four storage types, by name."""
+"""The storage types as NumPy's dtypes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Array = NDArray[Any]
 
 
 def storage_dtype(dtype: DTypeLike | None, argument: str = "dtype") -> np.dtype[Any]:
-    """Return the NumPy dtype of one of the storage types, given by name, type or dtype, of NumPy or torch.
+    """Return the NumPy dtype of a storage type, which a name, or a type or dtype of NumPy or torch gives.
 
     Raises:
-        TypeError: if it is none of float64, float32, float16, bfloat16 in native byte order.
+        TypeError: if `dtype` is none of float64, float32, float16, bfloat16 in native byte order.
         ImportError: for bfloat16, if ml_dtypes is not installed.
     """
     if type(dtype).__module__ == "torch":
@@ -50,6 +50,6 @@ def as_tensor(array: Array) -> Any:
     """Return a torch tensor that shares an array's memory. Imports torch."""
     import torch
 
-    if array.dtype.name == "bfloat16":  # which torch does not know as NumPy's
+    if array.dtype.name == "bfloat16":  # torch does not know NumPy's bfloat16
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

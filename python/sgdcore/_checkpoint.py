@@ -1,4 +1,4 @@
-"""What a state dict has to be before any of it is taken over; for arrays and for torch's tensors alike."""
+"""Checks of a state dict before it is loaded, for arrays and torch's tensors alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgdcore._rules import Rule
 
 __all__ = ["check_layout", "refuse_other_optimizers"]
 
-# What tells the state dicts of torch's other optimizers: hyperparameters, and entries of a parameter's state.
+# Keys that only the state dicts of torch's other optimizers have: hyperparameters, and entries of a parameter's state.
 _OTHER_HYPERPARAMETERS = frozenset(
     ("alpha", "betas", "eps", "etas", "lambd", "lr_decay", "max_iter", "rho")
 )
@@ -18,11 +18,11 @@ _OTHER_STATE = frozenset(("acc_delta", "exp_avg", "exp_avg_sq", "exp_inf", "row_
 
 
 def check_layout(state_dict: Any) -> None:
-    """Raise if something is not laid out as an optimizer's state dict; what the parts mean is for others to check.
+    """Raise if something is not laid out as an optimizer's state dict. The values are not checked.
 
     Raises:
-        TypeError: if it, its parts, or their parts are of the wrong kind.
-        KeyError: if it lacks "state" or "param_groups".
+        TypeError: if the state dict or one of its parts is of the wrong kind.
+        KeyError: if "state" or "param_groups" is missing.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
@@ -45,12 +45,12 @@ def check_layout(state_dict: Any) -> None:
 
 
 def refuse_other_optimizers(state_dict: Mapping[str, Any], name: str, rule: Rule) -> None:
-    """Raise if a state dict, laid out as one, is not that of an optimizer of that name and rule.
+    """Raise if a well laid out state dict is that of another optimizer than the one with that name and rule.
 
-    Keys that users add to groups and states are no reason; those of torch's other optimizers are.
+    Users may add keys to groups and states. The keys of torch's other optimizers are refused.
 
     Raises:
-        ValueError: naming what the optimizer does not have.
+        ValueError: naming the keys that the optimizer does not have.
     """
     own = {*rule.numbers, *rule.flags, *(state.key for state in rule.states)}
     keys = ", ".join(state.key for state in rule.states)
@@ -74,13 +74,13 @@ def refuse_other_optimizers(state_dict: Mapping[str, Any], name: str, rule: Rule
 
 
 def _shortened(keys: Iterable[Any]) -> str:
-    """Return the keys as a list, the first few of many."""
+    """Return the keys as a list, and of many keys the first few."""
     names = list(keys)
     return repr(names) if len(names) <= 8 else f"{names[:8]!r} and {len(names) - 8} more"
 
 
 def _hint(state_dict: Mapping[Any, Any]) -> str:
-    """Say what the mapping seems to be instead."""
+    """Return what the mapping seems to be, for the end of a message."""
     for key, value in state_dict.items():
         if isinstance(value, Mapping) and "param_groups" in value:
             return f"; state_dict[{key!r}] has it"

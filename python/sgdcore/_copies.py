@@ -1,4 +1,4 @@
-"""What copies and pickles of sgdcore's objects keep beside their arrays."""
+"""The attributes that copies and pickles of sgdcore's objects keep."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _copies: dict[int, tuple[weakref.ref[Array], weakref.ref[Array]]] = {}
 
 
 def writable(array: Array) -> Array:
-    """Return the array, or a copy of one whose memory is read-only: a file mapped by joblib, a pickle's buffers.
+    """Return the array, or a copy if its memory is read-only, as in a file that joblib maps or in a pickle's buffers.
 
-    All that are given one read-only array share its copy, as they shared the array.
+    Calls with the same read-only array return the same copy, as long as the copy lives.
     """
     if array.flags.writeable:
         return array
@@ -26,7 +26,7 @@ def writable(array: Array) -> Array:
     copy = _copies[key][1]() if key in _copies else None
     if copy is None:
         copy = np.array(array, order="K", copy=True)
-        # An id is free for another object as soon as its array ends; the entry ends with the array.
+        # The entry is removed when the array ends: another object may then get its id.
         _copies[key] = weakref.ref(array, lambda _: _copies.pop(key, None)), weakref.ref(copy)
     return copy
 
@@ -40,7 +40,7 @@ def attributes_of(value: object, own: Container[str] = ()) -> Any:
 
 
 def set_attributes(value: object, state: Any) -> None:
-    """Give an object the attributes and slots that `attributes_of` returned; None stands for none."""
+    """Give an object the attributes and slots that `attributes_of` returned; None gives it none."""
     attributes, slots = state if isinstance(state, tuple) else (state, None)
     vars(value).update(attributes or {})
     for name, each in (slots or {}).items():

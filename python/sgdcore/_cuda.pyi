@@ -1,4 +1,4 @@
-"""Types of the module that brings the CUDA runtime. It is there if a CUDA compiler was, when sgdcore was built."""
+"""Types of the module that brings the CUDA runtime. It exists if sgdcore was built with a CUDA compiler."""
 
 runtime: object
 compiler: str

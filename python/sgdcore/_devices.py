@@ -1,4 +1,4 @@
-"""CUDA devices: loads the module that drives them, says what is missing, and finds the stream to work on."""
+"""CUDA devices: loading the module that drives them, saying what is missing, and finding the stream to use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_runtime() -> None:
 
 
 def status() -> dict[str, Any]:
-    """Return whether CUDA was built, whether it can be used, and why not; for `build_info`."""
+    """Return whether the CUDA module was built, whether it can be used, and why not; for `build_info`."""
     try:
         module = _import_module()
     except RuntimeError as error:
@@ -59,7 +59,7 @@ def status() -> dict[str, Any]:
 
 
 def reason_against() -> str:
-    """Return why CUDA cannot be used; empty if it can."""
+    """Return why CUDA cannot be used; an empty string if it can."""
     try:
         _core.device_count()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What error messages tell of packages that are not installed, and of memory that cannot be had."""
+"""Error messages for packages that are not installed, and for memory that cannot be allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["naming_allocation", "needs"]
 
 
 def needs(what: str, package: str, extra: str, error: ImportError) -> str:
-    """Return the message for a package that cannot be imported: why, and how to install it, also from a clone."""
+    """Return the message for a package that cannot be imported: the reason, and how to install the package."""
     return (
         f"{what} needs {package} ({error}): pip install 'sgdcore[{extra}]', "
         f"or pip install '.[{extra}]' in a clone of the repository"
@@ -23,7 +23,7 @@ def needs(what: str, package: str, extra: str, error: ImportError) -> str:
 def naming_allocation(
     what: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]
 ) -> Iterator[None]:
-    """Raise a MemoryError of the block again with the array that was to be allocated."""
+    """Replace a MemoryError of the block by one that names the array."""
     try:
         yield
     except MemoryError as error:

@@ -13,7 +13,7 @@ Hook = Callable[..., Any]
 
 
 class HookHandle:
-    """Returned by the ``register_*`` methods; `remove` takes the hook out again, as leaving a ``with`` block does."""
+    """Returned by the ``register_*`` methods. `remove`, or leaving a ``with`` block, takes the hook out again."""
 
     _ids = count()
 
@@ -25,7 +25,7 @@ class HookHandle:
             hooks.move_to_end(self._id, last=False)
 
     def remove(self) -> None:
-        """Remove the hook; once is enough, more does no harm."""
+        """Remove the hook. Further calls do nothing."""
         self._hooks.pop(self._id, None)
 
     def __enter__(self) -> Self:
@@ -42,7 +42,7 @@ def call_pre_hooks(
     kwargs: dict[str, Any],
     caller: str,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Call each hook before a step, and return the arguments of the step, which each hook may replace.
+    """Call each hook before a step, and return the step's arguments. Each hook may replace them.
 
     Raises:
         RuntimeError: if a hook returns anything but None or (args, kwargs). The text begins with `caller`.

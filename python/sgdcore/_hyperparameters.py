@@ -16,10 +16,10 @@ def float_of(name: str, value: Any) -> float:
     """Return a hyperparameter, a number or an array of one element, as a float.
 
     Raises:
-        TypeError: if it is no number.
+        TypeError: if the value is no number.
         ValueError: if the array has another size, or a float cannot hold the number.
     """
-    if type(value) is float:  # as most are; what follows takes ten times as long
+    if type(value) is float:  # the usual case; the rest takes ten times as long
         return value
     if isinstance(value, np.ndarray):
         _core.require_plain(value, name)
@@ -29,11 +29,11 @@ def float_of(name: str, value: Any) -> float:
             )
         value = value.item()
     try:
-        if not isinstance(value, str | bytes):  # which float() would parse, but a step does not
+        if not isinstance(value, str | bytes):  # float() would parse these, and a step would not
             number = float(value)
             if math.isfinite(number) or math.isnan(number) or value == number:
                 return number
-            raise OverflowError  # as a Decimal, which becomes infinite
+            raise OverflowError  # a large Decimal becomes infinite
     except OverflowError:
         raise ValueError(
             f"{name}: expected a number that a float can hold, got {_core.repr_text(value)}"

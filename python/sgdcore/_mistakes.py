@@ -1,4 +1,4 @@
-"""What users probably meant: hints for arguments of another kind, warnings of keys that nothing reads."""
+"""Guesses of what users meant: hints for arguments of the wrong kind, and warnings of keys that nothing reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "warn_of_near_keys",
 ]
 
-# Other libraries' names of hyperparameters, too far from ours to be found by their spelling.
+# Other libraries' names of hyperparameters whose spelling is too different to be found by similarity.
 _ALIASES = {
     "learning_rate": "lr",
     "learningrate": "lr",
@@ -40,7 +40,7 @@ def libraries_of(value: object) -> set[str]:
 
 
 def parameter_hint(value: Any) -> str:
-    """Return what to give an optimizer instead of a value of another library; begins with "; " unless it is empty."""
+    """Return a hint at what to give an optimizer instead of a value; begins with "; " unless it is empty."""
     libraries = libraries_of(value)
     if "torch" in libraries:
         if is_torch_module(value):
@@ -56,7 +56,7 @@ def parameter_hint(value: Any) -> str:
 
 
 def params_hint(value: Any) -> str:
-    """Return the same for a value that was given in the place of all parameters."""
+    """Return such a hint for a value that was given as all parameters."""
     if isinstance(value, dict):
         return "; put a group in a list, or pass names with list(params.items())"
     is_parameter = isinstance(value, np.ndarray | _core.Parameter)
@@ -71,7 +71,7 @@ def is_torch_module(value: object) -> bool:
 
 
 def warn_of_near_keys(keys: Iterable[Any], known: Container[str], hypers: Iterable[str]) -> None:
-    """Warn of each key of a group that is no hyperparameter and nearly has the name of one."""
+    """Warn of each key of a group that nothing reads and that is nearly a hyperparameter's name."""
     for key in keys:
         if isinstance(key, str) and key not in known:
             for meant in _near(key, list(hypers)):

@@ -1,4 +1,4 @@
-"""The core's update rules as they declare themselves; each is a header in csrc/rules/."""
+"""The declarations of the core's update rules, which are headers in csrc/rules/."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class State(NamedTuple):
     """A state of a rule: an array like the parameter that the optimizer keeps for it.
 
     Attributes:
-        number: its place in the rule's declaration.
+        number: its position in the rule's declaration.
         key: its key in a parameter's state.
-        dtype_key: the key of a group that names the dtype of new ones; without a value it is the parameter's.
+        dtype_key: the key of a group that names the dtype of new states. Without a value they have the parameter's.
     """
 
     number: int
@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     Attributes:
         name: the rule's name.
         numbers: the keys of its hyperparameters that are numbers.
-        flags: the keys of those that are true or false.
+        flags: the keys of its hyperparameters that are true or false.
         states: its states.
     """
 
@@ -41,9 +41,9 @@ class Rule(NamedTuple):
     states: tuple[State, ...]
 
     def states_in(self, group: Mapping[str, Any]) -> tuple[list[State], bool]:
-        """Return the states that take part in a group's steps, and whether steps skip elements without a gradient.
+        """Return the states that take part in a group's steps, and whether steps skip elements whose gradient is zero.
 
-        An element whose gradient is zero then stays as it is, and so do its states.
+        A skipped element keeps its value and its states.
         """
         in_use, skips = _core.states_in_use(self.name, dict(group))
         return [state for state in self.states if in_use[state.number]], skips

@@ -1,4 +1,4 @@
-"""What an optimizer of arrays remembers of its parameters: the states of its rule, and whatever users add."""
+"""The state of an optimizer of arrays: for each parameter the states of its rule, and values that users add."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _REQUIRED: Any = object()  # stands for a default that was not given
 
 
 class ParameterState(MutableMapping[str, Any]):
-    """What an optimizer remembers of one parameter: the states of its rule, and whatever users add.
+    """The state of one parameter: the states of the optimizer's rule, and values that users add.
 
     SGD's only state is ``"momentum_buffer"``. A state of the rule may be read, changed in place, replaced by an array
     of the parameter's shape (float64, float32, float16 or bfloat16), or deleted, which makes the next step a first
-    one. A ParameterState that was taken out of the optimizer's keeps its values, and raises a ReferenceError when it is
-    given another state of the rule after its parameter is gone.
+    one. A ParameterState that was taken out of the optimizer's state keeps its values. Once its parameter is gone,
+    setting a state of the rule raises a ReferenceError.
     """
 
     __slots__ = ("_other", "_rule", "slots")
@@ -76,7 +76,7 @@ class ParameterState(MutableMapping[str, Any]):
         return repr(dict(self))
 
     def _find(self, key: object) -> int:
-        """Return the number of the rule's state with that key; -1 if there is none."""
+        """Return the number of the rule's state with that key; -1 if the rule has none."""
         return self.slots.find(key) if isinstance(key, str) else -1
 
     def _holds(self, state: int) -> bool:
@@ -84,17 +84,17 @@ class ParameterState(MutableMapping[str, Any]):
 
 
 class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
-    """Maps each parameter to its state; lists those that have any, and makes an empty one on demand.
+    """Maps each parameter to its state. An empty state is made on demand.
 
-    Keeps alive the parameters that it lists, and no others.
+    Only parameters whose state is not empty are listed and kept alive.
 
     Args:
-        rule: the name of the rule whose states it has.
+        rule: the name of the rule.
     """
 
     def __init__(self, rule: str) -> None:
         self._rule = rule
-        # A state that is not empty keeps its parameter alive, for as long as it is in here.
+        # A state that is not empty keeps its parameter alive while it is in this mapping.
         self._states: WeakKeyDictionary[Parameter, ParameterState] = WeakKeyDictionary()
 
     def __del__(self) -> None:
@@ -120,7 +120,7 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
         self.pop(parameter)
 
     def pop(self, parameter: Parameter, default: Any = _REQUIRED) -> Any:
-        """Remove a parameter's state and return it as it is; `default` if there is none, else raise KeyError."""
+        """Remove and return a parameter's state. If it has none, return `default`, or raise KeyError without one."""
         if parameter in self:
             state = self._states.pop(parameter)
             state.slots.detach()
@@ -129,13 +129,13 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
             raise KeyError(parameter)
         return default
 
-    # The inherited methods would find the empty state that is made on demand.
+    # The inherited methods would return the empty state that is made on demand.
     def get(self, parameter: Parameter, default: Any = None) -> Any:
-        """Return a parameter's state; `default` if it has none."""
+        """Return a parameter's state; `default` if the parameter has none."""
         return self._states[parameter] if parameter in self else default
 
     def setdefault(self, parameter: Parameter, default: Any = None) -> Any:
-        """Return a parameter's state, which takes the values of `default`, a mapping or None, if there is none."""
+        """Return a parameter's state. If it has none, it gets the values of `default`, a mapping or None."""
         if parameter not in self:
             self[parameter] = {} if default is None else default
         return self[parameter]
@@ -161,7 +161,7 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
 
 
 class StateStorage(NamedTuple):
-    """What is to be known of the storage of a parameter's state."""
+    """Describes the storage of a parameter's state."""
 
     parameter: Parameter
     state: State
@@ -169,12 +169,12 @@ class StateStorage(NamedTuple):
 
 
 def dtype_of(state: State, group: Mapping[str, Any], parameter: Parameter) -> np.dtype[Any]:
-    """Return the dtype of a parameter's new state: the one that its group names, else the parameter's."""
+    """Return the dtype of a parameter's new state: the one that the group names, else the parameter's."""
     return storage_dtype(group.get(state.dtype_key) or parameter.dtype, state.dtype_key)
 
 
 class _FlatState(NamedTuple):
-    """One flat array of a state, by what the parameters that share it have in common."""
+    """One flat array of a state, which all parameters with these properties share."""
 
     buffer: ParameterBuffer
     state: State
@@ -197,7 +197,7 @@ class _FlatState(NamedTuple):
 def new_storage(wanted: Sequence[StateStorage]) -> list[Array | DeviceArray]:
     """Return storage for each state, laid out like its parameter.
 
-    That of parameters in one buffer is one flat array, so that the step runs through all of them without a break.
+    The storage for parameters of one buffer is one flat array, so a step runs through all of them without a break.
     """
     sizes: dict[_FlatState, int] = {}
     for each in wanted:
@@ -219,10 +219,10 @@ def new_storage(wanted: Sequence[StateStorage]) -> list[Array | DeviceArray]:
 
 
 def _separate(wanted: StateStorage) -> Array | DeviceArray:
-    """Return storage laid out like the parameter.
+    """Return storage laid out like the parameter, for a parameter outside of a buffer.
 
-    Large storage on the CPU is mapped by itself. malloc would often place it right behind the parameter, where a step
-    may take several times as long: see csrc/buffer.cpp.
+    Large storage on the CPU gets a mapping of its own. malloc would often place it right behind the parameter, where a
+    step may take several times as long: see csrc/buffer.cpp.
     """
     parameter, state, dtype = wanted
     data = parameter.data
@@ -238,14 +238,14 @@ def _separate(wanted: StateStorage) -> Array | DeviceArray:
 def filled_storage(
     wanted: Sequence[tuple[StateStorage, Array | DeviceArray]],
 ) -> list[tuple[StateStorage, Array | DeviceArray]]:
-    """Return storage as `new_storage` does, with these values."""
+    """Return storage as `new_storage` does, filled with the given values."""
     filled = []
     arrays = new_storage([storage for storage, _ in wanted])
     for (storage, values), array in zip(wanted, arrays, strict=True):
         if not isinstance(array, DeviceArray):
             array[...] = values
         elif isinstance(values, DeviceArray) and values.strides != array.strides:
-            array.assign(values.numpy())  # a device only copies what lies in the same order
+            array.assign(values.numpy())  # a device only copies arrays of one memory order
         else:
             array.assign(values)
         filled.append((storage, array))
@@ -255,11 +255,11 @@ def filled_storage(
 def read_state(
     argument: str, value: Any, parameter: Parameter, dtype: np.dtype[Any]
 ) -> Array | DeviceArray:
-    """Return a state of a checkpoint as an array of one of the storage types: `dtype` for one of lists.
+    """Return a state of a checkpoint as an array of a storage type. A state in lists gets `dtype`.
 
     Raises:
-        TypeError: if it is no such array.
-        ValueError: if it does not have the parameter's shape. Both name the `argument`.
+        TypeError: if the value is no such array.
+        ValueError: if its shape is not the parameter's. Both name the `argument`.
     """
     _core.require_plain(value, argument)
     try:
@@ -269,7 +269,7 @@ def read_state(
             if parameter.device != array.device:
                 array = array.numpy()
         else:
-            # DLPack knows torch's bfloat16, NumPy's own conversion does not.
+            # DLPack has torch's bfloat16. NumPy's own conversion lacks it.
             shared = not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__")
             array = _core.from_dlpack(value) if shared else np.asarray(value)
             if not hasattr(value, "dtype") and array.dtype.kind in "iuf":

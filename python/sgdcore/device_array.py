@@ -1,4 +1,4 @@
-"""Arrays in the memory of a CUDA device: enough to hold parameters, gradients and momentum, and to exchange them."""
+"""Arrays in the memory of a CUDA device, to hold parameters, gradients and states and to exchange them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _KDLCUDA = 2  # DLPack's name for CUDA devices
 
 
 def device_number(device: Any) -> int:
-    """Return the number of a CUDA device, or -1, the CPU's.
+    """Return the number of a CUDA device; -1 for the CPU.
 
     Args:
         device: ``"cuda"``, ``"cuda:1"`` or a number from 0 on, whether there is such a device or not; or None,
             ``"cpu"`` or -1.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if `device` is none of these.
     """
     if device is None or device == "cpu":
         return CPU
@@ -51,7 +51,7 @@ def device_number(device: Any) -> int:
 class DeviceArray:
     """An array on a CUDA device that shares its memory through ``__cuda_array_interface__`` and DLPack.
 
-    ``cupy.asarray(array)`` or ``torch.from_dlpack(array)`` computes with it in place. It does no arithmetic itself.
+    The class has no arithmetic: ``cupy.asarray(array)`` or ``torch.from_dlpack(array)`` computes in place.
 
     Attributes:
         shape, dtype, size, nbytes, strides: as an ndarray's.
@@ -65,7 +65,7 @@ class DeviceArray:
     """
 
     def __init__(self, description: Array, device: int, owner: Any) -> None:
-        # An ndarray with the device's address: its elements must not be touched.
+        # An ndarray with the device's address. The host must not touch its elements.
         self._description = description
         self._owner = owner
         self.device = device
@@ -90,7 +90,7 @@ class DeviceArray:
 
     @classmethod
     def empty_like(cls, array: Self, dtype: DTypeLike) -> Self:
-        """Return an uninitialised array of another dtype, in the memory order of a dense one."""
+        """Return an uninitialised array of a given dtype in the memory order of `array`, which is dense."""
         order = sorted(range(len(array.shape)), key=lambda axis: -array.strides[axis])
         shape = tuple(array.shape[axis] for axis in order)
         flat = cls._allocate(shape, dtype, array.device, False)
@@ -106,11 +106,11 @@ class DeviceArray:
 
     @classmethod
     def of(cls, array: Any) -> Self:
-        """Return an array over the memory that another one on a CUDA device shares.
+        """Return an array over the memory of another array on a CUDA device.
 
         Raises:
-            TypeError: if its dtype is none of the storage types.
-            ValueError: if it is not on a CUDA device, or CUDA cannot be used.
+            TypeError: if the dtype is none of the storage types.
+            ValueError: if the array is not on a CUDA device, or CUDA cannot be used.
         """
         if isinstance(array, cls):
             return array
@@ -150,7 +150,7 @@ class DeviceArray:
         Raises:
             ValueError: if the array is not contiguous in C order, or the sizes differ.
         """
-        if not self._description.flags.c_contiguous:  # NumPy would copy, on the host
+        if not self._description.flags.c_contiguous:  # NumPy would copy the elements, on the host
             raise ValueError(
                 f"reshape: expected a contiguous array, this one has strides {self.strides}"
             )
@@ -160,7 +160,7 @@ class DeviceArray:
         return len(self._description)
 
     def __getitem__(self, part: slice) -> Self:
-        if not isinstance(part, slice):  # an element would have to be read
+        if not isinstance(part, slice):  # the host cannot read an element
             raise TypeError(
                 f"DeviceArray: expected a slice, got {part!r}; numpy() copies the array to the host"
             )
@@ -270,7 +270,7 @@ class DeviceArray:
 
 
 def assign(target: Any, values: Any) -> None:
-    """Copy values into an array on a device, whichever library it is from."""
+    """Copy values into an array of any library on a device."""
     DeviceArray.of(target).assign(values)
 
 

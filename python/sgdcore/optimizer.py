@@ -1,6 +1,6 @@
 """The optimizer's bookkeeping, as in torch.optim: parameter groups, state, hooks, checkpoints.
 
-What costs time per parameter is in the core. Subclasses name the rule, bring its hyperparameters and check them.
+All work per parameter is in the core. Subclasses name the rule and check its hyperparameters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Loss = TypeVar("Loss")
 
 
 class Optimizer:
-    """Base of the optimizers: everything of torch.optim.Optimizer that is not the update itself.
+    """Base of the optimizers: the interface of torch.optim.Optimizer without the update itself.
 
     Args:
         params: what to optimize: a `ParameterBuffer`, or an iterable of `Parameter` objects or arrays,
@@ -59,7 +59,7 @@ class Optimizer:
     """
 
     rule: ClassVar[str]
-    # The constructor adds its groups before it builds the plan.
+    # True while the constructor adds groups, before it builds the plan.
     _constructing = False
 
     def __init__(self, params: ParamsLike, defaults: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Optimizer:
         if not isinstance(groups[0], dict):
             whole = isinstance(params, ParameterBuffer | set | frozenset)
             groups = [{"params": params if whole else groups}]
-        # The plan is built once, of all groups: building it for each would take time that is quadratic in their number.
+        # The plan is built once, from all groups. Building it for each group would take quadratic time.
         self._constructing = True
         for group in groups:
             self.add_param_group(group)
@@ -92,11 +92,11 @@ class Optimizer:
         self._build_plan(self.param_groups)
 
     def _start(self) -> None:
-        """Set up what is not part of a checkpoint."""
+        """Set the attributes that are not part of a checkpoint."""
         self._plan = _core.Plan(self.rule)
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
-        # The identities of the parameters, and the plan's number of checks with which they hold.
+        # The plan's number of checks, and the identities of all parameters, which hold while the number stays.
         self._known: tuple[int, set[int]] = 0, set()
         self._step_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._step_post_hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -107,7 +107,7 @@ class Optimizer:
 
     @property
     def state(self) -> OptimizerState:
-        """Maps each parameter to its state. The values of a mapping that is assigned are taken over."""
+        """Maps each parameter to its state. Assigning a mapping takes over its values."""
         return self._state
 
     @state.setter
@@ -121,7 +121,7 @@ class Optimizer:
     # Parameter groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with the defaults for the hyperparameters it does not set.
+        """Add a group of parameters. Hyperparameters that the group does not set get the defaults.
 
         Raises:
             TypeError: if the group or one of its parameters is of the wrong kind.
@@ -141,7 +141,7 @@ class Optimizer:
         names, group["params"] = _read_params(param_group["params"])
         if names is not None:
             group["param_names"] = names
-        # As torch, compared with the first group: a look at all groups for each one would take time that is quadratic.
+        # Compared with the first group, as in torch: comparing with all groups would take quadratic time.
         if any(("param_names" in each) != (names is not None) for each in self.param_groups[:1]):
             which = "without names" if names is None else "with names"
             raise ValueError(
@@ -176,14 +176,14 @@ class Optimizer:
         warn_of_near_keys(keys, known, self.defaults)
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
-        """Put a group's hyperparameters into the form that groups keep, or raise if one is invalid."""
+        """Check a group's hyperparameters, and put them into the form that groups keep."""
         for state in rule_of(self.rule).states:
             if group.get(state.dtype_key) is not None:
-                # By name: a checkpoint then needs neither NumPy nor ml_dtypes to be read.
+                # The dtype's name: a checkpoint can then be read without NumPy and ml_dtypes.
                 group[state.dtype_key] = storage_dtype(group[state.dtype_key], state.dtype_key).name
 
     def _build_plan(self, groups: list[dict[str, Any]]) -> None:
-        # Copies: the caller may change the groups' lists from another thread.
+        # The lists are copied: another thread may change the groups' own.
         parameters = []
         for i, group in enumerate(groups):
             params = group["params"]
@@ -204,11 +204,11 @@ class Optimizer:
 
         Args:
             set_to_none: forget the gradients rather than zeroing them in place; the parameters are then
-                skipped until they get new ones. Gradients in a ParameterBuffer are always zeroed.
+                skipped until they get new gradients. Gradients in a ParameterBuffer are always zeroed.
 
         Raises:
             ValueError: if a gradient to be zeroed is read-only, or on a device in another memory order than its
-                parameter; before any is cleared.
+                parameter. No gradient is then cleared.
         """
         _core.zero_grads(self.param_groups, set_to_none)
 
@@ -239,7 +239,7 @@ class Optimizer:
             closure: called first, if given, to compute loss and gradients; its value is returned.
             grads: gradients to use instead of the parameters' own: a list, tuple or other sequence of one array or
                 None for each parameter, in order.
-            zero_grad: clear each gradient in the same pass, right after it was used.
+            zero_grad: clear each gradient in the same pass, right after its use.
 
         Raises:
             TypeError, ValueError: if a hyperparameter is not a number, a gradient does not fit, or arrays overlap
@@ -250,14 +250,14 @@ class Optimizer:
         All of them are raised before anything is changed.
         """
         if closure is None and not self._step_pre_hooks and not self._step_post_hooks:
-            # The usual call: one call into the core and nothing else.
+            # The usual step is one call into the core.
             if not self._run_plan(self.param_groups, grads, zero_grad):
                 self._run(grads, zero_grad)
             return None
         return self._step_with_hooks(closure, {"grads": grads, "zero_grad": zero_grad})
 
     def _run(self, grads: Any, zero_grad: bool) -> None:
-        """Update all parameters, after making what the plan lacks."""
+        """Update all parameters. Build the plan and make states first, where they are missing."""
         while not self._plan.run(self.param_groups, grads, zero_grad):
             found = self._plan.missing_states(self.param_groups)
             if found is None:
@@ -376,7 +376,7 @@ class Optimizer:
             hook(self)
 
     def _merged_group(self, own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a group of the optimizer's with a checkpoint's hyperparameters, or the defaults where it has none."""
+        """Return a group of the optimizer with the checkpoint's hyperparameters, or defaults where it lacks them."""
         self._warn_of_near_keys(key for key in saved if key not in own)
         loaded = copy.deepcopy({k: v for k, v in saved.items() if k != "params"})
         group = {**self.defaults, **loaded}
@@ -389,7 +389,7 @@ class Optimizer:
     def _read_state(
         self, state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
     ) -> dict[Parameter, dict[str, Any]]:
-        """Return a checkpoint's state by parameter: the rule's states as arrays, copies of all else."""
+        """Return a checkpoint's state by parameter: the rule's states as arrays, and copies of all other values."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = [(p, group) for group in groups for p in group["params"]]
         parameter_of = dict(zip(keys, parameters, strict=True))
@@ -411,10 +411,10 @@ class Optimizer:
         return state
 
     def _replace_state(self, new: Mapping[Parameter, Mapping[str, Any]]) -> None:
-        """Put new values in the place of all state; a failure changes nothing.
+        """Replace the whole state. A failure changes nothing.
 
-        The rule's states are copied into new storage, so that a state of a buffer's parameters is one flat array
-        again, and every other laid out like its parameter: pickle keeps some orders of axes and not others.
+        The rule's states are copied into new storage: for a buffer's parameters one flat array, for others laid out
+        like the parameter. Arrays of a pickle need not be, since pickle keeps only some orders of axes.
         """
         state = {parameter: dict(values) for parameter, values in new.items()}
         filled = [
@@ -444,7 +444,7 @@ class Optimizer:
         self._state = OptimizerState(self.rule)
         self._start()
         self._replace_state(state["state"])
-        set_attributes(self, state.get("attributes"))  # which pickles of earlier versions lack
+        set_attributes(self, state.get("attributes"))  # pickles of earlier versions lack these
 
     def __repr__(self) -> str:
         text = f"{type(self).__name__} ("
@@ -457,9 +457,9 @@ class Optimizer:
 
 
 class _Own:
-    """The attributes that copies of an optimizer do not get: its own, and functions in the place of its methods.
+    """The attributes that copies of an optimizer do not get: the class's own, and functions that replace its methods.
 
-    Such a function, as a scheduler's counter around `step`, is bound to the original.
+    A function that replaces a method, such as a scheduler's counter around `step`, is bound to the original optimizer.
     """
 
     names = frozenset(
@@ -488,7 +488,7 @@ class _Own:
 
 
 def _may_list_parameters(params: Any) -> bool:
-    """Tell whether something is iterated for parameters; what gives its rows, names or letters is not."""
+    """Tell whether iterating gives parameters, rather than an array's rows, a mapping's names or a text's letters."""
     if isinstance(params, ParameterBuffer):
         return True
     if isinstance(params, Parameter | np.ndarray | str | bytes | dict):
@@ -509,7 +509,7 @@ def _check_states(states: Mapping[Any, Any]) -> None:
 
 
 def _require_matching(saved: Sequence[Mapping[str, Any]], groups: list[dict[str, Any]]) -> None:
-    """Raise if a checkpoint's groups are not as many as the optimizer's, and each as large."""
+    """Raise if a checkpoint has another number of groups than the optimizer, or a group another size."""
     if len(saved) != len(groups):
         raise ValueError(
             "loaded state dict has a different number of parameter groups: "
@@ -524,12 +524,12 @@ def _require_matching(saved: Sequence[Mapping[str, Any]], groups: list[dict[str,
 
 
 def _identity(parameter: Parameter) -> int:
-    """Return what tells parameters apart; two made of one array are the same one."""
+    """Return a parameter's identity. Two parameters made of one array are the same."""
     return id(parameter.data)
 
 
 def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
-    """Return the names, if there are any, and the parameters of a group."""
+    """Return the names, or None, and the parameters of a group."""
     if isinstance(params, ParameterBuffer):
         return None, params.parameters()
     if isinstance(params, set | frozenset):
@@ -537,7 +537,7 @@ def _read_params(params: Any) -> tuple[list[str] | None, list[Parameter]]:
             "params: optimizer parameters need to be organized in ordered collections, but the ordering "
             "of a set changes between runs; use a list instead"
         )
-    # One parameter may stand for a list of one, as in torch.
+    # A single parameter counts as a list of one, as in torch.
     entries = [params] if isinstance(params, Parameter | np.ndarray) else list(params)
     names = [entry[0] for entry in entries if isinstance(entry, tuple)]
     if names and len(names) != len(entries):
@@ -568,7 +568,7 @@ def _as_parameter(value: Any, position: int) -> Parameter:
     elif not isinstance(value, np.generic):
         hint = parameter_hint(value)
     if type(value).__module__.partition(".")[0] == "torch":
-        kind = "torch." + kind  # which has a Parameter, too
+        kind = "torch." + kind  # torch has a Parameter, too
     raise TypeError(
         f"params[{position}]: optimizer can only optimize Parameters, NumPy arrays and arrays on CUDA devices, "
         f"but got {kind}{hint}"

@@ -1,4 +1,4 @@
-"""Parameters: the arrays an optimizer updates, each with its gradient, separate or in one flat buffer."""
+"""Parameters: arrays that an optimizer updates, with their gradients, separate or in one flat buffer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sgdcore.device_array import DeviceArray, device_number
 
 __all__ = ["ArrayParameter", "Parameter", "ParameterBuffer"]
 
-# What ParameterBuffer keeps in attributes itself.
+# ParameterBuffer's own attributes, which copies do not get.
 _BUFFER_ATTRIBUTES = frozenset({"_data", "_device", "_dtype", "_grad", "_parameters"})
 
-_DLPACK_CPU = (1, 0)  # kDLCPU, and the only one of its kind
+_DLPACK_CPU = (1, 0)  # kDLCPU and the number of the only CPU
 
 
 class Parameter(_core.Parameter):
@@ -38,16 +38,16 @@ class Parameter(_core.Parameter):
 
     Attributes:
         data: the array that was given, or an ndarray over the memory of another object on the CPU.
-            Assign another of the same shape, dtype and layout to swap it.
+            Assign another array of the same shape, dtype and layout to swap it.
         grad: the gradient, or None (the default: the optimizer skips the parameter). Assign an
-            array of the parameter's shape; its dtype and strides may be its own, and it is read in
-            place. ``grad += g`` adds to the gradient there is; while it is None, assign the first one.
+            array of the parameter's shape, which is read in place; its dtype and strides may differ.
+            ``grad += g`` adds to the gradient; while it is None, assign the first one.
         name: as given.
         device: the number of the CUDA device that holds ``data``; -1 for the CPU.
         buffer: the `ParameterBuffer` that the parameter is part of, or None.
         shape, dtype, size: those of ``data``.
 
-    Copies and pickles keep the class and all attributes. What is unpickled over read-only memory is copied.
+    Copies and pickles keep the class and all attributes. Arrays that are unpickled over read-only memory are copied.
 
     Raises:
         TypeError: if an array has another dtype or is no plain array, or the name is no string.
@@ -60,7 +60,7 @@ class Parameter(_core.Parameter):
         Parameter(name='w', shape=(3,), dtype=float32)
     """
 
-    # True where whoever gave the array cannot assign a gradient; see Plan::require_reachable_grads.
+    # True if an optimizer made the parameter of an array; see Plan::require_reachable_grads.
     _made_of_array = False
 
     def __init__(self, data: Any, name: str = "") -> None:
@@ -107,7 +107,7 @@ class Parameter(_core.Parameter):
         return f"Parameter({name}shape={self.shape}, dtype={self.dtype})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A parameter of a buffer is found again in its buffer, so that both stay one piece of memory.
+        # A copy of a buffer's parameter comes from the copy of its buffer, so that both share memory again.
         if self.buffer is not None:
             return operator.getitem, (self.buffer, self.name)
         arguments = (type(self), self.data, self.grad, self.name)
@@ -115,7 +115,7 @@ class Parameter(_core.Parameter):
 
 
 class ArrayParameter(Parameter):
-    """The parameter that an optimizer makes of an array it was given."""
+    """The parameter that an optimizer makes of an array."""
 
     _made_of_array = True
 
@@ -123,7 +123,7 @@ class ArrayParameter(Parameter):
 class _BufferParameter(Parameter):
     """A parameter whose data and gradient are views into a ParameterBuffer.
 
-    Assigning to ``grad`` copies into the buffer; None makes the optimizer skip the parameter until
+    Assigning to ``grad`` copies into the buffer. None makes the optimizer skip the parameter until
     the next assignment.
     """
 
@@ -134,9 +134,8 @@ class _BufferParameter(Parameter):
 def _restore_parameter(
     cls: type[Parameter], data: Array, grad: Array | None, name: str
 ) -> Parameter:
-    parameter = cls.__new__(
-        cls
-    )  # a subclass may be made of other arguments, as its attributes tell
+    # Without __init__: a subclass's may take other arguments.
+    parameter = cls.__new__(cls)
     _core.Parameter.__init__(parameter, _writable(data), name=name)
     if grad is not None:
         parameter.grad = _writable(grad)
@@ -163,7 +162,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
             exactly the total size. It keeps its values unless `parameters` holds arrays.
         grad: the same for the gradients.
         device: ``"cuda"``, ``"cuda:1"`` or a number from 0 on puts the buffer on a CUDA device. `data`, `grad` and all
-            views are then `DeviceArray` objects, or whatever arrays were given as `data` and `grad`. None (the
+            views are then `DeviceArray` objects, or the arrays that were given as `data` and `grad`. None (the
             default), ``"cpu"`` and -1 mean the CPU.
 
     Attributes:
@@ -218,7 +217,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
         self._take_values(arrays)
 
     def _views(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parameter]:
-        """Return parameters of these shapes that follow each other in the flat arrays."""
+        """Return parameters of these shapes, one behind the other in the flat arrays."""
         parameters: dict[str, Parameter] = {}
         start = 0
         for name, shape in shapes.items():
@@ -229,21 +228,21 @@ class ParameterBuffer(Mapping[str, Parameter]):
         return parameters
 
     def _take_values(self, arrays: Mapping[str, Any]) -> None:
-        """Copy arrays into the parameters of their names."""
+        """Copy each array into the parameter of the same name."""
         if self._device != CPU:
             for name, array in arrays.items():
                 values = array.data if isinstance(array, Parameter) else array
                 DeviceArray.of(self[name].data).assign(values)
             return
-        # All that lies in the given memory itself is read before anything is written there.
+        # Arrays that lie in the buffer's own memory are copied before the first write.
         read = {n: np.array(v, copy=np.may_share_memory(v, self._data)) for n, v in arrays.items()}
         for name, values in read.items():
-            # Between storage types; NumPy counts bfloat16 as no kind of float, hence "unsafe".
+            # "unsafe", since NumPy does not count bfloat16 as a float.
             np.copyto(self[name].data, values, casting="unsafe")
 
     @property
     def data(self) -> Any:
-        """All parameters, 1-d. Written in place, also by ``buffer.data += x``; no other array may take its place."""
+        """All parameters, 1-d. Write in place, also by ``buffer.data += x``; the array cannot be replaced."""
         return self._data
 
     @data.setter
@@ -252,7 +251,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
 
     @property
     def grad(self) -> Any:
-        """All gradients, 1-d; as `data`."""
+        """All gradients, 1-d. Write in place, as `data`."""
         return self._grad
 
     @grad.setter
@@ -261,7 +260,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
 
     @staticmethod
     def _refuse_other(attribute: str, value: Any, own: Array) -> None:
-        # ``buffer.grad += g`` assigns what is there already.
+        # ``buffer.grad += g`` assigns the buffer's own array.
         if value is not own:
             raise AttributeError(
                 f"{attribute}: it belongs to the buffer and its parameters and cannot be replaced; "
@@ -295,7 +294,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
     def __len__(self) -> int:
         return len(self._parameters)
 
-    # A buffer is an object with an identity, as its parameters are; Mapping would compare contents.
+    # Buffers are compared by identity, as parameters are. Mapping would compare contents.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -343,7 +342,7 @@ class ParameterBuffer(Mapping[str, Parameter]):
     def _restore(
         cls, shapes: dict[str, tuple[int, ...]], data: Array, grad: Array, device: int
     ) -> Self:
-        buffer = cls.__new__(cls)  # as in _restore_parameter
+        buffer = cls.__new__(cls)  # without __init__, as in _restore_parameter
         if device != CPU:
             ParameterBuffer.__init__(
                 buffer, shapes, data.dtype, grad_dtype=grad.dtype, device=device
@@ -394,7 +393,7 @@ def _export(
     dl_device: tuple[int, int] | None,
     copy: bool | None,
 ) -> object:
-    """What the array API's standard demands of ``__dlpack__``."""
+    """Export an array as the array API standard demands of ``__dlpack__``."""
     if not isinstance(array, np.ndarray):
         shared: object = array.__dlpack__(
             stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
@@ -409,7 +408,7 @@ def _export(
 
 
 def _shape_of(name: Any, value: Any) -> tuple[int, ...]:
-    """Return the shape that a value of the mapping stands for."""
+    """Return the shape that a value of the mapping gives."""
     if not isinstance(name, str) or not name:
         raise TypeError(
             f"parameters: expected non-empty strings as names, got {_core.repr_text(name)}"
@@ -438,7 +437,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _arrays_in(parameters: Mapping[str, Any], device: int) -> dict[str, Any]:
-    """Return those values of the mapping that are arrays, after checking that a buffer on the device can take them."""
+    """Return the arrays among the mapping's values. Raise if a buffer on the device cannot take one of them."""
     arrays = {name: value for name, value in parameters.items() if _is_array(value)}
     for name, array in arrays.items():
         on_device = not isinstance(array, np.ndarray) and _core.is_on_device(array)
@@ -452,7 +451,7 @@ def _arrays_in(parameters: Mapping[str, Any], device: int) -> dict[str, Any]:
 
 
 def _common_dtype(arrays: Mapping[str, Any]) -> DTypeLike:
-    """Return the dtype of all arrays; float32 if there are none."""
+    """Return the arrays' common dtype; float32 without arrays."""
     found = {np.dtype(array.dtype) for array in arrays.values()}
     if len(found) > 1:
         names = ", ".join(sorted(str(each) for each in found))
@@ -461,12 +460,12 @@ def _common_dtype(arrays: Mapping[str, Any]) -> DTypeLike:
 
 
 def _description(array: Any) -> Array:
-    """Return an ndarray itself, or what describes one on a device."""
+    """Return an ndarray as it is; for an array on a device the ndarray that describes it."""
     return array if isinstance(array, np.ndarray) else DeviceArray.of(array)._description
 
 
 def _flat_array(argument: str, given: Any, size: int, dtype: DTypeLike | None, device: int) -> Any:
-    """Return the given memory, checked, or new zeros."""
+    """Return the given memory after checking it, or new zeros."""
     if given is None:
         return _zeros(argument, size, storage_dtype(dtype), device)
     _check_given(argument, given, size, None if dtype is None else storage_dtype(dtype), device)
@@ -486,7 +485,7 @@ def _zeros(argument: str, size: int, dtype: np.dtype[Any], device: int) -> Any:
 def _check_given(
     argument: str, given: Any, size: int, dtype: np.dtype[Any] | None, device: int
 ) -> None:
-    """Raise if the memory given for a buffer does not suit it; its dtype is free where None is asked for."""
+    """Raise if the memory given for a buffer does not fit. If `dtype` is None, any storage type fits."""
     if device == CPU:
         if not isinstance(given, np.ndarray):
             raise TypeError(f"{argument}: expected a NumPy array, got {type(given).__name__}")

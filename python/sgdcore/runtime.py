@@ -1,4 +1,4 @@
-"""The process-wide settings, threads and instruction set, and what was built."""
+"""Process-wide settings, which are the threads and the instruction set, and facts of the build."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sgdcore import _core, _devices
 
 __all__ = ["build_info", "get_isa", "get_num_threads", "set_isa", "set_num_threads"]
 
-# Beyond what one system runs well; OpenMP ends the process where it cannot start as many threads as it is told to.
+# More than any system runs well. OpenMP ends the process where it cannot start the threads it is told to start.
 _MOST_THREADS = 4096
 
 
@@ -61,11 +61,11 @@ def set_isa(isa: str | None) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what was built and what is used, as ``python -m sgdcore info`` prints it.
+    """Return facts of the build and the settings in use, as ``python -m sgdcore info`` prints them.
 
-    Keys: version, rules, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda_built and cuda
-    (bool: whether its module was built, and whether it can be used here), cuda_reason (why not), python, numpy. If it
-    was built also cuda_compiler and cuda_architectures, and where it can be used cuda_devices.
+    Keys: version, rules, isa (in use), isa_available, isa_built, threads, compiler, build_flags, cuda_built (whether
+    the CUDA module was built), cuda (whether it can be used here), cuda_reason (why not), python, numpy. If the module
+    was built, also cuda_compiler and cuda_architectures. If it can be used, also cuda_devices.
     """
     built = _core.instruction_sets()
     return {

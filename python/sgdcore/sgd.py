@@ -99,15 +99,15 @@ class SGD(Optimizer):
 def check_hyperparameters(
     group: Mapping[str, Any], number_of: Callable[[str, Any], Any], *, nan_is_valid: bool = False
 ) -> None:
-    """Check the hyperparameters that SGD and its kin have, for arrays and tensors alike.
+    """Check the hyperparameters of SGD and SGDW, for arrays and tensors alike.
 
     Args:
         group: has the hyperparameters.
-        number_of: called with the name of each and its value, returns what can be compared with a number.
+        number_of: returns a hyperparameter, given its name and value, as something that compares with numbers.
         nan_is_valid: whether NaN counts as in range, as in torch.
 
     Raises:
-        ValueError: if one is out of range, in torch's words.
+        ValueError: if a hyperparameter is out of range, in torch's words.
     """
 
     def is_negative(number: Any) -> bool:

@@ -1,9 +1,9 @@
-"""Finds parameters whose gradients torch averages over the ranks after their hooks, where a hook cannot use them.
+"""Finds parameters whose gradients torch averages over the ranks only after their hooks have run.
 
-torch.nn.parallel.DistributedDataParallel (DDP) does, and keeps no list of what it wrapped. Its modules are found among
-the objects that Python's garbage collector knows, and later ones as they take the module that they wrap.
-FullyShardedDataParallel (FSDP1) marks its parameters; it runs no hooks of those that it takes later. ``fully_shard``
-(FSDP2) runs the hooks when it has averaged.
+A hook must not use such a gradient. torch.nn.parallel.DistributedDataParallel (DDP) averages in that order, and keeps
+no list of the modules that it wraps. DDP's existing modules are found among the objects of Python's garbage collector,
+later ones when they register the module that they wrap. FullyShardedDataParallel (FSDP1) marks its parameters, and runs
+no hooks of parameters that it wraps later. ``fully_shard`` (FSDP2) runs hooks after it has averaged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DDP = torch.nn.parallel.DistributedDataParallel
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Tell whether FSDP1 made a part of a flat parameter of it, or it is one."""
+    """Tell whether FSDP1 has made the parameter a part of a flat parameter, or it is a flat parameter."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
@@ -36,7 +36,7 @@ def averaged_parameters() -> set[int]:
     return {
         id(parameter)
         for wrapper in gc.get_objects()
-        # Not isinstance, which runs code of proxies.
+        # isinstance would run code of proxies.
         if issubclass(type(wrapper), _DDP)
         for module in wrapper.children()
         for _, parameter in _averaged(module)
@@ -46,8 +46,8 @@ def averaged_parameters() -> set[int]:
 def watch_wrappers(found: Callable[[str, str, Tensor], None]) -> Any:
     """Call `found` with each parameter that DDP wraps from now on, before DDP has changed anything.
 
-    It gets the name of the wrapper's class and the parameter's name in the module. Its exceptions end the wrapping.
-    Returns a handle with ``remove()``.
+    `found` gets the name of the wrapper's class, the parameter's name in the module, and the parameter. An exception of
+    `found` ends the wrapping. Returns a handle with ``remove()``.
     """
 
     @not_compiled
@@ -60,7 +60,7 @@ def watch_wrappers(found: Callable[[str, str, Tensor], None]) -> Any:
 
 
 def _averaged(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters that DDP takes over, with their names."""
+    """Yield the names and parameters whose gradients DDP averages."""
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
     for name, parameter in module.named_parameters():
         if name not in ignored:

@@ -1,7 +1,7 @@
-"""torch.compile: what it is to leave alone.
+"""Functions that torch.compile must not compile.
 
-The update is one call into the core, which no graph of torch's operations can hold. A function that is left alone
-costs the graph around it one break, and runs as it does without torch.compile, with all that it calls.
+The update is one call into the core, which cannot be part of a graph of torch's operations. A function that is not
+compiled breaks the graph around it once. The function, and all that it calls, runs as without torch.compile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def not_compiled(function: _Function) -> _Function:
     """Return the function, marked as torch.compiler.disable marks what it returns.
 
-    torch.compiler.disable itself wraps the function, which takes longer than a small step, and imports the compiler.
+    torch.compiler.disable itself would import the compiler, and its wrapper takes longer than a small step.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]
@@ -36,7 +36,7 @@ def not_compiled(function: _Function) -> _Function:
 
 
 def _skip_frames(code: CodeType) -> None:
-    """Make the compiler, wherever it is on, run these frames and all below them as they are."""
+    """Make the compiler leave these frames, and all frames below them, uncompiled."""
     eval_frame = torch._C._dynamo.eval_frame
     if hasattr(eval_frame, "set_code_exec_strategy"):  # torch >= 2.8
         skip = eval_frame._FrameAction.SKIP
@@ -48,7 +48,7 @@ def _skip_frames(code: CodeType) -> None:
 def refuse_fullgraph() -> None:
     """Raise a RuntimeError if the step itself was given to torch.compile with ``fullgraph=True``.
 
-    torch would find that there is nothing to compile only after the step, and would not say what to do instead.
+    torch would find only after the step that there is nothing to compile, and would not say what to do instead.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("sgdcore."):

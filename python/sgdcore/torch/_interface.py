@@ -1,6 +1,6 @@
-"""What the core needs to know of torch: how to read a tensor's memory, and how to tell autograd of a change.
+"""torch's functions for the core: reading a tensor's memory, and telling autograd of changes.
 
-The only place that depends on which version of torch is installed.
+Only this module depends on the version of torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "on_device",
 ]
 
-# torch's types of what the core can store, by the core's names.
+# torch's dtypes of the core's storage types, with the core's names.
 STORAGE_TYPES: dict[torch.dtype, str] = {getattr(torch, name): name for name in _core.storage_types}
 
 
@@ -37,35 +37,35 @@ _BY_NAME = {name: dtype for dtype, name in STORAGE_TYPES.items()}
 
 
 def dtype_of(value: Any) -> Any:
-    """Return torch's dtype for the name of a storage type; anything else as it is."""
+    """Return torch's dtype for the name of a storage type. Any other value is returned as it is."""
     return _BY_NAME.get(value, value) if isinstance(value, str) else value
 
 
 def device_index(tensor: torch.Tensor) -> int | None:
-    """Return the number of the tensor's device, as `sgdcore.Parameter.device`; None if the core cannot read it."""
+    """Return the number of the tensor's device, as `sgdcore.Parameter.device`; None if the core cannot read there."""
     if tensor.is_cpu:
         return CPU
-    # What torch calls cuda is another company's device in its builds for ROCm.
+    # In torch's builds for ROCm the type "cuda" means another company's devices.
     if tensor.device.type == "cuda" and torch.version.hip is None:
         return tensor.device.index
     return None
 
 
 def on_device(tensor: torch.Tensor, index: int) -> torch.Tensor:
-    """Return the tensor itself or a copy on the CUDA device, without waiting."""
+    """Return the tensor, or a copy on the CUDA device if the tensor is elsewhere. Does not wait."""
     if device_index(tensor) == index:
         return tensor
     return tensor.to(torch.device("cuda", index), non_blocking=True)
 
 
 def is_capturing() -> bool:
-    """Tell whether the current stream makes a CUDA graph of what it gets."""
+    """Tell whether the current stream is being captured in a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return new memory laid out like a parameter: on huge pages where the core uses them, which torch does not."""
-    # Without arguments where none are needed: one call for each parameter of an optimizer's first step.
+    """Return a new tensor laid out like a parameter, on huge pages if it is large."""
+    # No argument where none is needed: an optimizer's first step makes this call for each parameter.
     memory = (
         torch.empty_like(parameter) if dtype is None else torch.empty_like(parameter, dtype=dtype)
     )
@@ -75,9 +75,9 @@ def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tens
 
 
 def collapse_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
-    """Put tensors on the CPU on huge pages where they are, values and addresses unchanged, if the system can."""
+    """Move tensors on the CPU to huge pages, if the system can. Values and addresses stay the same."""
     own = [t for t in tensors if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    # Most are too small, which is seen at once: an optimizer of a thousand small parameters is made as fast as torch's.
+    # First a fast test, which most models fail: an optimizer of a thousand small parameters is made as fast as torch's.
     largest_item = 16  # bytes
     if largest_item * sum(map(torch.Tensor.numel, own)) < _core.huge_page:
         return
@@ -85,7 +85,7 @@ def collapse_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
         [
             (tensor.data_ptr(), tensor.nbytes)
             for tensor in own
-            # What other processes share is not ours alone to arrange.
+            # Memory that processes share is left as it is.
             if _has_addresses(tensor)
             and tensor.untyped_storage().nbytes() >= _core.huge_page
             and _is_dense(tensor)
@@ -95,7 +95,7 @@ def collapse_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _has_addresses(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is no more than memory on the CPU."""
+    """Tell whether a tensor is plain memory on the CPU."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.is_cpu
@@ -105,7 +105,7 @@ def _has_addresses(tensor: torch.Tensor) -> bool:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Tell whether the elements fill their memory, in the usual orders."""
+    """Tell whether the elements fill one range of memory in C order or in one of torch's channels-last orders."""
     orders = {4: torch.channels_last, 5: torch.channels_last_3d}
     return tensor.is_contiguous() or (
         tensor.ndim in orders and tensor.is_contiguous(memory_format=orders[tensor.ndim])
@@ -114,7 +114,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def current_stream(device: int) -> int:
     """Return the address of torch's current stream on a CUDA device."""
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # makes no object for it
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # makes no object
     if raw is not None:
         return int(raw(device))
     return int(torch.cuda.current_stream(device).cuda_stream)
@@ -123,7 +123,7 @@ def current_stream(device: int) -> int:
 def _describe(
     tensor: torch.Tensor,
 ) -> tuple[int, tuple[int, ...], tuple[int, ...], str, int] | None:
-    """Return address, shape, strides, storage type and device; None for what is not plain memory."""
+    """Return address, shape, strides, storage type and device; None if the tensor is no plain memory."""
     device = device_index(tensor) if tensor.layout is torch.strided else None
     if device is None or tensor.dtype not in STORAGE_TYPES or tensor.is_neg():
         return None
@@ -137,18 +137,18 @@ def _describe(
 
 
 def increment_versions(tensors: list[torch.Tensor]) -> None:
-    """Tell autograd that the tensors were changed; inference tensors are none of its business."""
+    """Tell autograd that the tensors were changed. Inference tensors have no version and are left out."""
     for tensor in tensors:
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
 
 
 def exchange_api() -> Any:
-    """Return torch's DLPack C exchange API as a capsule; None for versions of torch that lack it."""
+    """Return torch's DLPack C exchange API as a capsule; None if this version of torch lacks the API."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
-# Names in torch's libraries, as TensorAccess has them.
+# Names in torch's libraries, in the order of the core's TensorAccess.
 _GETTERS = ("data_ptr", "sizes", "strides", "dim", "dtype", "device_type", "device_index", "layout")
 _CODES = (
     *(f"dtype_{name}" for name in STORAGE_TYPES.values()),
@@ -163,14 +163,14 @@ _BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 
 
 def _access() -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
-    """Return the core's TensorAccess: an offset, addresses and codes; None where torch does not have them."""
+    """Return offset, addresses and codes of the core's TensorAccess; None where torch lacks them."""
     with torch.inference_mode(False):
         probe = torch.nn.Parameter(torch.ones(3, device="cpu"))
     offset = _offset_of_implementation(probe)
     if exchange_api() is None or offset is None:
         return None
     try:
-        library = ctypes.CDLL(torch._C.__file__)  # finds what it is linked with, too
+        library = ctypes.CDLL(torch._C.__file__)  # finds the symbols of linked libraries, too
         functions = [getattr(library, f"aoti_torch_get_{name}") for name in _GETTERS]
         codes = [getattr(library, f"aoti_torch_{name}")() for name in _CODES]
     except (AttributeError, OSError):
@@ -187,7 +187,7 @@ def _access() -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
 
 
 def _offset_of_implementation(tensor: torch.Tensor) -> int | None:
-    """Return where a tensor's Python object has the address of the C++ one; None if that is not clear."""
+    """Return the offset of the C++ tensor's address in the Python object; None if it is ambiguous."""
     word = ctypes.sizeof(ctypes.c_void_p)
     found = [
         offset
@@ -198,8 +198,8 @@ def _offset_of_implementation(tensor: torch.Tensor) -> int | None:
 
 
 def _takes_lists(increment_version: Any) -> bool:
-    """Tell whether torch's C function increments the versions of a whole list, as recent ones do."""
-    with torch.inference_mode(False):  # whose tensors have no versions
+    """Tell whether torch's C function takes a list of tensors, as in recent versions."""
+    with torch.inference_mode(False):  # tensors of inference mode have no versions
         probe = torch.empty(0, device="cpu")
     try:
         increment_version([probe])
@@ -208,15 +208,15 @@ def _takes_lists(increment_version: Any) -> bool:
     return bool(probe._version == 1)
 
 
-# Found once; a plan is made for each optimizer.
+# Found once, since each optimizer makes a plan.
 _tensor_access = _access()
 
 
 def _kind_of(kind: Any) -> int:
-    """Return the core's TensorKind of a type that is none of torch's two own: 0, or 1 for plain memory, or 2."""
+    """Return the core's TensorKind of a type other than Tensor and Parameter: 0 other, 1 plain, 2 distributed."""
     if not issubclass(kind, torch.Tensor) or kind.grad is not torch.Tensor.grad:
         return 0
-    # A type with operations of its own may be anything; the step would run its code.
+    # A type with operations of its own need not be memory, and the step would run its code.
     if kind.__torch_function__ is not torch._C._disabled_torch_function_impl:
         return 0
     distributed = sys.modules.get("torch.distributed.tensor")

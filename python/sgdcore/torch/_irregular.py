@@ -1,11 +1,10 @@
-"""Steps over tensors that the core does not read by itself: turned into such as it does.
+"""Steps with irregular parameters, whose tensors the core cannot read as they are.
 
-The core takes dense tensors of torch's own types, on the CPU or a CUDA device, whose states are there already, also as
-parts of a DTensor, and sparse gradients where the rows without one stay as they are. Everything else comes here: first
-steps, complex tensors, views with gaps, tensor subclasses with operations of their own, shared memory. The parameters
-that are as usual go to the core the usual way, together with what was made of the others. Each of the others is
-prepared as a `_Update` whose tensors the core can read (aliases of the user's memory, or copies that are written back);
-nothing is changed before all are prepared and found acceptable.
+The core reads dense tensors of torch's own types, or parts of a DTensor, on the CPU or a CUDA device, whose states
+exist, and sparse gradients. Everything else is irregular: first steps, complex tensors, views with gaps, tensor
+subclasses with operations of their own, shared memory. Each irregular parameter is prepared as an `_Update`, whose
+tensors the core can read: aliases of the user's memory, or copies that are written back. The core steps the regular
+parameters together with the prepared ones. Nothing is changed before all parameters are prepared and checked.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
 class Updater(NamedTuple):
-    """What updates tensors.
+    """The functions that update tensors.
 
     Attributes:
-        plan: the core's; reads the tensors.
+        plan: the core's plan.
         rule: the plan's rule.
-        by_operations: ``by_operations(parameter, gradient, states, group)`` updates a tensor that is no memory but
-            operations, and returns its states. A state that takes no part, or that is new, is given as None.
+        by_operations: ``by_operations(parameter, gradient, states, group)`` updates a tensor that has operations
+            instead of memory, and returns its states. A state that takes no part, or that is new, is given as None.
     """
 
     plan: _core.TorchPlan
@@ -53,16 +52,16 @@ class Updater(NamedTuple):
     by_operations: Callable[[Tensor, Tensor, _States, dict[str, Any]], _States]
 
 
-# One for each of the rule's states; None for those that take no part.
+# One tensor for each of the rule's states; None for those that take no part.
 _States = list[Tensor | None]
 
 
 class Scaling:
-    """A GradScaler's found_inf and scale that stay on the device; see DeviceCallbacks in the core.
+    """A GradScaler's found_inf and scale, which stay on the device; see DeviceCallbacks in the core.
 
     Attributes:
-        pending: states that a step may have left empty, since the device decides whether it happens; the first of
-            each parameter, with the flags that say where, which the device clears.
+        pending: the pending first steps, since the device decides whether a step happens: the first state of each
+            parameter, with the flags that the device clears.
     """
 
     def __init__(self, found_inf: Tensor | None, scale: Tensor | None) -> None:
@@ -72,12 +71,12 @@ class Scaling:
         self._held: list[Tensor] = []
 
     def __call__(self, device: int) -> tuple[Any, Any]:
-        if device == CPU:  # parameters on the CPU have to wait for the numbers
+        if device == CPU:  # a step on the CPU has to wait for the numbers
             return self.on_host()
         return self._address(self.found_inf, device), self._address(self.scale, device)
 
     def on_host(self) -> tuple[bool, float]:
-        """Return whether the step is to be left out, and the factor of the gradients."""
+        """Return whether the step is skipped, and the factor of the gradients."""
         left_out = self.found_inf is not None and float(self.found_inf) != 0
         return left_out, 1.0 if self.scale is None else factor_of(self.scale)
 
@@ -85,39 +84,39 @@ class Scaling:
         if tensor is None:
             return 0
         there = _interface.on_device(tensor.detach().float(), device)
-        self._held.append(there)  # until the step is on its stream
+        self._held.append(there)  # kept until the step is on its stream
         return there.data_ptr()
 
 
 def as_tensor(number: Any) -> Tensor:
-    """Return a tensor as it is, where torch.as_tensor would move it to the default device."""
+    """Return a number as a tensor. Unlike torch.as_tensor, this does not move a tensor to the default device."""
     return number if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
 
 
 def factor_of(scale: Any) -> float:
-    """Return what undoes a scale, as GradScaler.unscale_ computes it."""
+    """Return the factor that undoes a scale, as GradScaler.unscale_ computes it."""
     return float(as_tensor(scale).double().reciprocal().float())
 
 
 @dataclass
 class _Update:
-    """One parameter's part of a step."""
+    """The prepared update of one irregular parameter."""
 
     label: str
-    parameter: Tensor  # as the user has it, as are `states`
+    parameter: Tensor  # the user's own tensor, as are `states`
     states: _States
     group: int
     first: bool
-    pending: Tensor | None = None  # flags of states that the device may leave empty
-    # What the core is given; None if there is nothing to compute: tensors on the meta device and
-    # fake ones, which stand for a model whose memory is being planned.
+    pending: Tensor | None = None  # the flags of a pending first step
+    # The tensors for the core. None for tensors on the meta device and fake ones, which have nothing to compute: they
+    # stand for a model whose memory is being planned.
     arguments: tuple[Tensor, Tensor, _States] | None = None
-    by_torch: bool = False  # the parameter has operations of its own, which torch's code calls
-    # What brings the core's results back to the user's tensors, where it worked on copies.
+    by_torch: bool = False  # torch's operations update the parameter
+    # Functions that copy the core's results back to the user's tensors.
     write_back: list[Callable[[], object]] = field(default_factory=list)
 
     def item(self, copies_grad: bool = False) -> tuple[Any, ...]:
-        """Return what the core takes. A gradient that overlaps what the step writes has to be copied."""
+        """Return the item for the core. A gradient that overlaps memory that the step writes has to be copied."""
         assert self.arguments is not None
         parameter, grad, states = self.arguments
         flags = 0 if self.pending is None else self.pending.data_ptr()
@@ -125,7 +124,7 @@ class _Update:
         return (parameter, grad, tuple(states), self.group, self.first, flags)
 
     def memory(self) -> list[tuple[int, int, bool]] | None:
-        """Return the ranges of memory behind copies: address, bytes, and whether it is written; None without copies."""
+        """Return the ranges of memory behind copies (address, bytes, whether it is written); None without copies."""
         if not self.write_back:
             return None
         written = [(tensor, True) for tensor in (self.parameter, *self.states)]
@@ -139,18 +138,18 @@ class _Update:
         ]
 
 
-# A parameter's position among all, the index of its group, and its position in that.
+# A parameter's position among all, the index of its group, and its position in the group.
 _Place = tuple[int, int, int]
 
 
 class _Step:
-    """A step of which the core leaves a part to Python.
+    """A step with irregular parameters.
 
     Attributes:
-        updates: what is prepared, by the parameter's position among all.
-        new: the parameters that lack only states, each with its states, by position.
-        in_sequence: positions of the updates that overlap others in memory: they step one after the other, at last.
-        left_out: positions of the parameters that are not for the core to find; None for all.
+        updates: the prepared updates, by the parameter's position among all.
+        new: the parameters that lack only states, with new states, by position.
+        in_sequence: the positions of updates that overlap other memory. They step one after the other, at the end.
+        left_out: the positions of the parameters that the core leaves alone; None for all of them.
     """
 
     def __init__(
@@ -176,13 +175,13 @@ class _Step:
         self.left_out: set[int] | None = set()
 
     def all_places(self) -> list[_Place]:
-        """Return where all parameters are: position among all, index of the group, position in it."""
+        """Return the places of all parameters."""
         counts = (len(group["params"]) for group in self.groups)
         places = ((i, j) for i, count in enumerate(counts) for j in range(count))
         return [(position, i, j) for position, (i, j) in enumerate(places)]
 
     def prepare(self, places: Iterable[_Place]) -> None:
-        """Prepare the parameters that have a gradient; the core leaves all of these alone."""
+        """Prepare those of the parameters that have a gradient. The core then leaves all of them alone."""
         for position, index, at in places:
             if self.left_out is not None:
                 self.left_out.add(position)
@@ -201,7 +200,7 @@ class _Step:
                 )
 
     def make_states(self, places: list[_Place]) -> None:
-        """Make the states of parameters that lack only them."""
+        """Make the states of parameters that lack only states."""
         if not places:
             return
         empty_like, dtype_of = _interface.empty_like, _interface.dtype_of
@@ -219,7 +218,7 @@ class _Step:
             if may_capture and not parameter.is_cpu:
                 _require_no_capture(_label_at(group, index, at, self.place), found[0])
                 may_capture = False
-            # Where there is one state, it is that which is missing.
+            # A single state is the missing one.
             known = self.state.get(parameter, none) if len(states) > 1 else none
             new = lacking.copy()
             for number, key, dtype in states:
@@ -227,7 +226,7 @@ class _Step:
                 if tensor is None:
                     tensor = empty_like(parameter, dtype)
                     if parameter.grad.layout is not torch.strided:
-                        tensor.zero_()  # for the rows that a lazy step leaves out
+                        tensor.zero_()  # a lazy step leaves out rows
                 new[number] = tensor
             self.new[position] = parameter, tuple(new)
 
@@ -240,7 +239,7 @@ class _Step:
         )
 
     def finish(self, overlapping: list[_Place], zero_grad: bool) -> bool:
-        """Step all that is left. Return False if gradients are still to be set to zeros."""
+        """Step the core's parameters and the updates. Return False if gradients are still to be cleared."""
         self.separate({place[0] for place in overlapping})
         cleared = self.run(zero_grad)
         self.note_updates()
@@ -249,7 +248,7 @@ class _Step:
         return cleared and self.left_out is not None and _clear(self.groups, self.left_out)
 
     def separate(self, positions: set[int]) -> None:
-        """Have these updates step in sequence, or raise if one of them cannot be stepped at all."""
+        """Make these updates step in sequence. Raise if one of them cannot be stepped at all."""
         for position in sorted(positions - self.in_sequence):
             update = self.updates.get(position)
             if update is not None and update.arguments is not None:
@@ -257,7 +256,7 @@ class _Step:
                 _require_apart(self.updater, self.groups, update, self.grad_factor)
 
     def run(self, zero_grad: bool) -> bool:
-        """Step the core's part and the updates. Return whether the core's gradients are cleared if they are to be."""
+        """Step the core's parameters and the updates. Return whether the core has cleared its gradients."""
         clears = zero_grad
         while True:
             real = self._real()
@@ -298,7 +297,7 @@ class _Step:
         return clears
 
     def _real(self) -> list[tuple[int, _Update]]:
-        """Return the updates that have anything to compute, in the order of the parameters."""
+        """Return the updates that have something to compute, in the order of the parameters."""
         real = [(i, update) for i, update in sorted(self.updates.items()) if update.arguments]
         for _, update in real:
             _await_device(update, self.scaling, self.pending)
@@ -313,7 +312,7 @@ class _Step:
                     known[key] = tensor
 
     def note_updates(self) -> None:
-        """Put new states into the optimizer's, and tell autograd of what was written."""
+        """Put new states into the optimizer's state, and tell autograd of the writes."""
         changed = []
         for update in self.updates.values():
             _note(self.updater.rule, self.state, update.parameter, update.states)
@@ -322,7 +321,7 @@ class _Step:
 
 
 def _note(rule: Rule, state: dict[Any, Any], parameter: Tensor, states: _States) -> None:
-    """Put the states of a parameter into the optimizer's."""
+    """Put the states of a parameter into the optimizer's state."""
     for declared, tensor in zip(rule.states, states, strict=True):
         if tensor is not None:
             state.setdefault(parameter, {})[declared.key] = tensor
@@ -340,25 +339,24 @@ def step(
     place: tuple[int, int] = (0, 0),
     zero_grad: bool = False,
 ) -> bool:
-    """Update all parameters that have a gradient, of whatever kind they are.
+    """Update all parameters that have a gradient, regular and irregular ones.
 
     Args:
         updater: updates the tensors.
-        groups: the optimizer's, or a part of one of them.
-        state: the optimizer's.
+        groups: the optimizer's groups, or a part of one of them.
+        state: the optimizer's state.
         grad_factor: multiplies every gradient.
-        found: what ``updater.plan.run`` returned: what it found unusual.
-        scaling: what takes the place of `grad_factor` on devices.
-        pending: the flags of states that earlier steps may have left empty. New ones go to
-            `scaling.pending`.
-        place: where `groups` begins in the optimizer's: the index of the group, and of the parameter in it.
+        found: what ``updater.plan.run`` returned.
+        scaling: takes the place of `grad_factor` on devices.
+        pending: the flags of first steps that are pending. New ones go to `scaling.pending`.
+        place: where `groups` begins in the optimizer's groups: the index of the group, and of the parameter in it.
         zero_grad: whether to set all gradients to zeros, too.
 
     Returns:
-        False if gradients are still to be set to zeros.
+        False if gradients are still to be cleared.
 
     Raises:
-        TypeError, ValueError: naming the parameter that cannot be updated; before anything is changed.
+        TypeError, ValueError: naming the parameter that cannot be updated. Nothing is then changed.
     """
     work = _Step(updater, groups, state, grad_factor, scaling, pending or {}, place)
     overlapping: list[_Place] = []
@@ -368,13 +366,13 @@ def step(
             work.prepare(work.all_places())
         else:
             irregular, lacking, overlapping, _, _ = found
-            if scaling is not None:  # whose first steps the device may leave out
+            if scaling is not None:  # the device may skip first steps
                 irregular, lacking = [*irregular, *lacking], []
             work.prepare([*irregular, *overlapping])
             work.make_states(lacking)
         if not any(update.by_torch for update in work.updates.values()):
             return work.finish(overlapping, zero_grad)
-    # First: an operation that a subclass lacks is found before anything else is changed.
+    # First, so that an operation that a subclass lacks is found before anything else is changed.
     work.step_by_torch()
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         return work.finish(overlapping, zero_grad)
@@ -388,7 +386,7 @@ def _step_by_torch(
     grad_factor: float,
     scaling: Scaling | None,
 ) -> None:
-    """Step with torch's operations, for subclasses that are no memory but operations."""
+    """Step by torch's operations, for subclasses that have operations instead of memory."""
     if scaling is not None:
         left_out, grad_factor = scaling.on_host()
         if left_out:
@@ -411,7 +409,7 @@ def _step_by_torch(
 def _require_apart(
     updater: Updater, groups: list[dict[str, Any]], update: _Update, grad_factor: float
 ) -> None:
-    """Raise if an update cannot be computed whatever other parameters do."""
+    """Raise if an update cannot be computed even by itself."""
     for copies_grad in (False, True):
         items = [update.item(copies_grad)]
         if updater.plan.run_items(groups, items, grad_factor, dry_run=True):
@@ -429,11 +427,11 @@ def _step_alone(
     grad_factor: float,
     scaling: Scaling | None,
 ) -> None:
-    """Step a parameter that shares memory with others or with gradients: it sees what those before it wrote.
+    """Step one parameter that shares memory with other parameters or with gradients.
 
-    One after the other, such parameters do what torch's loop does.
+    Such parameters step one after the other, as in torch's loop: each reads what those before it wrote.
     """
-    if update.write_back:  # copies of what it was before the others
+    if update.write_back:  # the copies were made before the other parameters stepped
         update.write_back.clear()
         _arrange(updater, groups[update.group], update)
     for copies_grad in (False, True):  # the gradient may overlap the parameter or a state
@@ -445,7 +443,7 @@ def _step_alone(
 
 
 def _clear(groups: list[dict[str, Any]], positions: Iterable[int]) -> bool:
-    """Set the gradients of the parameters at these positions among all to zeros, as torch's zero_grad does."""
+    """Clear the gradients of the parameters at these positions among all, as torch's zero_grad does."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     for position in positions:
         grad = parameters[position].grad
@@ -462,7 +460,7 @@ def _clear(groups: list[dict[str, Any]], positions: Iterable[int]) -> bool:
 def _await_device(
     update: _Update, scaling: Scaling | None, pending: Mapping[Tensor, Tensor]
 ) -> None:
-    """Give a parameter's states flags if only the device knows whether their first step happens."""
+    """Give a parameter pending flags if only the device knows whether its first step happens."""
     assert update.arguments is not None
     parameter = update.arguments[0]
     first_state = next((each for each in update.states if each is not None), None)
@@ -477,7 +475,7 @@ def _await_device(
 
 
 def _elements(tensor: Tensor) -> Tensor:
-    """Return the tensor that holds the elements: the values of a sparse one."""
+    """Return the tensor that holds the elements: of a sparse tensor its values."""
     if tensor.layout is torch.sparse_coo:
         return tensor._values()
     compressed = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -485,8 +483,8 @@ def _elements(tensor: Tensor) -> Tensor:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Return the number of bytes from a tensor's first element to behind its last one."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)  # none of torch's are negative
+    """Return the number of bytes from a tensor's first element to the end of its last one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)  # torch has no negative strides
     return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
 
 
@@ -524,13 +522,13 @@ def _prepare(
 
 
 def has_own_operations(tensor: Tensor) -> bool:
-    """Tell whether the tensor, or this rank's part of a DTensor, wraps others and says what torch's operations do."""
+    """Tell whether the tensor, or this rank's part of a DTensor, defines torch's operations itself."""
     if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         return has_own_operations(tensor._local_tensor)
-    if type(tensor).__name__ == "AsyncCollectiveTensor":  # memory, once the collective is done
+    if type(tensor).__name__ == "AsyncCollectiveTensor":  # plain memory when the collective is done
         return False
     return bool(type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__)
 
@@ -540,7 +538,7 @@ def _label_at(group: dict[str, Any], index: int, position: int, place: tuple[int
 
 
 def label_of(group: dict[str, Any], position: int, place: tuple[int, int]) -> str:
-    """Return what error messages call a parameter: its name, else its group's index and its position there."""
+    """Return a parameter's label in error messages: its name, else its group's index and its position there."""
     names = group.get("param_names")
     if names is not None and position < len(names):
         return f"parameter '{names[position]}'"
@@ -548,12 +546,12 @@ def label_of(group: dict[str, Any], position: int, place: tuple[int, int]) -> st
 
 
 def _arrange(updater: Updater, group: dict[str, Any], update: _Update) -> None:
-    """Find what the core is to be given."""
+    """Find the tensors for the core, and how to write copies back."""
     parameter, label = update.parameter, update.label
     grad = parameter.grad
     assert grad is not None
     update.states = [
-        # As torch leaves a state after sparse gradients.
+        # torch leaves a sparse state after sparse gradients.
         each.to_dense() if each is not None and each.layout is not torch.strided else each
         for each in update.states
     ]
@@ -624,14 +622,14 @@ def _refuse_shape(p: Tensor, named: Iterable[tuple[Tensor, str]]) -> NoReturn:
 
 
 def _refuse_dtype(named: Iterable[tuple[Tensor, str]]) -> NoReturn:
-    """Raise for a tensor that has none of the core's types."""
+    """Raise for a tensor whose dtype is no storage type."""
     tensor, what = next(each for each in named if each[0].dtype not in STORAGE_TYPES)
     expected = ", ".join(STORAGE_TYPES.values())
     raise TypeError(f"{what}: expected one of {expected} or complex, got {tensor.dtype}")
 
 
 def _was_freed(tensor: Tensor) -> bool:
-    """Tell whether the storage was emptied under the tensor, as FSDP does with parameters that are elsewhere."""
+    """Tell whether the tensor's storage was emptied, as FSDP does with parameters that are elsewhere."""
     strided = tensor.layout is torch.strided and not tensor._is_zerotensor()
     return strided and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
@@ -670,12 +668,15 @@ def _new_state(state: State, parameter: Tensor, group: dict[str, Any], label: st
         dtype = _COMPLEX[dtype]
     if not parameter.is_cpu:
         _require_no_capture(label, state)
-    # Zeros, for the rows that a lazy step leaves out.
+    # Zeros, since a lazy step leaves out rows.
     return _interface.empty_like(parameter, dtype).zero_()
 
 
 def _require_no_capture(label: str, state: State) -> None:
-    """Raise a RuntimeError if a graph is captured. Not for the CPU: to ask CUDA anything ends what a fork could do."""
+    """Raise a RuntimeError if a graph is being captured.
+
+    Call this for CUDA devices only: a process that has asked CUDA anything cannot use CUDA in a child that it forks.
+    """
     if _interface.is_capturing():
         raise RuntimeError(
             f"{label} has no {state.key} yet, and a graph would start with its first step at each replay: take a "
@@ -699,7 +700,7 @@ def _placed_like(parameter: Tensor, grad: Tensor, label: str) -> Tensor:
 
 
 def _plain(tensor: Tensor, label: str) -> Tensor:
-    """Return a tensor of torch's own type over the same memory: this rank's part of a DTensor."""
+    """Return a tensor of torch's own type over the same memory; of a DTensor this rank's part."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError(
             f"{label}: expected a tensor with memory of its own, got one inside of a transform such as vmap"
@@ -709,7 +710,7 @@ def _plain(tensor: Tensor, label: str) -> Tensor:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         local = tensor._local_tensor
-        if hasattr(local, "wait"):  # a collective still under way
+        if hasattr(local, "wait"):  # a collective may still be running
             local = local.wait()
         return _plain(local, label)
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
@@ -720,9 +721,9 @@ def _plain(tensor: Tensor, label: str) -> Tensor:
 
 
 def _only_rows(rule: Rule, group: dict[str, Any]) -> bool:
-    """Tell whether a sparse gradient leaves the rows it does not name as they are.
+    """Tell whether a step leaves the rows without a gradient as they are.
 
-    Always so in the lazy mode, and where the dense result is the same.
+    This is so in the lazy mode, and where a dense step gives the same result.
     """
     return group.get("sparse_mode", "dense") == "lazy" or rule.states_in(group)[1]
 
@@ -730,7 +731,7 @@ def _only_rows(rule: Rule, group: dict[str, Any]) -> bool:
 def _prepare_rows(
     update: _Update, p: Tensor, g: Tensor, states: _States
 ) -> tuple[Tensor, Tensor, _States]:
-    """Return copies of the rows that the sparse gradient names, to be put back afterwards."""
+    """Return copies of the rows that have a gradient, to be written back after the step."""
     g = g.coalesce()
     rows = tuple(g.indices())
 
@@ -743,7 +744,7 @@ def _prepare_rows(
 
 
 def _real(update: _Update, p: Tensor, g: Tensor, states: _States) -> tuple[Tensor, Tensor, _States]:
-    """Return complex tensors as real ones, over the same memory where possible; real ones as they are."""
+    """Return complex tensors as real ones, over the same memory where possible. Real tensors stay as they are."""
     if not p.is_complex():
         return p, g, states
     if not all(each.is_complex() for each in (g, *states) if each is not None):

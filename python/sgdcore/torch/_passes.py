@@ -1,7 +1,7 @@
-"""What a hook can tell of the backward pass that it runs in: whether more passes over the same parameters are to come.
+"""Finds out, in a parameter's hook, whether more backward passes over the same parameters are to come.
 
-A parameter's hook runs when the pass is done with its gradient. The gradient is then complete, unless another pass adds
-to it: a second one over the same graph, or one that a node of the graph runs by itself, as reentrant checkpointing
+A parameter's hook runs when the backward pass has computed its gradient. The gradient is then complete, unless another
+pass adds to it: a second pass over the same graph, or a pass that a node of the graph runs, as reentrant checkpointing
 does.
 """
 
@@ -21,20 +21,20 @@ __all__ = ["current_pass", "keeps_graph", "nested_pass"]
 current_pass = torch._C._current_graph_task_id  # a number, -1 outside of all passes
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
-# The Python functions below which torch runs a backward pass, and a node that is written in Python.
+# The code of the Python functions that run a backward pass, and a node that is written in Python.
 _RUN_PASS: CodeType = graph._engine_run_backward.__code__
 _RUN_NODE: CodeType = function.BackwardCFunction.apply.__code__
 
 
 def nested_pass() -> str | None:
-    """Return the name of a node that runs a backward pass of its own, in this pass or around it; None if none does.
+    """Return the name of a node that runs a backward pass, in this pass or around it; None if there is none.
 
-    Looks for nodes written in Python whose ``backward`` calls one called ``backward``. A pass that is nested in another
-    for a reason that cannot be seen there is found when this function is called inside of it.
+    A node written in Python counts if its ``backward`` calls something called ``backward``. A pass that is nested in
+    another pass for any other reason is found when this function is called inside of the nested one.
     """
     passes = list(_passes_above(sys._getframe(1)))
     if not passes:
-        # On a thread of the device's, which works for a pass that another thread waits for.
+        # A device's thread works for a pass that another thread waits for.
         for frame in list(sys._current_frames().values()):
             passes += _passes_above(frame)
     for frame, nested in passes:
@@ -47,7 +47,7 @@ def nested_pass() -> str | None:
 
 
 def _passes_above(frame: FrameType | None) -> Iterator[tuple[FrameType, bool]]:
-    """Yield the frames of the passes that a frame runs in, innermost first, and whether another is around each."""
+    """Yield the frame of each pass that a frame runs in, innermost first, and whether another pass is around it."""
     current = None
     while frame is not None:
         if frame.f_code is _RUN_PASS:

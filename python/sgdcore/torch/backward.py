@@ -1,4 +1,4 @@
-"""The update inside the backward pass: each parameter steps as soon as its gradient is there."""
+"""The update inside the backward pass: each parameter steps as soon as its gradient is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["StepInBackward", "step_in_backward"]
 
 
 class _UsedGradient(Tensor):
-    """What stands in for a gradient that was used and freed: without memory, and any use of it raises."""
+    """A placeholder for a gradient that was used and freed. It has no memory, and any use raises."""
 
     @staticmethod
     def __new__(cls, parameter: Tensor, grad: Tensor) -> Self:
@@ -46,13 +46,13 @@ class _UsedGradient(Tensor):
 
 
 class _Hook:
-    """Steps one parameter when its gradient is complete. The parameter refers to its hook, and no hook to a parameter.
+    """Steps one parameter when its gradient is complete. The parameter refers to its hook, not the hook to it.
 
     Attributes:
-        owner: a weak reference to the StepInBackward. The garbage collector does not see what hooks refer to: a cycle
-            through one would stay for ever.
-        place: where the parameter was last found: the index of its group, and its position there.
-        used: what last stood in for its gradient.
+        owner: a weak reference to the StepInBackward. The garbage collector does not see the references of hooks, so
+            it could not free a cycle through one.
+        place: where the parameter was last found: the index of its group, and its position in the group.
+        used: the last placeholder for its gradient.
     """
 
     __slots__ = ("owner", "place", "used")
@@ -69,12 +69,12 @@ class _Hook:
             owner._step(parameter, self)
 
     def replace_grad(self, parameter: Tensor, grad: Tensor) -> None:
-        """Put something without memory in the place of a gradient that was used."""
+        """Replace a gradient that was used by a placeholder."""
         if self.used is not None:
             try:
                 parameter.grad = self.used
                 return
-            except RuntimeError:  # the parameter was converted since
+            except RuntimeError:  # the parameter was converted meanwhile
                 pass
         self.used = _UsedGradient(parameter, grad)
         parameter.grad = self.used
@@ -93,11 +93,11 @@ class StepInBackward:
         self._this = weakref.ref(self)
         self._handles: list[Any] = []
         self._plan = new_plan(exchange_api(), optimizer.rule)
-        # The hooks of those that stepped since the last round's end: `step` is to clear their gradients. The parameters
-        # themselves are not referred to, not even weakly, which torch.utils.swap_tensors would refuse.
+        # The hooks of parameters that stepped in this round: `step` clears their gradients. There is no reference to
+        # the parameters, not even a weak one, which torch.utils.swap_tensors would refuse.
         self._stepped: set[_Hook] = set()
-        self._waiting = False  # all parameters wait for `step`, until the round's end
-        # The number of the backward pass that was last looked at, and whether its gradients are not complete yet.
+        self._waiting = False  # all parameters wait for `step` until the end of the round
+        # The number of the last backward pass that was examined, and whether another pass adds to its gradients.
         self._pass = -1
         self._pass_is_partial = False
         self._warned = False
@@ -125,11 +125,11 @@ class StepInBackward:
         averaged = averaged_parameters()
         for index, group in added:
             self._check_group(index, group, averaged)
-        # Of parameters that are gone, nothing is kept.
+        # Handles of parameters that have ended are dropped.
         self._handles = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
         for index, group in added:
             for position, parameter in enumerate(group["params"]):
-                # A parameter that comes from another group has its hook.
+                # A parameter that was moved from another group has its hook already.
                 if parameter.requires_grad and self._hook_of(parameter) is None:
                     hook = _Hook(self._this, (index, position))
                     self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
@@ -148,7 +148,7 @@ class StepInBackward:
                 raise ValueError(f"{label} cannot be updated in the backward pass: {reason}")
 
     def _other_owner(self, parameter: Tensor) -> StepInBackward | None:
-        """Return who else steps the parameter in the backward pass."""
+        """Return another StepInBackward that steps the parameter, or None."""
         for hook in _hooks_of(parameter):
             owner = hook.owner()
             if owner not in (None, self) and owner._group_of(parameter, hook) is not None:
@@ -167,7 +167,7 @@ class StepInBackward:
             )
 
     def _group_of(self, parameter: Tensor, hook: _Hook) -> dict[str, Any] | None:
-        """Return the parameter's group as it is now, with this parameter alone; None if it is in none."""
+        """Return the parameter's group as it is now, with this parameter only; None if no group has the parameter."""
         for _ in range(2):
             if self._parameter_at(hook.place) is parameter:
                 index, position = hook.place
@@ -189,7 +189,7 @@ class StepInBackward:
         return None
 
     def _find_places(self) -> None:
-        """Note where each parameter is now; of all at once, since what moved one mostly moved many."""
+        """Note where each parameter is now. A change that moves one parameter mostly moves many."""
         for i, group in enumerate(self._optimizer.param_groups):
             for j, parameter in enumerate(group["params"]):
                 hook = self._hook_of(parameter)
@@ -199,7 +199,7 @@ class StepInBackward:
     def _step(self, parameter: Tensor, hook: _Hook) -> None:
         grad = parameter.grad
         assert grad is not None
-        # What autograd recorded (create_graph=True) is wanted after the pass.
+        # A gradient that autograd has recorded (create_graph=True) is needed after the pass.
         if self._waiting or grad.requires_grad:
             return  # `step` updates it
         number = current_pass()
@@ -209,7 +209,7 @@ class StepInBackward:
             return
         group = self._group_of(parameter, hook)
         if group is None:
-            return  # it was removed, and keeps its gradient
+            return  # a parameter that was removed keeps its gradient
         optimizer = self._optimizer
         found = self._plan.run([group], optimizer._state, False, 1.0, None)
         if found is not True:
@@ -217,17 +217,17 @@ class StepInBackward:
         try:
             hook.replace_grad(parameter, grad)
         except BaseException:
-            parameter.grad = None  # or `step` would use it a second time
+            parameter.grad = None  # otherwise `step` would use the gradient a second time
             raise
         self._stepped.add(hook)
 
     def _look_at(self, number: int) -> None:
-        """Note whether more passes are to add to the gradients of the one that runs."""
-        # After a failure the pass is looked at again.
+        """Note whether other passes will add to the gradients of the running one."""
+        # After a failure the pass is examined again.
         self._pass, self._pass_is_partial = -1, False
         if number == -1:
             return
-        # Another pass over the same graph is to come where it is kept.
+        # A graph that is kept is for another pass.
         partial = keeps_graph()
         if not partial:
             node = nested_pass()
@@ -250,7 +250,7 @@ class StepInBackward:
             )
 
     def finish_round(self) -> None:
-        """Let the parameters take new gradients; a part of ``optimizer.step()``."""
+        """Let the parameters take new gradients. ``optimizer.step()`` calls this."""
         stepped, self._stepped = self._stepped, set()
         self._waiting = False
         elsewhere = {hook for hook in stepped if not self._clear_used(hook)}
@@ -261,7 +261,7 @@ class StepInBackward:
             self._clear_removed(elsewhere)
 
     def _clear_used(self, hook: _Hook) -> bool:
-        """Clear what stands in for a gradient; return False if the parameter is not where it was last found."""
+        """Clear the placeholder of a gradient. Return False if the parameter is not where it was last found."""
         parameter = self._parameter_at(hook.place)
         if parameter is None:
             return False
@@ -271,7 +271,7 @@ class StepInBackward:
         return hook in _hooks_of(parameter)
 
     def _clear_removed(self, hooks: set[_Hook]) -> None:
-        """Do the same for parameters that are in no group any more; Python knows where those that live are."""
+        """Clear the placeholders of parameters that no group has any longer. Python's garbage collector finds these."""
         of_parameters = (handle.hooks_dict_ref() for handle in self._handles)
         own = [of for of in of_parameters if of and any(hook in of.values() for hook in hooks)]
         for parameter in gc.get_referrers(*own) if own else ():
@@ -280,7 +280,7 @@ class StepInBackward:
 
     @not_compiled
     def remove(self) -> None:
-        """Take the hooks off again; the optimizer then steps when it is told to."""
+        """Remove the hooks. The optimizer then steps in ``step()`` again."""
         self._watch()
         for handle in self._handles:
             handle.remove()
@@ -333,7 +333,7 @@ def step_in_backward(optimizer: Optimizer) -> StepInBackward:
         raise TypeError(f"optimizer: expected an optimizer of sgdcore.torch, got {type(optimizer)}")
     if optimizer._in_backward is not None:
         raise ValueError("optimizer: it already steps in the backward pass")
-    wrapper = getattr(optimizer, "_wrapper", lambda: None)()  # of sgdcore.distributed
+    wrapper = getattr(optimizer, "_wrapper", lambda: None)()  # a wrapper of sgdcore.distributed
     if wrapper is not None:
         wrapper.check_step_in_backward()
     for group in optimizer.param_groups:

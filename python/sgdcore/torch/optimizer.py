@@ -31,23 +31,23 @@ from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
 __all__ = ["Optimizer", "number_of"]
 
 _profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
-# The same objects for the life of the process.
+# These objects stay the same for the life of the process.
 _global_pre_hooks = _optimizer._global_optimizer_pre_hooks
 _global_post_hooks = _optimizer._global_optimizer_post_hooks
 
 
 class _Uncast:
-    """A state on its way through load_state_dict, hidden from torch, which would cast it."""
+    """Hides a state from torch, which would cast it in load_state_dict."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 class _StepAttribute:
-    """An attribute that GradScaler sets before a step and removes after it.
+    """An attribute that GradScaler sets before a step and removes after the step.
 
-    All of them are kept in one dict, so that a step sees at a glance that there are none, and without asking for the
-    optimizer's ``__dict__``: Python makes that when first asked for, and finds attributes more slowly ever after.
+    The values are in one dict, so a step sees at once that there are none. Asking for the optimizer's ``__dict__``
+    would make Python create it, and all its attributes would be found more slowly from then on.
     """
 
     def __set_name__(self, _: type, name: str) -> None:
@@ -73,15 +73,15 @@ class _StepAttribute:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Base of the optimizers of torch parameters: all of torch.optim.Optimizer, with the update in the core.
+    """Base of the optimizers of torch parameters: torch.optim.Optimizer, with the update in the core.
 
-    Subclasses name the core's rule, check its hyperparameters, and say in torch's operations what the rule does.
+    Subclasses name the core's rule, check its hyperparameters, and have the rule in torch's operations.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define groups, as in torch.
         defaults: the hyperparameters of groups that do not set their own.
-        own: the same for keys that torch lacks. One with its default is left out of defaults and groups: a checkpoint
-            is then torch's, too.
+        own: the hyperparameters that torch lacks. Those with their default value are left out of defaults and groups,
+            so that torch can load the checkpoint, too.
 
     Raises:
         TypeError, ValueError: if `params` are no parameters, or a hyperparameter in `own` is not valid.
@@ -106,13 +106,13 @@ class Optimizer(torch.optim.Optimizer):
     def by_operations(
         parameter: Tensor, grad: Tensor, states: list[Tensor | None], group: dict[str, Any]
     ) -> list[Tensor | None]:
-        """Update a tensor that is no memory but operations, by torch's operations.
+        """Update a tensor that has operations of its own instead of memory, by torch's operations.
 
         Args:
-            parameter: is updated in place.
+            parameter: the tensor, which is updated in place.
             grad: its gradient.
             states: its states, in the order of the rule; None for those that take no part, or that are new.
-            group: has the hyperparameters.
+            group: the hyperparameters.
 
         Returns:
             The states.
@@ -120,22 +120,22 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _step_recorded(self) -> None:
-        """Step so that autograd records it; for groups that are ``differentiable``."""
+        """Take a step that autograd records, for groups that are ``differentiable``."""
         raise ValueError(f"differentiable: {type(self).__name__} has no step that autograd records")
 
     @classmethod
     def _own_defaults(cls) -> dict[str, Any]:
-        """Return the keys of a group that torch lacks, with what they are where a group does not have them."""
+        """Return the keys of a group that torch lacks, with their default values."""
         return _own_defaults(cls.rule)
 
     @property
     @not_compiled
     def state(self) -> defaultdict[Tensor, Any]:
-        """What is remembered of each parameter: a dict with the rule's states, tensors like the parameter.
+        """Maps each parameter to a dict with the rule's states, tensors like the parameter.
 
         SGD's only state is ``"momentum_buffer"``. A state may be read, changed in place, or replaced between steps.
         """
-        # From now on somebody may hold a state, and each step looks whether it was moved.
+        # The caller may keep a state and move its memory, so each step reads the states from now on.
         self._plan.state_exposed = True
         self._remove_pending()
         return self._state
@@ -143,30 +143,30 @@ class Optimizer(torch.optim.Optimizer):
     @state.setter
     @not_compiled
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        # The first one is torch's, in __init__, which keeps no reference to it.
+        # The first assignment is torch's, in __init__, which keeps no reference to the dict.
         self._plan.state_exposed = hasattr(self, "_state")
         self._state = state
 
     def _start(self) -> None:
-        """Set up what is not part of a checkpoint or a pickle."""
+        """Set the attributes that are not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api(), self.rule)
-        # Bound once: one look-up less in each step.
+        # Bound once, which saves a look-up in each step.
         self._run_unobserved = self._plan.run_unobserved
         self._step_attributes: dict[str, Any] = {}
-        # States that may hold nothing yet, the first of each parameter, with the flags on their device that say so.
+        # Pending first steps: the first state of each such parameter, with its flags on the device.
         self._pending: dict[Tensor, Tensor] = {}
-        # Loading a state dict changes nothing about who steps.
+        # Loading a state dict does not end step_in_backward.
         self._in_backward = getattr(self, "_steps_in_backward", None)
-        # Subclasses with a step() of their own are wrapped by torch, hooks and all.
+        # torch wraps a subclass's own step(), and runs the hooks itself.
         self._observed_outside = type(self).step is not Optimizer.step
 
     def _hooks(self) -> list[dict[Any, Any]]:
-        """Return the dicts of hooks before and after a step: this optimizer's, and those of all."""
+        """Return the dicts of hooks before and after a step: this optimizer's, and those of all optimizers."""
         own: Any = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
         return [*own, _global_pre_hooks, _global_post_hooks]
 
     def _observe(self) -> None:
-        """Tell the plan what a step has to see before it is one call into the core."""
+        """Tell the plan which dicts and functions observe a step, which is one call into the core if none does."""
         self._plan.observe([*self._hooks(), self._step_attributes], _profiler_enabled)
 
     @property
@@ -182,11 +182,11 @@ class Optimizer(torch.optim.Optimizer):
     @property
     @not_compiled
     def _step_supports_amp_scaling(self) -> bool:
-        # What GradScaler.step asks first: the scale and found_inf are then left to `step`.
+        # GradScaler.step asks this first. If true, it leaves the scale and found_inf to `step`.
         return asked_by_grad_scaler() and self._takes_scale() and not self._step_is_replaced()
 
     def _takes_scale(self) -> bool:
-        """Return whether `step` undoes the scale and leaves itself out for an overflow, given as attributes."""
+        """Return whether `step` undoes the scale, and skips an overflow, as the attributes of one step tell."""
         if self._in_backward is not None:
             raise RuntimeError(
                 "GradScaler cannot be used with step_in_backward: the parameters were already updated, with "
@@ -195,10 +195,10 @@ class Optimizer(torch.optim.Optimizer):
         return not _any_differentiable(self.param_groups)
 
     def _step_is_replaced(self) -> bool:
-        """Return whether somebody replaced this optimizer's `step`, as accelerate does.
+        """Return whether this optimizer's `step` was replaced, as accelerate does.
 
-        accelerate learns that a step was left out from `step` not being called, so GradScaler has to decide. What a
-        scheduler puts in the place of `step` only notes that there was a first call.
+        accelerate takes a step for skipped if `step` was not called, so GradScaler has to decide. A scheduler replaces
+        `step`, too, only to note that there was a first call.
         """
         step = self.step
         if getattr(step, "__func__", None) is type(self).step:
@@ -207,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @not_compiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with the defaults for the hyperparameters it does not set.
+        """Add a group of parameters. Hyperparameters that the group does not set get the defaults.
 
         Raises:
             TypeError, ValueError: as torch does, and for an invalid dtype of a state or sparse_mode.
@@ -246,7 +246,7 @@ class Optimizer(torch.optim.Optimizer):
             KeyError: if a group lacks a hyperparameter; before anything is changed.
         """
         if closure is None:
-            # The usual case is one call into the core, which also looks whether there is anything else to do.
+            # The usual step is one call into the core, which also finds whether anything observes the step.
             found = self._run_unobserved(self.param_groups, self._state, zero_grad)
             if found is True:
                 return None
@@ -260,22 +260,22 @@ class Optimizer(torch.optim.Optimizer):
                 return self._step(closure, zero_grad=zero_grad)
             return self._observed_step(closure, zero_grad)
         except BaseException:
-            # GradScaler removes what it set for one step only where that succeeds.
+            # GradScaler removes the attributes only after a step that succeeds.
             self._step_attributes.clear()
             raise
 
-    # torch would otherwise wrap `step` with what `_observed_step` does, at 10 us a step.
+    # Otherwise torch would wrap `step` in what `_observed_step` does, which takes 10 us a step.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _observed_step(self, closure: Callable[[], float] | None, zero_grad: bool) -> float | None:
-        """Step under torch's label for the profiler, with all hooks."""
+        """Call the hooks around the step, under torch's label for the profiler."""
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {"zero_grad": True} if zero_grad else {}
         label = f"Optimizer.step#{type(self).__name__}.step"
         with torch.autograd.profiler.record_function(label):
             pre_hooks = chain(_global_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
             args, kwargs = call_pre_hooks(pre_hooks, self, args, kwargs, str(type(self).step))
-            # As in torch, a hook may have named another optimizer, whose step it is then.
+            # As in torch, a hook may name another optimizer, which then steps.
             if not (args and isinstance(args[0], Optimizer)):
                 raise TypeError(
                     f"a step pre-hook returned args that do not begin with an optimizer of sgdcore.torch: {args!r}"
@@ -301,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self, zero_grad: bool) -> None:
         if self._in_backward is not None:
-            self._in_backward.finish_round()  # and then the parameters that did not step in it
+            self._in_backward.finish_round()  # only parameters that did not step in it are left
         grad_factor, scaling = 1.0, None
         if self._step_attributes:
             found_inf = self._step_attributes.get("found_inf")
@@ -314,7 +314,7 @@ class Optimizer(torch.optim.Optimizer):
                     return
                 if scale is not None:
                     grad_factor = _irregular.factor_of(scale)
-        # What the device decides not to do would not clear the gradients either.
+        # A step that the device skips would not clear the gradients.
         clear_later = zero_grad and scaling is not None
         clear_now = zero_grad and not clear_later
         found = self._plan.run(self.param_groups, self._state, clear_now, grad_factor, scaling)
@@ -330,13 +330,13 @@ class Optimizer(torch.optim.Optimizer):
         grad_factor: float,
         scaling: _irregular.Scaling | None = None,
     ) -> bool:
-        """Step where the plan found something unusual. Return False if gradients are still to be set to zeros."""
+        """Step where the plan found irregular parameters. Return False if gradients are still to be cleared."""
         if scaling is not None and any(
             p.grad is not None and p.grad.layout is not torch.strided
             for group in self.param_groups
             for p in group["params"]
         ):
-            # Rows of a state have no flags, so the host has to know.
+            # Rows of a state have no pending flags, so the host has to read the numbers.
             left_out, grad_factor = scaling.on_host()
             scaling = None
             if left_out:
@@ -366,7 +366,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plan.set_pending([(s, flags.data_ptr()) for s, flags in self._pending.items()])
 
     def _remove_pending(self) -> None:
-        """Remove states whose first step the device left out. Waits for the device, where there are any."""
+        """Remove states whose first step the device skipped. Waits for the device if first steps are pending."""
         if not self._pending:
             return
         empty = {id(s) for s, flags in self._pending.items() if bool(flags.any())}
@@ -385,15 +385,15 @@ class Optimizer(torch.optim.Optimizer):
         found: Any,
         place: tuple[int, int],
     ) -> None:
-        """Step a part of a group in which `plan.run` found something unusual."""
+        """Step a part of a group in which `plan.run` found irregular parameters."""
         _irregular.step(self._updater(plan), groups, self._state, 1.0, found, place=place)
 
     # Checkpoints
 
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
-        """Return state and groups in torch's layout, dtypes by their names; see torch.optim.Optimizer."""
-        # Before the user's hooks, which see what is saved.
+        """Return state and groups in torch's layout, with dtypes as names; see torch.optim.Optimizer."""
+        # Runs before the user's hooks, which then see what is saved.
         hook = self.register_state_dict_post_hook(_name_dtypes, prepend=True)
         try:
             return super().state_dict()
@@ -404,8 +404,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a copy of a state dict of this class, of the NumPy class of the same name, or of torch's.
 
-        Unlike in torch, a state keeps its dtype rather than being cast to the parameter's; where this group names the
-        dtype of the state (``momentum_dtype``) and the checkpoint does not, as torch's, it is cast to that.
+        Unlike in torch, a state is not cast to the parameter's dtype. It keeps its own, unless this optimizer's group
+        names the dtype of the state (``momentum_dtype``) and the checkpoint, such as one of torch's, does not.
 
         Raises:
             TypeError, KeyError: if `state_dict` is not laid out as an optimizer's, such as a model's.
@@ -416,7 +416,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             check_layout(state_dict)
-        # Hooks run in the order of registration, so this one sees what the user's return.
+        # Hooks run in the order of registration, so this hook gets what the user's hooks return.
         hook = self.register_load_state_dict_pre_hook(_read_checkpoint)
         try:
             super().load_state_dict(state_dict)
@@ -424,11 +424,10 @@ class Optimizer(torch.optim.Optimizer):
             hook.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Called by load_state_dict, copy and pickle; the first two pass what may be kept, so nothing is changed in
-        # place.
+        # load_state_dict, copy and pickle call this. The first two pass the objects that are to be kept.
         defaults = state.get("defaults") or self.defaults
         groups = state.get("param_groups", ())
-        # What a checkpoint of torch's does not say of a group stays as it is.
+        # A group keeps the values of keys that a checkpoint of torch's lacks.
         earlier = getattr(self, "param_groups", ())
         if len(earlier) != len(groups):
             earlier = [defaults] * len(groups)
@@ -448,11 +447,11 @@ class Optimizer(torch.optim.Optimizer):
                     )
         super().__setstate__(state)
         for group in self.param_groups:
-            for key in rule_of(self.rule).flags:  # which checkpoints of other optimizers may lack
+            for key in rule_of(self.rule).flags:  # checkpoints of other optimizers may lack these
                 if key not in group:
                     group[key] = defaults.get(key, False)
         if "state" in state:
-            self._state = self.__dict__.pop("state")  # where torch has put it
+            self._state = self.__dict__.pop("state")  # torch has put the state there
         self._start()
         self._observe()
 
@@ -464,7 +463,7 @@ class Optimizer(torch.optim.Optimizer):
         return _state_for(key, parameter, tensor, group.get(dtype_keys[key]))
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Check the hyperparameters that torch does not have; a dtype given by its name becomes torch's."""
+        """Check the hyperparameters that torch lacks. Replace the name of a dtype by torch's dtype."""
         for state in rule_of(self.rule).states:
             dtype = group.get(state.dtype_key)
             if isinstance(dtype, str):
@@ -485,7 +484,7 @@ def _own_defaults(rule: str) -> dict[str, Any]:
 
 
 def number_of(name: str, value: Any) -> Any:
-    """Return a hyperparameter as something that compares with a number: a tensor of one element as it is.
+    """Return a hyperparameter as something that compares with numbers. A tensor of one element is returned as it is.
 
     Raises:
         TypeError, ValueError: naming the hyperparameter that is no number.
@@ -498,7 +497,7 @@ def number_of(name: str, value: Any) -> Any:
 
 
 def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
-    """Return a GradScaler's numbers as something that leaves them on their device; None if they are on the CPU."""
+    """Return a Scaling for a GradScaler's numbers on a device; None if they are on the CPU."""
     tensors = [each for each in (found_inf, scale) if isinstance(each, Tensor)]
     if all(_interface.device_index(each) == CPU for each in tensors):
         return None
@@ -508,14 +507,14 @@ def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
 
 
 def _any_differentiable(groups: Iterable[dict[str, Any]]) -> bool:
-    # Groups that a user made need not have it: torch's step does not ask them.
+    # A group that a user appended may lack the key.
     return any(group.get("differentiable", False) for group in groups)
 
 
 def _listed_params(params: Any) -> Any:
-    """Return parameters as a list; raise if one is of a kind that is easily mistaken for a parameter."""
+    """Return parameters as a list. Raise for values that are easily mistaken for parameters."""
     if isinstance(params, Tensor | set | frozenset):
-        return params  # which torch takes, or refuses
+        return params  # torch takes or refuses these
     hint = _hint_for(params)
     if hint:
         raise TypeError(
@@ -542,8 +541,8 @@ def _listed_params(params: Any) -> Any:
 
 
 def _hint_for(value: Any) -> str:
-    """Say what to pass instead of what is no parameter of torch's; empty if there is nothing to say."""
-    if isinstance(value, Tensor):  # at once: one call for each parameter
+    """Return a hint at what to pass instead of a value that is no parameter; empty if there is no hint."""
+    if isinstance(value, Tensor):  # tested first, since this is called for each parameter
         return ""
     if isinstance(value, torch.nn.Module):
         return "; pass its parameters, as model.parameters()"
@@ -555,7 +554,7 @@ def _hint_for(value: Any) -> str:
 
 
 def _name_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Write dtypes as names: torch.distributed.checkpoint and JSON take plain values only."""
+    """Replace dtypes by their names, since torch.distributed.checkpoint and JSON take plain values only."""
     for group in state_dict["param_groups"]:
         for state in rule_of(optimizer.rule).states:
             if isinstance(group.get(state.dtype_key), torch.dtype):
@@ -563,7 +562,7 @@ def _name_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def _read_checkpoint(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Check a state dict, and wrap the rule's states, so that torch's casting passes them by."""
+    """Check a state dict, and hide the rule's states from torch's casting."""
     name, rule = type(optimizer).__name__, rule_of(optimizer.rule)
     check_layout(state_dict)
     refuse_other_optimizers(state_dict, name, rule)
@@ -593,9 +592,9 @@ def _uncast(value: Any) -> Any:
 def _without_own_defaults(
     optimizer: Any, saved: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return a checkpoint's groups without what says nothing: earlier versions saved all of our keys."""
+    """Return a checkpoint's groups without keys that have their default: earlier versions saved all of them."""
     groups = [dict(group) for group in saved]
-    # torch refuses other numbers of groups.
+    # Not strict: torch refuses another number of groups, with its own message.
     for group, present in zip(groups, optimizer.param_groups, strict=False):
         for key, default in optimizer._own_defaults().items():
             if key not in present and group.get(key, present) == default:
@@ -619,6 +618,6 @@ def _state_for(key: str, parameter: Tensor, state: Tensor, dtype: torch.dtype | 
         loaded: Tensor = state.to(device=parameter.device, dtype=dtype, copy=True)
         return loaded
     with torch.no_grad():
-        if state.layout is not torch.strided:  # torch's, of sparse gradients
+        if state.layout is not torch.strided:  # torch leaves such a state after sparse gradients
             state = state.to_dense()
         return _interface.empty_like(parameter, dtype).copy_(state)

@@ -16,7 +16,7 @@ from sgdcore.torch.optimizer import Optimizer, number_of
 __all__ = ["SGD"]
 
 
-class SGD(Optimizer, torch.optim.SGD):  # type: ignore[override]  # torch has an attribute for our property
+class SGD(Optimizer, torch.optim.SGD):  # type: ignore[override]  # `state` is an attribute there
     """Stochastic gradient descent for torch parameters on the CPU and CUDA; takes the place of torch.optim.SGD.
 
     For each parameter p with gradient g and momentum buffer b, all of one shape::
@@ -118,8 +118,8 @@ class SGD(Optimizer, torch.optim.SGD):  # type: ignore[override]  # torch has an
         return momentum_buffers
 
     def _step_recorded(self) -> None:
-        # Written by torch, and recorded by autograd as a graph of tensor operations.
+        # torch's own step, which autograd records as a graph of tensor operations.
         step = torch.optim.SGD.step
-        if getattr(step, "hooked", False):  # by torch, which would call our hooks a second time
+        if getattr(step, "hooked", False):  # torch's wrapper would call the hooks a second time
             step = step.__wrapped__  # type: ignore[attr-defined]
         step(self)

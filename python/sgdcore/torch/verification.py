@@ -1,4 +1,4 @@
-"""A check anyone can run on a model of their own: the same bits as torch.optim.SGD, and at what cost."""
+"""A check for a user's own model: whether all bits are those of torch.optim.SGD, and the time of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Verification", "verify"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         steps: the number of steps taken.
@@ -72,7 +72,7 @@ def _numbered(batches: Callable[[int], Any] | Iterable[Any], steps: int) -> Iter
         try:
             batch = next(batches_now)
         except StopIteration:
-            # From the first one again; an iterator has no more.
+            # An iterable begins again; an iterator has no more batches.
             batches_now = iter(batches)
             try:
                 batch = next(batches_now)
@@ -142,9 +142,9 @@ def verify(
         losses = []
         for i, (copied, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             optimizer.zero_grad()
-            # What the first one draws is drawn again for the second one.
+            # Both copies draw the same random numbers.
             with torch.random.fork_rng(devices, enabled=i == 0):
-                # A loss_fn may take entries out of its batch.
+                # A loss_fn may remove entries from its batch, so each copy of the model gets its own.
                 loss = loss_fn(
                     copied, copy.copy(batch) if isinstance(batch, Mapping | list) else batch
                 )
@@ -166,7 +166,7 @@ def _difference(
     models: list[torch.nn.Module],
     optimizers: list[torch.optim.Optimizer],
 ) -> str | None:
-    """Return the first difference in words."""
+    """Describe the first difference, or return None."""
     pairs = [("loss", losses[0], losses[1])]
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         pairs.append((f"parameter '{name}'", a.detach(), b.detach()))
@@ -193,7 +193,7 @@ def _difference(
 def _bits(tensor: Tensor) -> Tensor:
     """Return the elements as integers, so that NaN equals NaN and -0.0 differs from 0.0."""
     tensor = tensor.detach()
-    if tensor.layout is not torch.strided:  # torch's momentum of sparse gradients
+    if tensor.layout is not torch.strided:  # torch leaves such momentum after sparse gradients
         tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
