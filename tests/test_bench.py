@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -801,3 +802,23 @@ def test_the_page_tells_what_is_reached_from_what_is_not_shown(
     pages: Any, value: float, low: float, high: float, verdict: str
 ) -> None:
     assert pages.aim("it", pages.Ratio(value, low, high), 1).endswith(f"| {verdict} |")
+
+
+@pytest.mark.parametrize(
+    ("command", "imported"),
+    [("info", []), ("bench", ["sgdcore.bench"]), ("demo", ["sgdcore.demo"]), ("", [])],
+)
+def test_a_command_imports_its_own_modules_only(command: str, imported: list[str]) -> None:
+    program = f"""
+import sys
+from sgdcore.__main__ import main
+try:
+    main({[command, "--help"] if command else ["--help"]})
+except SystemExit as end:
+    assert end.code == 0, end.code
+print([name for name in ("sgdcore.bench", "sgdcore.demo") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == str(imported)

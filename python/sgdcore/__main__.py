@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from sgdcore import __version__, build_info, demo
-from sgdcore.bench import command as bench
+from sgdcore import __version__, build_info
 
 
 def _cuda_text(info: dict[str, Any]) -> str:
@@ -22,7 +22,7 @@ def _cuda_text(info: dict[str, Any]) -> str:
 def _print_info(_: argparse.Namespace) -> int:
     try:
         info = build_info()
-    except ValueError as error:  # of SGDCORE_ISA
+    except ValueError as error:  # SGDCORE_ISA names an unknown instruction set
         print(f"python -m sgdcore info: {error}", file=sys.stderr)
         return 2
     isa = ", ".join(
@@ -45,12 +45,36 @@ def _print_info(_: argparse.Namespace) -> int:
     return 0
 
 
-def _run_demo(args: argparse.Namespace) -> int:
-    if not args.distributed:
-        return demo.main(args)
-    from sgdcore import demo_distributed
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    from sgdcore import demo
 
-    return demo.main(args, demo_distributed.run)
+    def run(args: argparse.Namespace) -> int:
+        if not args.distributed:
+            return demo.main(args)
+        from sgdcore import demo_distributed
+
+        return demo.main(args, demo_distributed.run)
+
+    demo.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from sgdcore.bench import command
+
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.main)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_print_info)
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "demo": ("train a network on handwritten digits", _add_demo),
+    "bench": ("time whole steps beside torch, NumPy and others", _add_bench),
+    "info": ("print version, instruction sets, threads and build flags", _add_info),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,19 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"sgdcore {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo_parser = commands.add_parser("demo", help="train a network on handwritten digits")
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=_run_demo)
-    bench_parser = commands.add_parser(
-        "bench", help="time whole steps beside torch, NumPy and others"
-    )
-    bench.add_arguments(bench_parser)
-    bench_parser.set_defaults(run=bench.main)
-    info_parser = commands.add_parser(
-        "info", help="print version, instruction sets, threads and build flags"
-    )
-    info_parser.set_defaults(run=_print_info)
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    # Only the chosen command's module is imported. No option of `parser` takes a value.
+    chosen = next((argument for argument in given if not argument.startswith("-")), None)
+    for name, (text, add_arguments) in _COMMANDS.items():
+        command_parser = commands.add_parser(name, help=text)
+        if name == chosen:
+            add_arguments(command_parser)
+    args = parser.parse_args(given)
     code: int = args.run(args)
     return code
 
