@@ -216,9 +216,9 @@ class Record:
 
 @dataclass
 class History:
-    """What a training has come to: one record before the first epoch and after each, and the time.
+    """The course of a training: one record before the first epoch and after each, and the time.
 
-    `train` fills it as it goes, so that it is consistent whenever the training is interrupted.
+    `train` fills the history as it goes, so it is consistent whenever the training is interrupted.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -227,7 +227,7 @@ class History:
 
 
 def evaluate(model: MLP, data: Digits, loss_function: LossFunction, epoch: int) -> Record:
-    """Measure the network as it is now."""
+    """Return the record of the network's present state."""
     train_outputs = model.forward(data.train_images)[-1]
     test_outputs = model.forward(data.test_images)[-1]
     return Record(
@@ -261,8 +261,8 @@ def train(
     total_steps = epochs * math.ceil(count / batch_size)
     history.records.append(evaluate(model, data, loss_function, epoch=0))
     began = perf_counter()
-    # On the way to a non-finite loss NumPy would warn about every overflow; the check below says it
-    # once.
+    # Before the loss becomes non-finite, NumPy would warn about every overflow. The check below
+    # reports it once.
     with np.errstate(over="ignore", invalid="ignore"):
         for epoch in range(1, epochs + 1):
             order = rng.permutation(count)
@@ -301,7 +301,7 @@ def check_finite(loss: float, epoch: int, lr: float) -> None:
 
 
 class NumpySGD:
-    """The update of `sgdcore.SGD` in plain NumPy, in place and without allocating, to compare with.
+    """The update of `sgdcore.SGD` in plain NumPy, in place and without allocating, for comparison.
 
     With g the gradient and b the momentum of a parameter p, which starts as the first g::
 
@@ -431,7 +431,7 @@ def compare_steps(
     for _ in range(rounds):
         for timer, taken in zip(timers, times, strict=True):
             taken.append(timer.timeit(calls) / calls)
-        # The gradient never changes here, so the parameters run away from 0, in the end to overflow.
+        # The gradient never changes here, so the parameters would grow until they overflow.
         for name, value in values.items():
             fused[name].data[...] = value
         for parameter, value in zip(separate.parameters, values.values(), strict=True):
@@ -450,7 +450,7 @@ Number = TypeVar("Number", int, float)
 def _number(
     kind: Callable[[str], Number], meaning: str, accept: Callable[[Number], bool]
 ) -> Callable[[str], Number]:
-    """Return an argparse type: reads a number, refuses what `accept` does not, says `meaning`."""
+    """Return an argparse type for numbers that `accept` takes; `meaning` names them in the message."""
 
     def read(text: str) -> Number:
         try:
@@ -473,17 +473,17 @@ _fraction = _number(float, "a number of at least 0 and below 1", lambda x: 0 <= 
 
 
 def _plot_path(text: str) -> Path:
-    """Read the argument of ``--plot``, refusing at once what could not be written at the end."""
+    """Read the argument of ``--plot``. Refuse at once a path that cannot be written."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
-    # Only opening it tells: permissions do not, for root or on a read-only disk. Appending leaves a
-    # file that is there already as it is.
+    # The file is opened, since permissions tell nothing for root or on a read-only disk. It is
+    # opened to append, which leaves an existing file as it is.
     try:
         new = not path.exists()
         path.open("ab").close()
         if new:
-            path.unlink(missing_ok=True)  # several ranks may look at the same time
+            path.unlink(missing_ok=True)  # several ranks may do this at the same time
     except OSError as error:
         problem = f"must be writable, got {text!r} ({error.strerror})"
         raise argparse.ArgumentTypeError(problem) from error
@@ -491,7 +491,7 @@ def _plot_path(text: str) -> Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the demo's options to `parser`; what it parses is for `main`."""
+    """Add the demo's options to `parser`. `main` takes the parsed arguments."""
     network = parser.add_argument_group("network and loss")
     network.add_argument(
         "--hidden",
@@ -582,7 +582,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_extras(plot: bool) -> None:
-    """Import what the demo needs beyond NumPy, or say in one line how to get it."""
+    """Import the packages that the demo needs beside NumPy, or say in one line how to install them."""
     modules = {"sklearn": "scikit-learn", "tqdm": "tqdm"}
     if plot:
         modules |= {"matplotlib.backends.backend_agg": "matplotlib"}
@@ -656,8 +656,8 @@ def write_plot(path: Path, history: History, title: str, loss_label: str) -> Non
     left.plot([r.epoch for r in records], [r.train_loss for r in records], marker=".")
     left.set(title="Loss", ylabel=loss_label, yscale="log")
 
-    # Before the first epoch the accuracy is that of guessing; on one scale with it, the rest would
-    # look flat.
+    # The accuracy before the first epoch is that of guessing. The curve would look flat on a scale
+    # that includes it.
     records = history.records[1:] or history.records
     epochs = [r.epoch for r in records]
     right.plot(epochs, [r.train_accuracy for r in records], marker=".", label="training images")
@@ -680,7 +680,7 @@ def write_plot(path: Path, history: History, title: str, loss_label: str) -> Non
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Use `count` threads inside, if given; afterwards as many as before."""
+    """Use `count` threads inside, if given, and the former number afterwards."""
     if count is None:
         yield
         return
@@ -693,12 +693,12 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    """Print a result at once, so that it keeps its order with the progress on standard error."""
+    """Print a result and flush, which keeps the order with the progress on standard error."""
     print(line, flush=True)
 
 
 def _resolve_nesterov(args: argparse.Namespace) -> bool:
-    """Nesterov momentum as asked for, or wherever it is defined if nothing was."""
+    """Return whether to use Nesterov momentum. By default it is used wherever it is defined."""
     defined = args.momentum > 0 and args.dampening == 0
     if args.nesterov and not defined:
         raise DemoError(
@@ -711,7 +711,7 @@ def _resolve_nesterov(args: argparse.Namespace) -> bool:
 
 @dataclass(frozen=True)
 class Workers:
-    """What differs where the demo trains on several ranks."""
+    """The part of the demo that differs on several ranks."""
 
     rank: int
     size: int
@@ -767,7 +767,7 @@ def _run_training(
     rng: np.random.Generator,
     history: History,
 ) -> bool:
-    """Train, filling `history`; return whether it ran to its end, or Ctrl-C came first.
+    """Train and fill `history`. Return False if Ctrl-C ended the training.
 
     Raises:
         KeyboardInterrupt: Ctrl-C came before there was anything to report.
@@ -828,7 +828,7 @@ def _report_steps(times: StepTimes, what: str) -> None:
 
 
 def _report_plot(path: Path, history: History, network: str, loss: str) -> bool:
-    """Write the plot and return True; False if Ctrl-C came meanwhile, of which only a second one prevents it."""
+    """Write the plot. Return False if Ctrl-C came meanwhile; only a second Ctrl-C prevents the plot."""
     title = f"{network} on handwritten digits, sgdcore.SGD"
     loss_label = f"{loss} on training images"
     finished = True
@@ -857,7 +857,7 @@ def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], int] = ru
         print("sgdcore demo: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe (`head`, `less`) has left, so there is nobody to tell. What is still
-        # buffered must not raise again when the interpreter flushes it at exit.
+        # The reader of a pipe (`head`, `less`) has left, so nothing can be reported. The buffered
+        # text must not raise again when the interpreter flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,13 +1,13 @@
 """``python -m sgdcore demo --distributed``: the demo's training on several workers.
 
-`train_on_shards` is the demo's loop again, and shows what changes with several ranks:
+`train_on_shards` is the demo's loop with the changes for several ranks:
 
 1. The optimizer is wrapped: `LocalSGD` averages the parameters every H steps, `DataParallel` the gradients in each
    step.
 2. A `ShardSampler` says which images are this rank's, in place of a permutation of all.
-3. The parameters are made equal before the network is judged.
+3. The parameters are made equal before the network is evaluated.
 
-Every rank runs everything; the first one alone prints.
+Every rank runs everything. Only the first one prints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sgdcore.distributed import (
     as_process_group,
 )
 
-# How the launchers tell a process its rank: torchrun; MPICH and what derives from it; Open MPI.
+# Variables by which launchers tell a process its rank: torchrun; MPICH and its derivatives; Open MPI.
 _TORCHRUN, _MPIEXEC = "TORCHELASTIC_RUN_ID", ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
@@ -95,7 +95,7 @@ def train_on_shards(
                 demo.check_finite(record.train_loss, epoch, lr)
                 raise
             record = demo.evaluate(model, data, loss_function, epoch)
-            # Not after each step as alone: a rank that left while the others average would leave them waiting.
+            # Checked once an epoch: if a rank left in between, the others would wait for it in the next average.
             demo.check_finite(record.train_loss, epoch, lr)
             history.records.append(record)
             progress.epoch(record)
@@ -107,9 +107,9 @@ def run(args: argparse.Namespace) -> int:
         workers = _workers(args, group)
         code = demo.run(args, workers) if group.rank == 0 else _run_silently(args, workers)
         if code == demo.INTERRUPTED:
-            # The others may be waiting for this rank, where no Ctrl-C gets through to them.
+            # The other ranks may be waiting for this one, where Ctrl-C does not reach them.
             if group.rank > 0:
-                sleep(1)  # for the first one to say how far it came
+                sleep(1)  # the first rank reports meanwhile how far it came
             raise KeyboardInterrupt
         return code
 
@@ -127,13 +127,13 @@ def _run_silently(args: argparse.Namespace, workers: demo.Workers) -> int:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         try:
             return demo.run(silent, workers)
-        except demo.DemoError as error:  # which the first rank reports
+        except demo.DemoError as error:  # the first rank reports it
             return error.exit_code
 
 
 @contextmanager
 def _join(plot: bool) -> Iterator[ProcessGroup]:
-    """Use the engine of the launcher that started this process, once the demo's extras are there.
+    """Use the engine of the launcher that started this process, after importing the demo's extras.
 
     Raises:
         DemoError: There was no launcher, or something is not installed.
@@ -164,7 +164,7 @@ def _join(plot: bool) -> Iterator[ProcessGroup]:
 
 @contextmanager
 def _join_mpi(plot: bool) -> Iterator[ProcessGroup]:
-    """Use MPI. An exception on one rank ends all of them, as with torchrun: the others would wait for it."""
+    """Use MPI. An exception on one rank ends all ranks, as with torchrun: the others would wait for ever."""
     try:
         from mpi4py import MPI
         from mpi4py.run import set_abort_status
@@ -177,7 +177,7 @@ def _join_mpi(plot: bool) -> Iterator[ProcessGroup]:
         joined = True
         yield as_process_group(MPI.COMM_WORLD)
     except BaseException as error:
-        # Afterwards all ranks have a DemoError, or the first one has it when all are done.
+        # After joining, either all ranks raise a DemoError, or the first rank does when all are done.
         if not (joined and isinstance(error, demo.DemoError)):
-            set_abort_status(error)  # at the end of this process, which says first what happened
+            set_abort_status(error)  # takes effect when this process ends, after its message
         raise
