@@ -20,7 +20,7 @@
 
 namespace sgdcore::bindings {
 
-class Plan : private Dependent {
+class Plan final : private Dependent {
   public:
     /// `rule` is the rule's number.
     explicit Plan(int rule) : rule_(rule), info_(rules()[static_cast<std::size_t>(rule)]) {}

@@ -39,10 +39,10 @@ Extent grad_extent(const TensorRef& tensor) {
 
 bool memory_order(const TorchView& view, int* order) {
     for (int axis = 0; axis < view.dimensions; ++axis) order[axis] = axis;
-    std::stable_sort(order, order + view.dimensions, [&](int a, int b) {
+    std::sort(order, order + view.dimensions, [&](int a, int b) {
         // An axis of length 1 may have any stride. As the slowest axis it has no effect.
         const auto rank = [&](int axis) { return view.shape[axis] == 1 ? INT64_MAX : view.strides[axis]; };
-        return rank(a) > rank(b);
+        return rank(a) != rank(b) ? rank(a) > rank(b) : a < b;
     });
     std::int64_t expected = 1;
     for (int i = view.dimensions; i-- > 0;) {
