@@ -1629,6 +1629,27 @@ def test_many_groups_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> No
         sgdcore.SGD([*groups, {"params": [("a", np.ones(2, np.float32))]}], lr=0.5)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_gradients_are_compared_with_groups_that_are_added_later(
+    momentum: float, zero_grad: bool
+) -> None:
+    grad = np.full(4, 0.5, np.float32)
+    first = sgdcore.Parameter(np.ones(4, np.float32))
+    first.grad = grad
+    optimizer = sgdcore.SGD([first], lr=0.5, momentum=0.5)
+    optimizer.step()
+    optimizer.add_param_group({"params": [np.ones(3, np.float32)], "momentum": momentum})
+    optimizer.step()
+    optimizer.add_param_group({"params": [sgdcore.Parameter(grad)], "momentum": momentum})
+    before = first.data.copy()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="overlap in memory"):
+            optimizer.step(zero_grad=zero_grad)
+        assert_same_bits(first.data, before)
+        assert (grad == 0.5).all()
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_groups_added_after_anything_are_checked_against_all_that_is_there(seed: int) -> None:
     """A group is refused where an optimizer made of the same groups is, and the optimizer steps as that one does."""

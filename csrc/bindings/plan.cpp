@@ -116,6 +116,8 @@ void Plan::add_group(const py::list& parameters, const py::list& slots) {
     const std::size_t from = entries_.size();
     entries_.insert(entries_.end(), std::make_move_iterator(entries.begin()), std::make_move_iterator(entries.end()));
     ++group_count_;
+    // No gradient has been compared with the group's memory yet.
+    for (Entry& entry : entries_) entry.grad_version = entry.parameter->grad_version - 1;
     start_with(from);
 }
 

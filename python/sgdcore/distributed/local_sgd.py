@@ -414,8 +414,8 @@ class LocalSGD(Wrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, or an inner optimizer's state dict, which begins a new round.
 
-        Load the model's parameters after constructing the LocalSGD, which gives all ranks those of rank 0. Raises a
-        ValueError if it does not match the parameters or the options; the optimizer is then as it was.
+        Load the model after constructing the LocalSGD, which gives all ranks rank 0's. Buffers are not in the state: if
+        the round fails, they return to what they are now. Raises a ValueError if something does not match.
         """
         self._parameters.follow()
         inner, numbers, arrays = split_state(state_dict, self._parameters)
