@@ -48,7 +48,7 @@ def test_lightning_leaves_the_shards_alone(client: str, tmp_path: Path) -> None:
 def test_accelerate_is_refused(tmp_path: Path) -> None:
     for rank, result in enumerate(run("accelerate", "accelerate", tmp_path)):
         assert result.startswith(
-            "ShardSampler: accelerate.data_loader.BatchSamplerShard divides the samples of a sampler among the ranks, "
+            "ShardSampler: accelerate.data_loader.BatchSamplerShard divides a sampler's samples among the ranks, "
             f"and this one has those of rank {rank} of 2 only"
         )
 
