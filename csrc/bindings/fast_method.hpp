@@ -4,10 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <string>
-
 #include "gil.hpp"
-#include "text.hpp"
 
 namespace sgdcore::bindings {
 
@@ -20,6 +17,9 @@ T& value_of(PyObject* self) {
     if (value == nullptr) throw py::type_error("__init__ was not called");
     return *static_cast<T*>(value);
 }
+
+/// An argument with a reference of its own.
+inline py::object object_of(PyObject* argument) { return py::reinterpret_borrow<py::object>(argument); }
 
 /// Whether an argument is true, as Python decides.
 inline bool truth_of(PyObject* argument) {

@@ -43,9 +43,6 @@ class Plan final : private Dependent {
     /// How often memory was checked. While the number stays the same, so do the parameters' addresses.
     std::uint64_t checks() const { return checks_; }
 
-    /// True while every group holds the very parameters of the last `build`, in order.
-    bool matches(const py::list& param_groups) const;
-
     /// One step over all groups. Returns false, with nothing changed, if the plan does not match the groups or the
     /// storage of a state is missing (see missing_states). Every check comes before the first write.
     bool run(const py::list& param_groups, const py::object& grads, bool zero_grad);
@@ -93,6 +90,9 @@ class Plan final : private Dependent {
         bool new_grads = false;  // gradients were not checked yet
         bool on_device = false;  // tensors or hyperparameters
     };
+
+    /// True while every group holds the very parameters of the last `build`, in order.
+    bool matches(const py::list& param_groups) const;
 
     void parameter_goes() override { clear(); }
     void slots_are_detached() override { outdate(); }

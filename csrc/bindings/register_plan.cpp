@@ -8,17 +8,17 @@
 #include "fast_method.hpp"
 #include "module.hpp"
 #include "plan.hpp"
+#include "text.hpp"
 
 namespace sgdcore::bindings {
 namespace {
 
 py::object run(Plan& plan, PyObject* const* arguments) {
-    const auto param_groups = py::reinterpret_borrow<py::object>(arguments[0]);
     if (!PyList_Check(arguments[0])) {
-        throw py::type_error("param_groups: expected a list, got " + repr_text(param_groups));
+        throw py::type_error("param_groups: expected a list, got " + repr_text(object_of(arguments[0])));
     }
-    const auto grads = py::reinterpret_borrow<py::object>(arguments[1]);
-    return py::bool_(plan.run(py::reinterpret_borrow<py::list>(param_groups), grads, truth_of(arguments[2])));
+    const auto param_groups = py::reinterpret_borrow<py::list>(arguments[0]);
+    return py::bool_(plan.run(param_groups, object_of(arguments[1]), truth_of(arguments[2])));
 }
 
 }  // namespace

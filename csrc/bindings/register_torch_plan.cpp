@@ -14,13 +14,12 @@ namespace sgdcore::bindings {
 namespace {
 
 py::object run(TorchPlan& plan, PyObject* const* arguments) {
-    const auto argument = [&](int i) { return py::reinterpret_borrow<py::object>(arguments[i]); };
-    return plan.run(argument(0), argument(1), truth_of(arguments[2]), float_of(arguments[3]), argument(4));
+    return plan.run(object_of(arguments[0]), object_of(arguments[1]), truth_of(arguments[2]), float_of(arguments[3]),
+                    object_of(arguments[4]));
 }
 
 py::object run_unobserved(TorchPlan& plan, PyObject* const* arguments) {
-    const auto argument = [&](int i) { return py::reinterpret_borrow<py::object>(arguments[i]); };
-    return plan.run_unobserved(argument(0), argument(1), truth_of(arguments[2]));
+    return plan.run_unobserved(object_of(arguments[0]), object_of(arguments[1]), truth_of(arguments[2]));
 }
 
 }  // namespace
