@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <span>
 
 #include "dtypes.hpp"
@@ -100,6 +101,11 @@ struct StepOptions {
     int rule = 0;            // the rule's number
     bool zero_grad = false;  // clear each gradient right after it was used
     double grad_factor = 1;  // multiplies every gradient, rounded to the compute type; undoes a loss's scaling
+    /// Each element of a gradient, once multiplied, is limited to [-clip_value, clip_value]; a NaN stays a NaN.
+    double clip_value = std::numeric_limits<double>::infinity();
+
+    /// True if a kernel gets other gradients than those in memory.
+    bool changes_grads() const { return grad_factor != 1 || clip_value != std::numeric_limits<double>::infinity(); }
 };
 
 }  // namespace sgdcore

@@ -850,6 +850,7 @@ def test_every_argument_of_torch_sgd_that_makes_sense_here_exists() -> None:
         del theirs[key]
     ours = arguments(sgdcore.SGD)
     assert ours.pop("momentum_dtype")[0] is None
+    assert ours.pop("options")[1] is inspect.Parameter.VAR_KEYWORD
     assert ours == theirs
 
 

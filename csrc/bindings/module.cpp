@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, module) {
     register_buffer(module);
     register_parameter(module);
     register_rules(module);
+    register_clipping(module);
     register_plan(module);
     register_torch_plan(module);
     register_benchmarks(module);

@@ -11,6 +11,7 @@ void register_devices(pybind11::module_& module);
 void register_arrays(pybind11::module_& module);
 void register_buffer(pybind11::module_& module);
 void register_parameter(pybind11::module_& module);
+void register_clipping(pybind11::module_& module);
 void register_rules(pybind11::module_& module);
 void register_plan(pybind11::module_& module);
 void register_torch_plan(pybind11::module_& module);

@@ -254,7 +254,9 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     if (!missing_.empty()) return false;
     if (!given && tensor_count_ == 0) require_reachable_grads();
     check_memory(listed, given, zero_grad);
-    update(param_groups, listed, {.rule = rule_, .zero_grad = zero_grad});
+    StepOptions options{.rule = rule_, .zero_grad = zero_grad};
+    if (clipping) clipping->apply_to(options);
+    update(param_groups, listed, options);
     note_first_steps();
     return true;
 }

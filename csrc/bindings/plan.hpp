@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -14,6 +15,7 @@
 
 #include "../process.hpp"
 #include "../work.hpp"
+#include "clipping.hpp"
 #include "devices.hpp"
 #include "hypers.hpp"
 #include "states.hpp"
@@ -54,6 +56,9 @@ class Plan final : private Dependent {
 
     /// Makes the next step build the plan anew. A running step goes on with the old plan.
     void outdate();
+
+    /// What is done to the gradients; null if nothing.
+    std::shared_ptr<const Clipping> clipping;
 
     int traverse(visitproc visit, void* arg) const;
     void clear();

@@ -31,6 +31,7 @@ void register_plan(py::module_& module) {
         .def("add_group", &Plan::add_group, py::arg("parameters"), py::arg("slots"))
         .def("is_current", &Plan::is_current, py::arg("param_groups"))
         .def_property_readonly("checks", &Plan::checks)
+        .def_readwrite("clipping", &Plan::clipping)
         .def("outdate", &Plan::outdate)
         .def("missing_states", &Plan::missing_states, py::arg("param_groups"));
     def_fast<Plan, 3, run>(type, "run", "run($self, param_groups, grads, zero_grad, /)\n--\n\n");

@@ -51,6 +51,7 @@ void register_torch_plan(py::module_& module) {
                 plan.observers = Observers(std::move(dicts), std::move(profiler_enabled));
             },
             py::arg("dicts"), py::arg("profiler_enabled"))
+        .def_readwrite("clipping", &TorchPlan::clipping)
         .def_readwrite("in_backward", &TorchPlan::in_backward)
         .def("run_prepared", &TorchPlan::run_prepared, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
              py::arg("grad_factor"), py::arg("scaling"), py::arg("left_out"), py::arg("new_states"), py::arg("items"))

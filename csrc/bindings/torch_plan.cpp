@@ -342,7 +342,7 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     }
     if (zero_grad && !listing.can_clear()) return scan.report(false);
 
-    const StepOptions options{.rule = rule_, .grad_factor = grad_factor};
+    StepOptions options = step_options(grad_factor);
     if (prepared != nullptr && !prepared->listing.tensors().empty()) {
         update(cache, prepared->listing.tensors(), prepared->listing.elements(), prepared->listing.on_device(),
                param_groups, options, scaling, prepared->pending);
@@ -355,8 +355,9 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
         step_in_sequence(cache, options);
     } else {
         // The last update: it may clear gradients that the others read.
-        update(cache, listing.tensors(), listing.elements(), listing.on_device(), param_groups,
-               {.rule = rule_, .zero_grad = zero_grad, .grad_factor = grad_factor}, scaling, pending_of(cache));
+        options.zero_grad = zero_grad;
+        update(cache, listing.tensors(), listing.elements(), listing.on_device(), param_groups, options, scaling,
+               pending_of(cache));
     }
     increment_versions(cache.held, state_exposed, zero_grad);
     const bool any_apart =
@@ -760,7 +761,7 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     if (!cache.listing.overlapping().empty()) return false;
     if (!dry_run) {
         update(cache, cache.listing.tensors(), cache.listing.elements(), cache.listing.on_device(), param_groups,
-               {.rule = rule_, .grad_factor = grad_factor}, scaling, pending);
+               step_options(grad_factor), scaling, pending);
     }
     return true;
 }

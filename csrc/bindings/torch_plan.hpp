@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../work.hpp"
+#include "clipping.hpp"
 #include "devices.hpp"
 #include "observers.hpp"
 #include "parameter.hpp"
@@ -88,6 +89,9 @@ class TorchPlan {
     Observers observers;
     bool in_backward = false;
 
+    /// What is done to the gradients; null if nothing.
+    std::shared_ptr<const Clipping> clipping;
+
     int traverse(visitproc visit, void* arg) const;
     void clear();
 
@@ -159,6 +163,11 @@ class TorchPlan {
     /// The states of the parameter at a position, as the last step found them.
     CachedTensor* cached_states(Cache& cache, std::size_t position) const {
         return cache.states.data() + position * state_count();
+    }
+    StepOptions step_options(double grad_factor) const {
+        StepOptions options{.rule = rule_, .grad_factor = grad_factor};
+        if (clipping) clipping->apply_to(options);
+        return options;
     }
     std::size_t state_count() const { return state_keys_.size(); }
     /// Reads a tensor, or this process's part of a DTensor. Returns false if the core cannot read it.

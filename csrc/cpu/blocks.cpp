@@ -1,12 +1,13 @@
 // The way of one block: a strided gradient is gathered, arrays are converted to the compute type, the gradient is
-// scaled, the kernel runs, results are converted back, the gradient is cleared. A block stays in the L1 cache all the
-// while.
+// scaled and clipped, the kernel runs, results are converted back, the gradient is cleared. A block stays in the L1
+// cache all the while.
 //
 // Gradient and states are read before anything of the block is written, so arrays may be converted in any order.
 #include "blocks.hpp"
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "strided.hpp"
@@ -24,16 +25,12 @@ class Blocks {
   public:
     Blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
            const StepOptions& options)
-        : table_(table), choice_(choice), tensor_(tensor), values_(values), scale_(options.grad_factor) {}
+        : table_(table), choice_(choice), tensor_(tensor), values_(values), options_(options) {}
 
     /// Updates `count` elements from `start` on, with a gradient in the parameter's order at `grad`.
     void update(Staging& staging, std::int64_t start, std::int64_t count, const std::byte* grad) const {
         std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, start);
-        if (scale_ != 1 || is_staged(tensor_.grad_dtype)) {
-            decode(tensor_.grad_dtype, grad, count, staging.grad);
-            if (scale_ != 1) table_.scale[choice_.wide](staging.grad, count, scale_);
-            grad = staging.grad;
-        }
+        grad = prepared(staging, grad, count);
         const bool stages_param = is_staged(tensor_.param_dtype);
         if (stages_param) decode(tensor_.param_dtype, param, count, staging.param);
         std::byte* states[max_states] = {};
@@ -54,15 +51,33 @@ class Blocks {
     }
 
     std::int64_t size() const {
-        if (choice_.direct && scale_ == 1 && tensor_.grad_axes.empty()) return direct_block;
+        if (choice_.direct && !options_.changes_grads() && tensor_.grad_axes.empty()) return direct_block;
         return staging_bytes / (choice_.wide ? sizeof(double) : sizeof(float));
     }
 
   private:
-    /// True if the kernel works on a copy of an array of this type.
-    bool is_staged(DType dtype) const {
-        return !choice_.direct && dtype != (choice_.wide ? DType::float64 : DType::float32);
+    /// The gradient as the kernel gets it: `grad` itself, or a copy in the staging buffer.
+    const std::byte* prepared(Staging& staging, const std::byte* grad, std::int64_t count) const {
+        const bool changes = options_.changes_grads();
+        if (tensor_.grad_dtype != compute() && (changes || is_staged(tensor_.grad_dtype))) {
+            decode(tensor_.grad_dtype, grad, count, staging.grad);
+            grad = staging.grad;
+        }
+        if (!changes) return grad;
+        if (options_.grad_factor != 1) {
+            table_.scale[choice_.wide](grad, count, options_.grad_factor, staging.grad);
+            grad = staging.grad;
+        }
+        if (options_.clip_value != std::numeric_limits<double>::infinity()) {
+            table_.clamp[choice_.wide](grad, count, options_.clip_value, staging.grad);
+            grad = staging.grad;
+        }
+        return grad;
     }
+
+    DType compute() const { return choice_.wide ? DType::float64 : DType::float32; }
+    /// True if the kernel works on a copy of an array of this type.
+    bool is_staged(DType dtype) const { return !choice_.direct && dtype != compute(); }
     /// The address of a state's elements from `start` on.
     std::byte* stored(int state, std::int64_t start) const {
         return tensor_.states[state] + bytes_of(tensor_.state_dtypes[state], start);
@@ -78,7 +93,7 @@ class Blocks {
     const Choice& choice_;
     const TensorRef& tensor_;
     const Values& values_;
-    double scale_;
+    const StepOptions& options_;
 };
 
 }  // namespace

@@ -256,10 +256,31 @@ SGDCORE_WIDE_VECTORS void encode(const std::byte* SGDCORE_RESTRICT from, std::in
     for (; i < size; ++i) storage::store<Storage>(to, i, elements[i]);
 }
 
+/// to[i] = function(from[i]) for elements of the compute type. The loop over equal pointers is one of its own: the
+/// compiler's test for overlap would take them for overlapping.
+template <class C, class Function>
+SGDCORE_INLINE void map(const std::byte* from, std::int64_t size, std::byte* to, Function function) {
+    using Storage = storage::Of<sizeof(C) == sizeof(double) ? DType::float64 : DType::float32>;
+    if (from == to) {
+        for (std::int64_t i = 0; i < size; ++i)
+            storage::store<Storage>(to, i, function(storage::load<Storage, C>(to, i)));
+    } else {
+        for (std::int64_t i = 0; i < size; ++i) {
+            storage::store<Storage>(to, i, function(storage::load<Storage, C>(from, i)));
+        }
+    }
+}
+
 template <class C>
-void scale(std::byte* elements, std::int64_t size, double factor) {
+void scale(const std::byte* from, std::int64_t size, double factor, std::byte* to) {
     const C rounded = static_cast<C>(factor);
-    for (std::int64_t i = 0; i < size; ++i) reinterpret_cast<C*>(elements)[i] *= rounded;
+    map<C>(from, size, to, [rounded](C value) SGDCORE_INLINE_LAMBDA { return value * rounded; });
+}
+
+template <class C>
+void clamp(const std::byte* from, std::int64_t size, double limit, std::byte* to) {
+    const C rounded = static_cast<C>(limit);
+    map<C>(from, size, to, [rounded](C value) SGDCORE_INLINE_LAMBDA { return clamped(value, rounded); });
 }
 
 template <bool has_state, bool clear>
@@ -305,6 +326,7 @@ constexpr KernelTable make_table(RuleList<R...>) {
          {encode<Float16, float>, encode<Float16, double>},
          {encode<BFloat16, float>, encode<BFloat16, double>}},
         {scale<float>, scale<double>},
+        {clamp<float>, clamp<double>},
         memory_pass,
     };
 }

@@ -25,8 +25,12 @@ using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* cons
 /// Converts `size` elements of a storage type to the compute type, or back.
 using Conversion = void (*)(const std::byte* from, std::int64_t size, std::byte* to);
 
-/// Multiplies `size` elements of the compute type by `factor`, rounded to that type.
-using Scaling = void (*)(std::byte* elements, std::int64_t size, double factor);
+/// Writes `size` elements of the compute type to `to`, multiplied by `factor`, rounded to that type. The arrays are the
+/// same, or do not overlap.
+using Scaling = void (*)(const std::byte* from, std::int64_t size, double factor, std::byte* to);
+
+/// The same, with each element limited to [-limit, limit], rounded to that type. A NaN stays as it is.
+using Clamping = void (*)(const std::byte* from, std::int64_t size, double limit, std::byte* to);
 
 /// A step's memory traffic without its arithmetic, the yardstick of the benchmarks: reads `size` bytes of each array
 /// and writes `param` and `state`, exchanging their contents. Without a state (null) it writes the exclusive or of
@@ -83,6 +87,7 @@ struct KernelTable {
     Conversion decode[dtype_count][2];  // null for float64 to float32, which never happens
     Conversion encode[dtype_count][2];
     Scaling scale[2];
+    Clamping clamp[2];
     MemoryPass memory_pass;
 };
 

@@ -62,9 +62,9 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
         state_dtype = dtype;
         found = true;
     }
-    // The kernel gets a scaled gradient in the compute type.
+    // The kernel gets a gradient that is changed in the compute type.
     const DType compute = wide ? DType::float64 : DType::float32;
-    const DType grad = options.grad_factor == 1 ? tensor.grad_dtype : compute;
+    const DType grad = options.changes_grads() ? compute : tensor.grad_dtype;
     const int direct = alike ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
     const int variant = hyper.variant(tensor.first_step);
     const Use* const uses = uses_of<R>.of[variant];
@@ -89,7 +89,7 @@ SGDCORE_INLINE void update_range(const Work& work, const TensorRef& tensor, int 
     const Hyper& hyper = work.hypers[tensor.hyper];
     const StepOptions& options = work.options;
     const Choice choice = choose<R>(work.kernels.rules[options.rule], tensor, hyper, options);
-    if (!choice.direct || !tensor.grad_axes.empty() || options.grad_factor != 1 || options.zero_grad) {
+    if (!choice.direct || !tensor.grad_axes.empty() || options.changes_grads() || options.zero_grad) {
         Staging& staging = work.staging == nullptr ? *staging_for(1) : work.staging[thread];
         return update_blocks(work.kernels, choice, tensor, hyper.values, options, staging, begin, end);
     }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "update.hpp"
 
@@ -71,6 +72,8 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
                       ? launch.grad_factor
                       : static_cast<double>(static_cast<float>(1 / static_cast<double>(*launch.grad_scale)));
     work.scaled = work.factor != 1;
+    work.clip_value = launch.clip_value;
+    work.clipped = launch.clip_value <= std::numeric_limits<double>::max();
     work.in_float = typename R::template Coefficients<float>(values);
     work.in_double = typename R::template Coefficients<double>(values);
 }

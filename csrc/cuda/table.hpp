@@ -72,6 +72,7 @@ struct Launch {
     const float* found_inf;   // null, or: nothing happens unless it is zero
     const float* grad_scale;  // null, or: every gradient is multiplied by its reciprocal
     double grad_factor;       // multiplies every gradient, without grad_scale
+    double clip_value;        // limits every element of a gradient; infinity where there is no limit
     bool zero_grad;
 };
 

@@ -17,9 +17,9 @@ struct Work {
     std::int32_t count, head, axis_count, variant;
     Path path;
     Use uses[state_count<R>];
-    bool grad_in_vectors, zero_grad, scaled, in_float64;
+    bool grad_in_vectors, zero_grad, scaled, clipped, in_float64;
     DType param_dtype, grad_dtype, state_dtypes[state_count<R>];
-    double factor;
+    double factor, clip_value;
     typename R::template Coefficients<float> in_float;
     typename R::template Coefficients<double> in_double;
 };
@@ -92,6 +92,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work<R>& work, i
         s[state] = load_as<C>(work.state_dtypes[state], in_device_memory(work.states[state]), index);
     }
     if (work.scaled) g = static_cast<C>(work.factor) * g;
+    if (work.clipped) g = clamped(g, static_cast<C>(work.clip_value));
     with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
         R::template update<C, R::variants[decltype(variant)::value]>(coefficients_of<C>(work), p, g, s);
     });
@@ -175,6 +176,10 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int t
         if (work.scaled) {
             SGDCORE_UNROLL
             for (int i = 0; i < turn * lanes; ++i) g[i] = static_cast<C>(work.factor) * g[i];
+        }
+        if (work.clipped) {
+            SGDCORE_UNROLL
+            for (int i = 0; i < turn * lanes; ++i) g[i] = clamped(g[i], static_cast<C>(work.clip_value));
         }
         with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
             const typename R::template Coefficients<C> coefficients = coefficients_of<C>(work);

@@ -48,6 +48,17 @@ using SignMask = std::conditional_t<sizeof(C) == 8, std::uint64_t, std::uint32_t
 template <class C>
 inline constexpr SignMask<C> sign_bit = SignMask<C>{1} << (8 * sizeof(C) - 1);
 
+/// `value`, limited to [-limit, limit]. A NaN stays as it is. On the bits, since a loop over comparisons of
+/// floating-point numbers would not vectorise.
+template <class C>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE C clamped(C value, C limit) {
+    using Bits = SignMask<C>;
+    constexpr Bits infinity = sizeof(C) == 8 ? static_cast<Bits>(0x7ff0000000000000u) : static_cast<Bits>(0x7f800000u);
+    const Bits bits = bits_as<Bits>(value), magnitude = bits & ~sign_bit<C>, most = bits_as<Bits>(limit);
+    const Bits mask = Bits{0} - static_cast<Bits>((magnitude > most) & (magnitude <= infinity));
+    return bits_as<C>(((most | (bits & sign_bit<C>)) & mask) | (bits & ~mask));
+}
+
 /// The numbers of hyperparameters, states and variants of a rule. (Device code may not call std::size.)
 template <class R>
 inline constexpr int hyper_count = sizeof R::hypers / sizeof *R::hypers;

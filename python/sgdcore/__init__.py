@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sgdcore._core import __version__
+from sgdcore._options import Options
 from sgdcore.device_array import DeviceArray
 from sgdcore.optimizer import Optimizer
 from sgdcore.parameter import Parameter, ParameterBuffer
@@ -47,6 +48,7 @@ __all__ = [
     "SGDW",
     "DeviceArray",
     "Optimizer",
+    "Options",
     "Parameter",
     "ParameterBuffer",
     "__version__",

@@ -99,7 +99,12 @@ def declaration(
 ) -> tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, str], ...]]: ...
 def states_in_use(rule: str, group: dict[str, Any]) -> tuple[tuple[bool, ...], bool]: ...
 
+class Clipping:
+    clip_value: float | None
+    def __init__(self) -> None: ...
+
 class Plan:
+    clipping: Clipping | None
     @property
     def checks(self) -> int: ...
     def __init__(self, rule: str) -> None: ...
@@ -113,6 +118,7 @@ class Plan:
     ) -> list[tuple[Any, dict[str, Any], int]] | None: ...
 
 class TorchPlan:
+    clipping: Clipping | None
     state_exposed: bool
     in_backward: bool
     def __init__(

@@ -9,6 +9,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
@@ -25,6 +26,7 @@ from sgdcore._mistakes import (
     params_hint,
     warn_of_near_keys,
 )
+from sgdcore._options import HasOptions
 from sgdcore._rules import rule_of
 from sgdcore._states import (
     OptimizerState,
@@ -42,7 +44,7 @@ ParamsLike = ParameterBuffer | Iterable[Any]
 Loss = TypeVar("Loss")
 
 
-class Optimizer:
+class Optimizer(HasOptions):
     """Base of the optimizers: the interface of torch.optim.Optimizer without the update itself.
 
     Args:
@@ -50,6 +52,7 @@ class Optimizer:
             of (name, parameter) pairs, or of dicts, one per group, whose ``"params"`` is any of these
             and whose other keys override the defaults.
         defaults: the hyperparameters of groups that do not set their own.
+        options: the optimizer's `Options`, by name.
 
     Attributes:
         rule: the name of the core's rule; subclasses set it.
@@ -62,7 +65,12 @@ class Optimizer:
     # True while the constructor adds groups, before it builds the plan.
     _constructing = False
 
-    def __init__(self, params: ParamsLike, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: ParamsLike,
+        defaults: dict[str, Any],
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         if not hasattr(self, "rule"):
             raise NotImplementedError(
                 f"{type(self).__name__} has no rule; Optimizer is the base of the optimizers, such as sgdcore.SGD"
@@ -71,6 +79,7 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self._state = OptimizerState(self.rule)
         self._start()
+        self._take_options(options)
 
         if not _may_list_parameters(params):
             raise TypeError(
@@ -94,6 +103,7 @@ class Optimizer:
     def _start(self) -> None:
         """Set the attributes that are not part of a checkpoint."""
         self._plan = _core.Plan(self.rule)
+        self._plan.clipping = self._clipping
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
         # The plan's number of checks, and the identities of all parameters, which hold while the number stays.
@@ -431,17 +441,21 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {parameter: dict(values) for parameter, values in self.state.items()}
+        kept = {} if self._clipping is None else {"clipping": self._clipping}
         return {
             "defaults": self.defaults,
             "state": state,
             "param_groups": self.param_groups,
             "attributes": attributes_of(self, _Own(type(self))),
+            **kept,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.defaults = state["defaults"]
         self.param_groups = state["param_groups"]
         self._state = OptimizerState(self.rule)
+        if "clipping" in state:
+            self._clipping = state["clipping"]
         self._start()
         self._replace_state(state["state"])
         set_attributes(self, state.get("attributes"))  # pickles of earlier versions lack these
@@ -466,6 +480,7 @@ class _Own:
         {
             "_load_state_dict_post_hooks",
             "_load_state_dict_pre_hooks",
+            "_clipping",
             "_constructing",
             "_known",
             "_plan",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from numpy.typing import DTypeLike
 
 from sgdcore._arrays import Array
 from sgdcore._hyperparameters import float_of
+from sgdcore._options import Options
 from sgdcore.optimizer import Optimizer, ParamsLike
 
 __all__ = ["SGD", "check_hyperparameters"]
@@ -45,6 +46,7 @@ class SGD(Optimizer):
         maximize: ascend instead of descend.
         momentum_dtype: the dtype of new momentum buffers (float64, float32, float16 or bfloat16); default: the
             parameter's.
+        **options: clip_value, which every optimizer takes; `sgdcore.Options` explains it.
 
     Raises:
         ValueError: if a hyperparameter is out of range, in torch's words.
@@ -78,6 +80,7 @@ class SGD(Optimizer):
         *,
         maximize: bool = False,
         momentum_dtype: DTypeLike | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -89,7 +92,7 @@ class SGD(Optimizer):
             "momentum_dtype": momentum_dtype,
         }
         self._normalize_group(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, options)
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group, float_of)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from numpy.typing import DTypeLike
 
 from sgdcore._arrays import Array
 from sgdcore._hyperparameters import float_of
+from sgdcore._options import Options
 from sgdcore.optimizer import Optimizer, ParamsLike
 from sgdcore.sgd import check_hyperparameters
 
@@ -49,6 +50,7 @@ class SGDW(Optimizer):
             decay is the paper's: a schedule has to scale ``weight_decay`` itself, beside ``lr``. Default True.
         momentum_dtype: the dtype of new momentum buffers (float64, float32, float16 or bfloat16); default: the
             parameter's.
+        **options: clip_value, which every optimizer takes; `sgdcore.Options` explains it.
 
     Raises:
         ValueError: if a hyperparameter is out of range, in torch's words.
@@ -83,6 +85,7 @@ class SGDW(Optimizer):
         maximize: bool = False,
         scale_decay_by_lr: bool = True,
         momentum_dtype: DTypeLike | None = None,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -95,7 +98,7 @@ class SGDW(Optimizer):
             "momentum_dtype": momentum_dtype,
         }
         self._normalize_group(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, options)
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group, float_of)

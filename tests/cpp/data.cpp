@@ -157,7 +157,7 @@ TensorRef TestTensor::ref() {
 void TestTensor::expect_step(std::span<const SgdHyper> hypers, const StepOptions& options) {
     for (std::size_t i = 0; i < param_.expected.size(); ++i) {
         update_word(dtypes_, hypers[hyper_], first_, param_.expected[i], grad_.expected[i], momentum_.expected[i],
-                    options.grad_factor);
+                    options.grad_factor, options.clip_value);
         if (options.zero_grad) grad_.expected[i] = 0;
     }
 }

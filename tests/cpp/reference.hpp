@@ -115,11 +115,12 @@ struct DTypes {
 /// The rules of rules/sgd.hpp and rules/sgdw.hpp in the arithmetic of C, on words.
 template <class C>
 void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad, Word& momentum,
-                    double grad_factor) {
+                    double grad_factor, double clip_value) {
     C p = static_cast<C>(decode(dtypes.param, param));
     C g = static_cast<C>(decode(dtypes.grad, grad));
     if (hyper.maximize) g = -g;
     if (grad_factor != 1) g *= static_cast<C>(grad_factor);
+    if (const C limit = static_cast<C>(clip_value); g > limit || g < -limit) g = std::copysign(limit, g);
     if (hyper.weight_decay != 0 && hyper.decoupled) {
         const double decay = (hyper.scale_decay_by_lr ? hyper.lr : 1) * hyper.weight_decay;
         p = std::fma(static_cast<C>(1 - decay), p, static_cast<C>(-0.0));  // a product with a rounding of its own
@@ -145,12 +146,12 @@ void update_word_in(const DTypes& dtypes, const SgdHyper& hyper, bool first, Wor
 
 /// Updates one element. The arithmetic is float64 if an array that takes part is stored as float64, else float32.
 inline void update_word(const DTypes& dtypes, const SgdHyper& hyper, bool first, Word& param, Word grad, Word& momentum,
-                        double grad_factor = 1) {
+                        double grad_factor = 1, double clip_value = std::numeric_limits<double>::infinity()) {
     if (dtypes.param == DType::float64 || dtypes.grad == DType::float64 ||
         (hyper.momentum != 0 && dtypes.momentum == DType::float64)) {
-        update_word_in<double>(dtypes, hyper, first, param, grad, momentum, grad_factor);
+        update_word_in<double>(dtypes, hyper, first, param, grad, momentum, grad_factor, clip_value);
     } else {
-        update_word_in<float>(dtypes, hyper, first, param, grad, momentum, grad_factor);
+        update_word_in<float>(dtypes, hyper, first, param, grad, momentum, grad_factor, clip_value);
     }
 }
 

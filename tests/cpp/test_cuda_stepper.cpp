@@ -74,15 +74,17 @@ TEST(cuda_stepper, all_groups_types_and_sizes_in_one_launch) {
         tensors.emplace_back(triples[i * 7 % triples.size()], size, static_cast<std::uint32_t>(i % hypers.size()),
                              i % 3 == 0, random, i % 5 * 8);
     }
-    constexpr double factors[] = {1, 1, 0.3, 0x1p-16};
+    constexpr double factors[] = {1, 1, 0.3, 0x1p-16, 1, 0.3};
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    constexpr double limits[] = {infinity, infinity, infinity, infinity, 0.7, 0.1};
     for (std::size_t i = 0; i < std::size(factors); ++i) {
-        const StepOptions options{.zero_grad = i == 3, .grad_factor = factors[i]};
+        const StepOptions options{.zero_grad = i == 5, .grad_factor = factors[i], .clip_value = limits[i]};
         stepper.step(refs_of(tensors), hypers_of(hypers), {}, options, {});
         expect_step(tensors, hypers, options);
         for (TestTensor& tensor : tensors) tensor.initialized();
         CHECK(runtime.counts.launches == static_cast<std::int64_t>(i + 1));
     }
-    check(tensors, "four steps");
+    check(tensors, "six steps");
 }
 
 TEST(cuda_stepper, many_groups_of_one_tensor_take_one_launch) {

@@ -38,15 +38,18 @@ std::vector<TestTensor> many_tensors() {
 }  // namespace
 
 TEST(lists, every_thread_count_gives_the_reference_bits) {
-    constexpr int steps = 4;
-    constexpr double factors[steps] = {1, 1, 0.3, 0x1p-16};  // of the gradients; 1 leaves them out of the arithmetic
+    constexpr int steps = 6;
+    // Of the gradients. 1 and infinity leave them out of the arithmetic.
+    constexpr double factors[steps] = {1, 1, 0.3, 0x1p-16, 1, 0.3};
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    constexpr double limits[steps] = {infinity, infinity, infinity, infinity, 0.7, 0.1};
     std::vector<TestTensor> last;
     for (const int threads : {1, 2, 3, 7}) {
         cpu::set_num_threads(threads);
         std::vector<TestTensor> tensors = many_tensors();
         for (int i = 0; i < steps; ++i) {
             // The gradient is cleared at the last step, so that the earlier ones have something to add.
-            const StepOptions options{.zero_grad = i + 1 == steps, .grad_factor = factors[i]};
+            const StepOptions options{.zero_grad = i + 1 == steps, .grad_factor = factors[i], .clip_value = limits[i]};
             step_all(tensors, hypers, options);
             for (TestTensor& tensor : tensors) {
                 tensor.expect_step(hypers, options);

@@ -62,7 +62,9 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
                 const std::string& layout) {
     constexpr std::size_t margin = 64;
     static Random random(5);
-    const StepOptions options{.zero_grad = zero_grad, .grad_factor = random.below(3) == 0 ? 0.3 : 1};
+    const StepOptions options{.zero_grad = zero_grad,
+                              .grad_factor = random.below(3) == 0 ? 0.3 : 1,
+                              .clip_value = random.below(3) == 0 ? 0.5 : std::numeric_limits<double>::infinity()};
     const auto item = static_cast<std::int64_t>(item_size(dtypes.grad));
     std::int64_t size = 1, lowest = 0, highest = 0;
     for (const Axis& axis : axes) {
@@ -84,7 +86,7 @@ void check_axes(const DTypes& dtypes, const std::vector<Axis>& axes, const SgdHy
         Word p = read_word(dtypes.param, param.data() + margin, i),
              b = read_word(dtypes.momentum, momentum.data() + margin, i);
         const Word g = read_word(dtypes.grad, start + offset_of(axes, i), 0);
-        update_word(dtypes, hyper, false, p, g, b, options.grad_factor);
+        update_word(dtypes, hyper, false, p, g, b, options.grad_factor, options.clip_value);
         write_word(dtypes.param, expected_param.data() + margin, i, p);
         write_word(dtypes.momentum, expected_momentum.data() + margin, i, b);
         if (zero_grad) write_word(dtypes.grad, expected_grad.data() + margin - lowest + offset_of(axes, i), 0, 0);

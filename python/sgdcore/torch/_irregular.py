@@ -51,6 +51,12 @@ class Updater(NamedTuple):
     rule: Rule
     by_operations: Callable[[Tensor, Tensor, _States, dict[str, Any]], _States]
 
+    @property
+    def clip_value(self) -> float | None:
+        """The limit of each element of a gradient, or None."""
+        clipping = self.plan.clipping
+        return None if clipping is None else clipping.clip_value
+
 
 # One tensor for each of the rule's states; None for those that take no part.
 _States = list[Tensor | None]
@@ -396,6 +402,8 @@ def _step_by_torch(
             group, parameter = groups[update.group], update.parameter
             grad = _placed_like(parameter, parameter.grad, update.label)  # type: ignore[arg-type]
             grad = grad if grad_factor == 1 else grad * grad_factor
+            limit = updater.clip_value
+            grad = grad if limit is None else grad.clamp(-limit, limit)
             states = updater.by_operations(parameter, grad, update.states, group)
             if update.first:
                 dtypes = (_interface.dtype_of(group.get(s.dtype_key)) for s in updater.rule.states)
@@ -576,6 +584,8 @@ def _arrange(updater: Updater, group: dict[str, Any], update: _Update) -> None:
             p, g, states = _prepare_rows(update, p, g, states)
         else:
             g = g.to_dense()
+    if p.is_complex() and updater.clip_value is not None:
+        raise ValueError(f"clip_value: complex numbers such as those of {label} have no order")
     p, g, states = _real(update, p, g, states)
     if any(tensor.dtype not in STORAGE_TYPES for tensor, _ in named(p, g, states)):
         _refuse_dtype(named(p, g, states))

@@ -93,6 +93,7 @@ class StepInBackward:
         self._this = weakref.ref(self)
         self._handles: list[Any] = []
         self._plan = new_plan(exchange_api(), optimizer.rule)
+        self._plan.clipping = optimizer._clipping
         # The hooks of parameters that stepped in this round: `step` clears their gradients. There is no reference to
         # the parameters, not even a weak one, which torch.utils.swap_tensors would refuse.
         self._stepped: set[_Hook] = set()
@@ -111,6 +112,11 @@ class StepInBackward:
 
         self._watch = weakref.finalize(self, watch_wrappers(wrapped).remove)
         self._watch.atexit = False
+
+    @property
+    def plan(self) -> Any:
+        """The plan of the steps in the backward pass."""
+        return self._plan
 
     def add_last_group(self) -> None:
         """Make the parameters of the optimizer's last group step in the backward pass.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar, overload
 
 import numpy as np
@@ -21,6 +22,7 @@ from sgdcore._devices import CPU
 from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore._hooks import call_pre_hooks
 from sgdcore._hyperparameters import float_of
+from sgdcore._options import HasOptions
 from sgdcore._rules import rule_of
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
@@ -72,7 +74,7 @@ class _StepAttribute:
             raise AttributeError(self._name)
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(HasOptions, torch.optim.Optimizer):
     """Base of the optimizers of torch parameters: torch.optim.Optimizer, with the update in the core.
 
     Subclasses name the core's rule, check its hyperparameters, and have the rule in torch's operations.
@@ -82,6 +84,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults: the hyperparameters of groups that do not set their own.
         own: the hyperparameters that torch lacks. Those with their default value are left out of defaults and groups,
             so that torch can load the checkpoint, too.
+        options: the optimizer's `sgdcore.Options`, by name.
 
     Raises:
         TypeError, ValueError: if `params` are no parameters, or a hyperparameter in `own` is not valid.
@@ -93,9 +96,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @not_compiled
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], own: Mapping[str, Any]
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        own: Mapping[str, Any],
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._start()
+        self._take_options(options)
         own_defaults = self._own_defaults()
         defaults |= {key: value for key, value in own.items() if value != own_defaults[key]}
         self._check_group(defaults)
@@ -150,6 +158,7 @@ class Optimizer(torch.optim.Optimizer):
     def _start(self) -> None:
         """Set the attributes that are not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api(), self.rule)
+        self._plan.clipping = self._clipping
         # Bound once, which saves a look-up in each step.
         self._run_unobserved = self._plan.run_unobserved
         self._step_attributes: dict[str, Any] = {}
@@ -184,6 +193,9 @@ class Optimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler.step asks this first. If true, it leaves the scale and found_inf to `step`.
         return asked_by_grad_scaler() and self._takes_scale() and not self._step_is_replaced()
+
+    def _plans(self) -> list[Any]:
+        return [self._plan, *([] if self._in_backward is None else [self._in_backward.plan])]
 
     def _takes_scale(self) -> bool:
         """Return whether `step` undoes the scale, and skips an overflow, as the attributes of one step tell."""
@@ -342,6 +354,11 @@ class Optimizer(torch.optim.Optimizer):
             if left_out:
                 return not zero_grad
         if _any_differentiable(self.param_groups):
+            if self.clip_value is not None:
+                raise ValueError(
+                    "clip_value: a differentiable step is torch's own, whose gradients are clipped by "
+                    "torch.nn.utils.clip_grad_value_"
+                )
             self._step_recorded()
             return not zero_grad
         cleared = _irregular.step(
@@ -422,6 +439,10 @@ class Optimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return state if self._clipping is None else {**state, "_clipping": self._clipping}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict, copy and pickle call this. The first two pass the objects that are to be kept.

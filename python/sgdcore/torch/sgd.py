@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
+from sgdcore._options import Options
 from sgdcore.sgd import check_hyperparameters
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch.optimizer import Optimizer, number_of
@@ -49,6 +50,7 @@ class SGD(Optimizer, torch.optim.SGD):  # type: ignore[override]  # `state` is a
             being rounded away.
         sparse_mode: what a sparse gradient means. ``"dense"``: what the same gradient means as a dense tensor, so
             that weight decay and momentum act on all rows. ``"lazy"``: only the rows that it names are touched.
+        **options: clip_value, which every optimizer takes; `sgdcore.Options` explains it.
 
     Raises:
         ValueError, TypeError: for hyperparameters out of range, worded as torch does.
@@ -75,6 +77,7 @@ class SGD(Optimizer, torch.optim.SGD):  # type: ignore[override]  # `state` is a
         fused: bool | None = None,
         momentum_dtype: torch.dtype | str | None = None,
         sparse_mode: str = "dense",
+        **options: Unpack[Options],
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -93,7 +96,7 @@ class SGD(Optimizer, torch.optim.SGD):  # type: ignore[override]  # `state` is a
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         own = {"momentum_dtype": momentum_dtype, "sparse_mode": sparse_mode}
-        Optimizer.__init__(self, params, defaults, own)
+        Optimizer.__init__(self, params, defaults, own, options)
 
     @staticmethod
     def by_operations(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from sgdcore._options import Options
 from sgdcore.sgd import check_hyperparameters
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch.optimizer import Optimizer, number_of
@@ -51,6 +52,7 @@ class SGDW(Optimizer):
             parameter's if None.
         sparse_mode: what a sparse gradient means. ``"dense"``: what the same gradient means as a dense tensor, so
             that weight decay and momentum act on all rows. ``"lazy"``: only the rows that it names are touched.
+        **options: clip_value, which every optimizer takes; `sgdcore.Options` explains it.
 
     Raises:
         ValueError, TypeError: for hyperparameters out of range, worded as torch does.
@@ -74,6 +76,7 @@ class SGDW(Optimizer):
         scale_decay_by_lr: bool = True,
         momentum_dtype: torch.dtype | str | None = None,
         sparse_mode: str = "dense",
+        **options: Unpack[Options],
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -86,7 +89,7 @@ class SGDW(Optimizer):
         }
         check_hyperparameters(defaults, number_of, nan_is_valid=True)
         own = {"momentum_dtype": momentum_dtype, "sparse_mode": sparse_mode}
-        super().__init__(params, defaults, own)
+        super().__init__(params, defaults, own, options)
 
     @staticmethod
     def by_operations(
