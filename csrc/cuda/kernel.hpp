@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "update.hpp"
 
@@ -73,7 +72,7 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
                       : static_cast<double>(static_cast<float>(1 / static_cast<double>(*launch.grad_scale)));
     work.scaled = work.factor != 1;
     work.clip_value = launch.clip_value;
-    work.clipped = launch.clip_value <= std::numeric_limits<double>::max();
+    work.clipped = launch.clips;
     work.in_float = typename R::template Coefficients<float>(values);
     work.in_double = typename R::template Coefficients<double>(values);
 }

@@ -281,6 +281,7 @@ void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hy
     launch.grad_scale = launch_options.grad_scale;
     launch.grad_factor = options.grad_factor;
     launch.clip_value = options.clip_value;
+    launch.clips = options.clip_value != std::numeric_limits<double>::infinity();
     launch.zero_grad = options.zero_grad;
     runtime_.launch(device_, std::min(blocks_, launch.chunk_count), launch, stream);
     if (capturing) return;

@@ -72,8 +72,8 @@ struct Launch {
     const float* found_inf;   // null, or: nothing happens unless it is zero
     const float* grad_scale;  // null, or: every gradient is multiplied by its reciprocal
     double grad_factor;       // multiplies every gradient, without grad_scale
-    double clip_value;        // limits every element of a gradient; infinity where there is no limit
-    bool zero_grad;
+    double clip_value;        // limits every element of a gradient, if `clips`
+    bool zero_grad, clips;
 };
 
 /// The three arrays of a step with a state, of `quads` vectors each, for the benchmarks.
