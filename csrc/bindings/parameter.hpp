@@ -88,6 +88,14 @@ class Parameter {
     ArrayRef buffer_grad_;
 };
 
+/// True once the object holds its C++ value. Python's collector may find the object before: pybind11 gives the first
+/// object of a type its layout only after a call that may start a collection.
+inline bool is_constructed(PyObject* object) {
+    const auto* const instance = reinterpret_cast<const py::detail::instance*>(object);
+    const bool has_layout = instance->simple_layout || instance->nonsimple.values_and_holders != nullptr;
+    return has_layout && py::detail::is_holder_constructed(object);
+}
+
 /// Shows Python's garbage collector the references that a bound class holds, by the class's traverse() and clear().
 template <class T>
 py::custom_type_setup garbage_collected() {
@@ -96,11 +104,11 @@ py::custom_type_setup garbage_collected() {
         type->tp_flags |= Py_TPFLAGS_HAVE_GC;
         type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
             Py_VISIT(Py_TYPE(self));
-            if (!py::detail::is_holder_constructed(self)) return 0;
+            if (!is_constructed(self)) return 0;
             return py::cast<T&>(py::handle(self)).traverse(visit, arg);
         };
         type->tp_clear = [](PyObject* self) {
-            if (py::detail::is_holder_constructed(self)) py::cast<T&>(py::handle(self)).clear();
+            if (is_constructed(self)) py::cast<T&>(py::handle(self)).clear();
             return 0;
         };
     });
