@@ -17,9 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sgdcore
-from sgdcore.torch import SGD
+from sgdcore.torch import SGD, _interface
 from sgdcore.torch import optimizer as optimizer_module
-from torch_support import assert_same_bits, assert_same_training, momentum_of, parameter
+from torch_support import (
+    access_without_cpp_functions,
+    assert_same_bits,
+    assert_same_training,
+    momentum_of,
+    parameter,
+)
 
 # Two of each, so that they can share gradients or memory; square, so that they can be transposed in place.
 SHAPES: list[tuple[int, ...]] = [(4, 4), (4, 4), (6,), (6,), (1,), (), (0,), (3, 5)]
@@ -214,7 +220,7 @@ changes = st.lists(
 )
 
 
-@pytest.mark.parametrize("exchange_api", [True, False], ids=["exchange API", "attributes"])
+@pytest.mark.parametrize("reading", ["access", "C functions only", "attributes"])
 @settings(
     max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -223,12 +229,14 @@ changes = st.lists(
     nesterov=st.booleans(),
 )
 def test_any_change_between_two_steps(
-    exchange_api: bool, steps: list[tuple[list[tuple[str, int]], bool]], nesterov: bool
+    reading: str, steps: list[tuple[list[tuple[str, int]], bool]], nesterov: bool
 ) -> None:
     hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
     with pytest.MonkeyPatch.context() as patch:
-        if not exchange_api:
+        if reading == "attributes":
             patch.setattr(optimizer_module, "exchange_api", lambda: None)
+        elif reading == "C functions only":
+            patch.setattr(_interface, "_tensor_access", access_without_cpp_functions())
         ours = Trainer(SGD, **hyper)
     theirs = Trainer(torch.optim.SGD, foreach=False, **hyper)
     for made, zero_grad in steps:
@@ -236,6 +244,8 @@ def test_any_change_between_two_steps(
             for trainer in (ours, theirs):
                 CHANGES[name](trainer, index)
         versions = [p._version for p in ours.params]
+        # Clearing a gradient that is a parameter changes the parameter, too.
+        cleared = [p.grad.data_ptr() for p in ours.params if zero_grad and p.grad is not None]
         ours.optimizer.step(zero_grad=zero_grad)
         theirs.optimizer.step()
         if zero_grad:
@@ -243,7 +253,8 @@ def test_any_change_between_two_steps(
         for i, (p, q) in enumerate(zip(ours.params, theirs.params, strict=True)):
             assert_same_bits(p, q, f"parameter {i}")
             assert_same_bits(p.grad, q.grad, f"gradient {i}")
-            assert (p._version > versions[i]) == (p.grad is not None), f"version of parameter {i}"
+            is_changed = p.grad is not None or p.data_ptr() in cleared
+            assert (p._version > versions[i]) == is_changed, f"version of parameter {i}"
     assert_same_training(ours.optimizer, theirs.optimizer)
 
 

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sgdcore.torch import SGD
 from sgdcore.torch import optimizer as optimizer_module
-from torch_support import assert_same_bits, assert_same_training
+from torch_support import access_without_cpp_functions, assert_same_bits, assert_same_training
 
 COUNT = 4
 
@@ -31,13 +31,17 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.fixture(params=["access", "DLPack only", "attributes"])
+@pytest.fixture(params=["access", "C functions only", "DLPack only", "attributes"])
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How tensors are read."""
     if request.param == "attributes":
         monkeypatch.setattr(optimizer_module, "exchange_api", lambda: None)
     elif request.param == "DLPack only":
         monkeypatch.setattr("sgdcore.torch._interface._tensor_access", None)
+    elif request.param == "C functions only":
+        monkeypatch.setattr(
+            "sgdcore.torch._interface._tensor_access", access_without_cpp_functions()
+        )
     return str(request.param)
 
 

@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 import sgdcore
+from sgdcore.torch import _interface
 
 Hyper = dict[str, Any]
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # From when on torch's optimizers have names of parameters, and refuse a learning rate of several elements.
 needs_torch_2_6 = pytest.mark.skipif(TORCH < (2, 6), reason="needs torch 2.6")
+
+
+def access_without_cpp_functions() -> Any:
+    """Return how torch's tensors are read, without the C++ functions: other versions of torch may lack them."""
+    if _interface._tensor_access is None:
+        pytest.skip("this version of torch has no such functions at all")
+    offset, addresses, codes = _interface._tensor_access
+    assert len(addresses) == 12
+    return offset, (*addresses[:8], 0, 0, 0, 0), codes
+
 
 # All meaningful combinations of the hyperparameters: each term absent and present.
 HYPERS: list[Hyper] = [

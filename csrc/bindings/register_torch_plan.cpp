@@ -31,26 +31,25 @@ void register_torch_plan(py::module_& module) {
                          py::object is_negated, py::object tensor_type, py::object parameter_type,
                          py::object grad_descriptor, py::object requires_grad_descriptor, py::object kind_of,
                          py::object sparse_indices, py::object sparse_values, py::object current_stream,
-                         py::object refuse_fullgraph) {
+                         py::object profiler_enabled, py::object refuse_fullgraph) {
                  return TorchPlan(
                      rule_number(rule),
                      {std::move(exchange_api), std::move(describe), std::move(access), std::move(increment_version),
                       std::move(increment_version_where_possible), std::move(is_negated), std::move(tensor_type),
                       std::move(parameter_type), std::move(grad_descriptor), std::move(requires_grad_descriptor),
                       std::move(kind_of), std::move(sparse_indices), std::move(sparse_values),
-                      std::move(current_stream), std::move(refuse_fullgraph)});
+                      std::move(current_stream), std::move(profiler_enabled), std::move(refuse_fullgraph)});
              }),
              py::kw_only(), py::arg("rule"), py::arg("exchange_api"), py::arg("describe"), py::arg("access"),
              py::arg("increment_version"), py::arg("increment_version_where_possible"), py::arg("is_negated"),
              py::arg("tensor_type"), py::arg("parameter_type"), py::arg("grad_descriptor"),
              py::arg("requires_grad_descriptor"), py::arg("kind_of"), py::arg("sparse_indices"),
-             py::arg("sparse_values"), py::arg("current_stream"), py::arg("refuse_fullgraph"))
+             py::arg("sparse_values"), py::arg("current_stream"), py::arg("profiler_enabled"),
+             py::arg("refuse_fullgraph"))
         .def(
             "observe",
-            [](TorchPlan& plan, std::vector<py::dict> dicts, py::object profiler_enabled) {
-                plan.observers = Observers(std::move(dicts), std::move(profiler_enabled));
-            },
-            py::arg("dicts"), py::arg("profiler_enabled"))
+            [](TorchPlan& plan, std::vector<py::dict> dicts) { plan.observers = Observers(std::move(dicts)); },
+            py::arg("dicts"))
         .def_readwrite("clipping", &TorchPlan::clipping)
         .def_readwrite("in_backward", &TorchPlan::in_backward)
         .def("run_prepared", &TorchPlan::run_prepared, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),

@@ -292,7 +292,7 @@ py::object TorchPlan::run(const py::object& groups, const py::object& state, boo
 }
 
 py::object TorchPlan::run_unobserved(const py::object& groups, const py::object& state, bool zero_grad) {
-    if (in_backward || observers.any()) return py::none();
+    if (in_backward || observers.any() || reader_.profiler_is_enabled()) return py::none();
     return attempt(groups, state, zero_grad, 1.0, py::none(), nullptr);
 }
 
@@ -531,7 +531,7 @@ TorchPlan::Outcome TorchPlan::list_parameter(Scan& scan, PyObject* parameter, Py
     const TensorKind kind = reader_.kind(parameter);
     if (kind == TensorKind::other) return Outcome::irregular;
     cache.held.params.push_back(Py_NewRef(parameter));
-    PyObject* const grad = reader_.grad(parameter);
+    PyObject* const grad = reader_.grad(parameter, kind);
     if (grad == Py_None) {
         cache.held.params.pop_back();
         Py_DECREF(parameter);

@@ -48,7 +48,8 @@ class TorchPlan {
     py::object run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                    const py::object& scaling);
 
-    /// `run` without factor and scaling. Returns None, with nothing changed, if anything observes the step.
+    /// `run` without factor and scaling. Returns None, with nothing changed, if anything observes the step, torch's
+    /// profiler included.
     py::object run_unobserved(const py::object& groups, const py::object& state, bool zero_grad);
 
     /// `run` together with what Python code has prepared:
@@ -85,7 +86,7 @@ class TorchPlan {
     /// their versions.
     bool state_exposed = true;
 
-    /// What observes steps. `in_backward`: steps are part of the backward pass.
+    /// What observes steps, beside torch's profiler. `in_backward`: steps are part of the backward pass.
     Observers observers;
     bool in_backward = false;
 

@@ -24,7 +24,7 @@ const PyGetSetDef* getter_of(const py::object& descriptor) {
 
 TensorAccess access_of(const py::object& description) {
     const auto [offset, addresses, codes] =
-        py::cast<std::tuple<std::size_t, std::array<std::uintptr_t, 9>, std::array<std::int32_t, dtype_count + 4>>>(
+        py::cast<std::tuple<std::size_t, std::array<std::uintptr_t, 12>, std::array<std::int32_t, dtype_count + 4>>>(
             description);
     TensorAccess access;
     access.offset = offset;
@@ -39,6 +39,9 @@ TensorAccess access_of(const py::object& description) {
     take(access.device_index);
     take(access.layout);
     take(access.bump_version);
+    take(access.grad);
+    take(access.wrap);
+    take(access.profiler_is_enabled);
     std::copy_n(codes.begin(), dtype_count, access.dtypes.begin());
     access.cpu = codes[dtype_count];
     access.cuda = codes[dtype_count + 1];
@@ -92,7 +95,7 @@ bool TorchReader::view_grad(PyObject* grad, TensorIdentity& last, TorchView& vie
     if (!is_strided(grad)) return false;
     const TensorIdentity identity = this->identity(grad);
     if (identity == last) return view_again(grad, view, layout);
-    if (!exchanged_view(grad, view)) return false;
+    if (!view_again(grad, view, layout)) return false;
     last = identity;
     return true;
 }
@@ -273,6 +276,24 @@ PyObject* TorchReader::get(const PyGetSetDef* getter, PyObject* tensor, const ch
     PyObject* value = getter != nullptr ? getter->get(tensor, getter->closure) : PyObject_GetAttrString(tensor, name);
     if (value == nullptr) throw py::error_already_set();
     return value;
+}
+
+PyObject* TorchReader::grad(PyObject* parameter, TensorKind kind) const {
+    if (kind == TensorKind::plain && access_ && access_->grad != nullptr && access_->wrap != nullptr) {
+        try {
+            PyObject* const grad = access_->wrap(access_->grad(identity(parameter).implementation));
+            if (grad != nullptr) return grad;
+        } catch (const std::exception&) {
+            // The getter below raises it as a Python exception.
+        }
+        PyErr_Clear();
+    }
+    return get(grad_getter_, parameter, "grad");
+}
+
+bool TorchReader::profiler_is_enabled() const {
+    if (access_ && access_->profiler_is_enabled != nullptr) return access_->profiler_is_enabled();
+    return call(interface_.profiler_enabled).ptr() != Py_False;
 }
 
 bool TorchReader::requires_grad(PyObject* tensor) const {

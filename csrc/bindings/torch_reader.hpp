@@ -37,7 +37,8 @@ struct TorchInterface {
     py::object kind_of;  // of a type: TensorKind
     /// Methods of a sparse COO tensor that return its indices and values without coalescing them.
     py::object sparse_indices, sparse_values;
-    py::object current_stream;  // of a CUDA device: its address
+    py::object current_stream;    // of a CUDA device: its address
+    py::object profiler_enabled;  // profiler_enabled() -> bool
     /// refuse_fullgraph(): raises RuntimeError if torch.compile was given the step itself with fullgraph=True.
     py::object refuse_fullgraph;
 };
@@ -82,8 +83,16 @@ struct TensorAccess {
     std::array<std::int32_t, dtype_count> dtypes{};  // torch's number of each DType
     std::int32_t cpu = 0, cuda = 0;                  // torch's numbers of these types of devices
     std::int32_t strided = 0, sparse_coo = 0;        // and of these layouts
-    /// torch::autograd::impl::bump_version, which no C ABI has; throws for tensors without a version.
+    // C++ functions, which the C ABI lacks. Python's own ways to them take many more cache lines of code, which shows
+    // in a step with cold caches. Each may be null.
+    /// torch::autograd::impl::bump_version; throws for tensors without a version.
     void (*bump_version)(const void* handle) = nullptr;
+    /// c10::TensorImpl::grad: returns the gradient's handle.
+    void* (*grad)(const void* implementation) = nullptr;
+    /// THPVariable_Wrap: returns a new reference to the Python object of a handle, or to None.
+    PyObject* (*wrap)(void* handle) = nullptr;
+    /// torch::profiler::impl::profilerEnabled.
+    bool (*profiler_is_enabled)() = nullptr;
 };
 
 /// Distinguishes a tensor from others that live at the same time. Holds no reference.
@@ -116,7 +125,7 @@ class TorchReader {
     bool sparse_view(PyObject* tensor, IndexView& indices, TorchView& values, std::array<py::object, 2>& parts) const;
 
     /// The gradient or None; a new reference.
-    PyObject* grad(PyObject* parameter) const { return get(grad_getter_, parameter, "grad"); }
+    PyObject* grad(PyObject* parameter, TensorKind kind) const;
     bool requires_grad(PyObject* tensor) const;
 
     /// True for an instance of torch.Tensor itself.
@@ -128,6 +137,8 @@ class TorchReader {
     PyObject* local_part(PyObject* tensor) const;
     /// True if two DTensors have the same mesh and placements.
     bool placed_alike(PyObject* a, PyObject* b) const;
+
+    bool profiler_is_enabled() const;
 
     // These run Python code.
     bool is_negated(PyObject* tensor) const;

@@ -139,6 +139,7 @@ class TorchPlan:
         sparse_indices: Any,
         sparse_values: Any,
         current_stream: Any,
+        profiler_enabled: Any,
         refuse_fullgraph: Any,
     ) -> None: ...
     def run(
@@ -153,9 +154,7 @@ class TorchPlan:
     def run_unobserved(
         self, param_groups: Sequence[dict[str, Any]], state: Any, zero_grad: bool, /
     ) -> Any: ...
-    def observe(
-        self, dicts: Sequence[dict[Any, Any]], profiler_enabled: Callable[[], bool]
-    ) -> None: ...
+    def observe(self, dicts: Sequence[dict[Any, Any]]) -> None: ...
     def run_prepared(
         self,
         param_groups: Sequence[dict[str, Any]],

@@ -27,6 +27,7 @@ __all__ = [
     "is_capturing",
     "new_plan",
     "on_device",
+    "profiler_enabled",
 ]
 
 # torch's dtypes of the core's storage types, with the core's names.
@@ -159,7 +160,13 @@ _CODES = (
 )
 
 
+# Names of C++ functions in torch's libraries, in the same order.
 _BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
+_GRAD = "_ZNK3c1010TensorImpl4gradEv"
+_WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
+_PROFILER_ENABLED = "_ZN5torch8profiler4impl15profilerEnabledEv"
+
+profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def _access() -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
@@ -170,20 +177,44 @@ def _access() -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
     if exchange_api() is None or offset is None:
         return None
     try:
-        library = ctypes.CDLL(torch._C.__file__)  # finds the symbols of linked libraries, too
-        functions = [getattr(library, f"aoti_torch_get_{name}") for name in _GETTERS]
+        library = ctypes.PyDLL(torch._C.__file__)  # finds the symbols of linked libraries, too
+        getters = [getattr(library, f"aoti_torch_get_{name}") for name in _GETTERS]
         codes = [getattr(library, f"aoti_torch_{name}")() for name in _CODES]
     except (AttributeError, OSError):
         return None
     handle, address = ctypes.c_void_p(id(probe) + offset), ctypes.c_void_p()
-    if functions[0](handle, ctypes.byref(address)) != 0 or address.value != probe.data_ptr():
+    if getters[0](handle, ctypes.byref(address)) != 0 or address.value != probe.data_ptr():
         return None
-    bump_version = getattr(library, _BUMP_VERSION, None)
-    if bump_version is not None:
-        bump_version(handle)
-    functions.append(bump_version if probe._version == 1 else None)
+    functions = [*getters, *_cpp_functions(library, probe, handle)]
     addresses = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
     return offset, tuple(addresses), tuple(codes)
+
+
+def _cpp_functions(library: ctypes.PyDLL, probe: torch.Tensor, handle: Any) -> list[Any]:
+    """Return the C++ functions of the core's TensorAccess, with None in the place of those that fail on a probe."""
+    names = (_BUMP_VERSION, _GRAD, _WRAP, _PROFILER_ENABLED)
+    bump_version, grad, wrap, is_enabled = (getattr(library, name, None) for name in names)
+    if bump_version is not None:
+        bump_version(handle)
+        if probe._version != 1:
+            bump_version = None
+    if grad is not None and wrap is not None and not _finds_grads(grad, wrap, probe):
+        grad = None
+    if is_enabled is not None:
+        is_enabled.restype = ctypes.c_bool
+        if is_enabled() != profiler_enabled():
+            is_enabled = None
+    return [bump_version, grad, wrap, is_enabled]
+
+
+def _finds_grads(grad: Any, wrap: Any, probe: torch.Tensor) -> bool:
+    """Tell whether the C++ functions give a tensor's gradient as the attribute does: None, and then a tensor."""
+    grad.restype, wrap.restype = ctypes.c_void_p, ctypes.py_object
+    for expected in (None, torch.zeros_like(probe.detach())):
+        probe.grad = expected
+        if wrap(ctypes.c_void_p(grad(ctypes.c_void_p(probe._cdata)))) is not expected:
+            return False
+    return True
 
 
 def _offset_of_implementation(tensor: torch.Tensor) -> int | None:
@@ -251,5 +282,6 @@ def new_plan(api: Any, rule: str) -> _core.TorchPlan:
         sparse_indices=torch.Tensor._indices,
         sparse_values=torch.Tensor._values,
         current_stream=current_stream,
+        profiler_enabled=profiler_enabled,
         refuse_fullgraph=refuse_fullgraph,
     )

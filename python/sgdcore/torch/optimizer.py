@@ -28,11 +28,10 @@ from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
 from sgdcore.torch import _interface, _irregular
 from sgdcore.torch._compile import not_compiled
-from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan
+from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan, profiler_enabled
 
 __all__ = ["Optimizer", "number_of"]
 
-_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 # These objects stay the same for the life of the process.
 _global_pre_hooks = _optimizer._global_optimizer_pre_hooks
 _global_post_hooks = _optimizer._global_optimizer_post_hooks
@@ -175,8 +174,8 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         return [*own, _global_pre_hooks, _global_post_hooks]
 
     def _observe(self) -> None:
-        """Tell the plan which dicts and functions observe a step, which is one call into the core if none does."""
-        self._plan.observe([*self._hooks(), self._step_attributes], _profiler_enabled)
+        """Tell the plan which dicts observe a step, which is one call into the core if none does."""
+        self._plan.observe([*self._hooks(), self._step_attributes])
 
     @property
     def _in_backward(self) -> Any:
@@ -266,7 +265,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
                 if not self._update_irregular(found, zero_grad, 1.0):
                     self.zero_grad(set_to_none=False)
                 return None
-        observed = any(self._hooks()) or _profiler_enabled()
+        observed = any(self._hooks()) or profiler_enabled()
         try:
             if self._observed_outside or (closure is None and not observed):
                 return self._step(closure, zero_grad=zero_grad)
