@@ -16,6 +16,7 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define SGDCORE_INLINE inline __attribute__((always_inline))
 #define SGDCORE_INLINE_LAMBDA __attribute__((always_inline))
+#define SGDCORE_NO_INLINE __attribute__((noinline))
 #define SGDCORE_RESTRICT __restrict__
 #else
 #error "sgdcore needs GCC or Clang: the kernels rely on __builtin_fma, __builtin_bit_cast and always_inline"
@@ -77,8 +78,12 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE std::uint32_t all_ones_if(bool condition) {
     return 0u - static_cast<std::uint32_t>(condition);
 }
 SGDCORE_HOST_DEVICE SGDCORE_INLINE std::uint32_t select(bool condition, std::uint32_t yes, std::uint32_t no) {
+#if defined(__AVX512F__)
+    return condition ? yes : no;  // one instruction with a mask register
+#else
     const std::uint32_t mask = all_ones_if(condition);
     return (yes & mask) | (no & ~mask);
+#endif
 }
 
 /// a * b + c with a single rounding (nearest, ties to even). On a target without the instruction this calls

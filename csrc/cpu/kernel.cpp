@@ -271,6 +271,144 @@ SGDCORE_INLINE void map(const std::byte* from, std::int64_t size, std::byte* to,
     }
 }
 
+// Precisions
+
+template <class Storage>
+using StorageWords = Unaligned<typename Storage::Word>;
+
+SGDCORE_WIDE_VECTORS void join_split(const std::byte* SGDCORE_RESTRICT visible, const std::byte* SGDCORE_RESTRICT low,
+                                     std::int64_t size, std::byte* SGDCORE_RESTRICT to) {
+    using Words = StorageWords<storage::BFloat16>;
+    for (std::int64_t i = 0; i < size; ++i) {
+        reinterpret_cast<float*>(to)[i] = storage::Split::decode(reinterpret_cast<const Words*>(visible)[i].value,
+                                                                 reinterpret_cast<const Words*>(low)[i].value);
+    }
+}
+
+SGDCORE_WIDE_VECTORS void part_split(const std::byte* SGDCORE_RESTRICT from, std::int64_t size,
+                                     std::byte* SGDCORE_RESTRICT visible, std::byte* SGDCORE_RESTRICT low) {
+    using Words = StorageWords<storage::BFloat16>;
+    for (std::int64_t i = 0; i < size; ++i) {
+        const storage::Split::Words words = storage::Split::encode(reinterpret_cast<const float*>(from)[i]);
+        reinterpret_cast<Words*>(visible)[i].value = words.visible;
+        reinterpret_cast<Words*>(low)[i].value = words.low;
+    }
+}
+
+template <class Storage>
+SGDCORE_WIDE_VECTORS void join_kahan(const std::byte* SGDCORE_RESTRICT visible, const std::byte* SGDCORE_RESTRICT lost,
+                                     std::int64_t size, std::byte* SGDCORE_RESTRICT to) {
+    using Words = StorageWords<Storage>;
+    float* const elements = reinterpret_cast<float*>(to);
+    std::int64_t i = 0;
+    if constexpr (converts_float16 && Storage::dtype == DType::float16) {
+        for (; i + lanes <= size; i += lanes) {
+            float rest[lanes];
+            load_lanes<Storage>(visible, i, elements + i);
+            load_lanes<Storage>(lost, i, rest);
+            for (std::int64_t lane = 0; lane < lanes; ++lane) elements[i + lane] += rest[lane];
+        }
+    }
+    for (; i < size; ++i) {
+        elements[i] = storage::Kahan<Storage>::decode(reinterpret_cast<const Words*>(visible)[i].value,
+                                                      reinterpret_cast<const Words*>(lost)[i].value);
+    }
+}
+
+template <class Storage>
+SGDCORE_WIDE_VECTORS void part_kahan(const std::byte* SGDCORE_RESTRICT from, std::int64_t size,
+                                     std::byte* SGDCORE_RESTRICT visible, std::byte* SGDCORE_RESTRICT lost) {
+    using Words = StorageWords<Storage>;
+    const float* const elements = reinterpret_cast<const float*>(from);
+    std::int64_t i = 0;
+    if constexpr (converts_float16 && Storage::dtype == DType::float16) {
+        for (; i + lanes <= size; i += lanes) {
+            float rest[lanes];
+            store_lanes<Storage>(visible, i, elements + i);
+            load_lanes<Storage>(visible, i, rest);
+            for (std::int64_t lane = 0; lane < lanes; ++lane) {
+                rest[lane] = storage::Kahan<Storage>::lost_of(elements[i + lane], rest[lane]);
+            }
+            store_lanes<Storage>(lost, i, rest);
+        }
+    }
+    for (; i < size; ++i) {
+        const auto words = storage::Kahan<Storage>::encode(elements[i]);
+        reinterpret_cast<Words*>(visible)[i].value = words.visible;
+        reinterpret_cast<Words*>(lost)[i].value = words.lost;
+    }
+}
+
+/// Rounds an element stochastically. No part of a vectorised loop, which would be much code for a few elements.
+template <class Storage>
+SGDCORE_NO_INLINE void encode_one(const float* from, std::int64_t i, std::byte* to, storage::RandomBits bits,
+                                  std::int64_t index) {
+    reinterpret_cast<StorageWords<Storage>*>(to)[i].value =
+        storage::Stochastic<Storage>::encode(from[i], bits.of(static_cast<std::uint64_t>(index)));
+}
+
+/// Rounds `count` pairs of neighbours, of which the first has the number `first`.
+template <class Storage>
+SGDCORE_INLINE void encode_pairs(const float* SGDCORE_RESTRICT from, std::int64_t count, std::byte* SGDCORE_RESTRICT to,
+                                 storage::RandomBits::Pairs numbers, std::uint32_t first) {
+    using storage::Stochastic;
+    auto* const words = reinterpret_cast<Unaligned<std::uint32_t>*>(to);
+    std::uint32_t counter = numbers.counter(first);
+    for (std::int64_t i = 0; i < count; ++i, counter += numbers.step) {
+        const std::uint32_t random = numbers.number(counter);
+        const std::uint32_t low = Stochastic<Storage>::encode(from[2 * i], random & 0xffffu);
+        const std::uint32_t high = Stochastic<Storage>::encode(from[2 * i + 1], random >> 16);
+        words[i].value = low | high << 16;
+    }
+}
+
+/// Rounds elements of any stride whose pairs have numbers with one upper half. `first` is the first element's index.
+template <class Storage>
+SGDCORE_INLINE void encode_strided(const float* SGDCORE_RESTRICT from, std::int64_t size,
+                                   std::byte* SGDCORE_RESTRICT to, storage::RandomBits::Pairs numbers,
+                                   std::uint64_t first, std::int64_t stride) {
+    auto* const words = reinterpret_cast<StorageWords<Storage>*>(to);
+    const std::uint32_t offset = first % 2;
+    const auto pair = static_cast<std::uint32_t>(first / 2), step = static_cast<std::uint32_t>(stride);
+    // An index beyond 32 bits is a pair's number and half: i * stride may wrap, half of it may not.
+    const std::uint32_t half_step = static_cast<std::uint32_t>(stride / 2), odd_step = step % 2;
+    for (std::int64_t i = 0; i < size; ++i) {
+        const auto count = static_cast<std::uint32_t>(i);
+        const std::uint32_t halves = offset + count * odd_step;
+        const std::uint32_t random = numbers.of(pair + count * half_step + halves / 2);
+        words[i].value = storage::Stochastic<Storage>::encode(from[i], random >> (halves % 2 * 16) & 0xffffu);
+    }
+}
+
+template <class Storage>
+SGDCORE_WIDE_VECTORS void encode_stochastic(const std::byte* SGDCORE_RESTRICT from, std::int64_t size,
+                                            std::byte* SGDCORE_RESTRICT to, storage::RandomBits bits,
+                                            std::int64_t first, std::int64_t stride) {
+    const float* const elements = reinterpret_cast<const float*>(from);
+    std::int64_t i = 0;
+    if (stride == 1) {
+        if (first % 2 != 0 && size > 0) encode_one<Storage>(elements, i++, to, bits, first);
+        while (size - i >= 2) {
+            // As many pairs as have one upper half of their numbers.
+            const std::uint64_t pair = static_cast<std::uint64_t>(first + i) / 2;
+            const auto lower = static_cast<std::uint32_t>(pair);
+            const std::int64_t to_next = (std::int64_t{1} << 32) - lower, left = (size - i) / 2;
+            const std::int64_t count = left < to_next ? left : to_next;
+            encode_pairs<Storage>(elements + i, count, to + i * 2, bits.pairs(static_cast<std::uint32_t>(pair >> 32)),
+                                  lower);
+            i += 2 * count;
+        }
+    } else if (size > 0) {
+        const std::int64_t upper = first >> 33, last = first + (size - 1) * stride;
+        if (last >> 33 == upper) {
+            encode_strided<Storage>(elements, size, to, bits.pairs(static_cast<std::uint32_t>(upper)),
+                                    static_cast<std::uint64_t>(first), stride);
+            return;
+        }
+    }
+    for (; i < size; ++i) encode_one<Storage>(elements, i, to, bits, first + i * stride);
+}
+
 template <class C>
 void scale(const std::byte* from, std::int64_t size, double factor, std::byte* to) {
     const C rounded = static_cast<C>(factor);
@@ -327,6 +465,15 @@ constexpr KernelTable make_table(RuleList<R...>) {
          {encode<BFloat16, float>, encode<BFloat16, double>}},
         {scale<float>, scale<double>},
         {clamp<float>, clamp<double>},
+        {{},
+         {nullptr, nullptr, nullptr, join_split},
+         {nullptr, nullptr, join_kahan<Float16>, join_kahan<BFloat16>},
+         {}},
+        {{},
+         {nullptr, nullptr, nullptr, part_split},
+         {nullptr, nullptr, part_kahan<Float16>, part_kahan<BFloat16>},
+         {}},
+        {nullptr, nullptr, encode_stochastic<Float16>, encode_stochastic<BFloat16>},
         memory_pass,
     };
 }

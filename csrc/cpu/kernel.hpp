@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "../dtypes.hpp"
+#include "../precision.hpp"
 #include "../rules/all.hpp"
 
 namespace sgdcore::cpu {
@@ -24,6 +25,15 @@ using Kernel = void (*)(std::byte* param, const std::byte* grad, std::byte* cons
 
 /// Converts `size` elements of a storage type to the compute type, or back.
 using Conversion = void (*)(const std::byte* from, std::int64_t size, std::byte* to);
+
+/// Joins `size` elements of two 16-bit arrays to float32, or parts them (see precision.hpp).
+using Joining = void (*)(const std::byte* visible, const std::byte* rest, std::int64_t size, std::byte* to);
+using Parting = void (*)(const std::byte* from, std::int64_t size, std::byte* visible, std::byte* rest);
+
+/// Converts `size` elements of float32 to a 16-bit storage type, rounding stochastically. Element i has the index
+/// `first` + i * `stride` in logical order.
+using StochasticConversion = void (*)(const std::byte* from, std::int64_t size, std::byte* to, storage::RandomBits bits,
+                                      std::int64_t first, std::int64_t stride);
 
 /// Writes `size` elements of the compute type to `to`, multiplied by `factor`, rounded to that type. The arrays are the
 /// same, or do not overlap.
@@ -88,6 +98,10 @@ struct KernelTable {
     Conversion encode[dtype_count][2];
     Scaling scale[2];
     Clamping clamp[2];
+    // Parameters in a precision of their own, by precision and storage type. Null where there is none.
+    Joining join[precision_count][dtype_count];
+    Parting part[precision_count][dtype_count];
+    StochasticConversion encode_stochastic[dtype_count];
     MemoryPass memory_pass;
 };
 

@@ -19,7 +19,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["ReferenceSGD", "compute_dtype", "fma", "sgd_update", "sgdw_update", "updates"]
+__all__ = [
+    "ReferenceSGD",
+    "compute_dtype",
+    "fma",
+    "join_kahan",
+    "join_split",
+    "part_kahan",
+    "part_split",
+    "random_bits",
+    "round_stochastically",
+    "sgd_update",
+    "sgdw_update",
+    "updates",
+]
 
 Array = NDArray[Any]
 
@@ -301,6 +314,208 @@ class ReferenceSGD:
                 self.params[index], self.momentum_buffers[index] = sgd_update(
                     self.params[index], grad, self.momentum_buffers[index], **self.hyper
                 )
+
+
+# --- Precisions of 16-bit parameters --------------------------------------------------------------
+#
+# With ``precision="split"``, ``"kahan"`` or ``"stochastic"`` a step reads a float32 value of a parameter and stores the
+# float32 result of its rule, by the functions below. In between the update is the rule's, on a float32 parameter.
+
+
+def part_split(master: Array) -> tuple[Array, Array]:
+    """Part a float32 master into what the model sees and the 16 bits that are missing there.
+
+    Equations, on the bits of a master m::
+
+        visible = (bits + 0x8000) >> 16          m rounded to nearest, ties away from zero
+        low = bits - (visible << 16)             in [-0x8000, 0x7fff]
+
+    Of a nan whose bits without the sign are 0x7fff8000 to 0x7fffffff, bit 15 is cleared first: rounded, it would be a
+    zero.
+
+    Args:
+        master: array of any shape; float32.
+
+    Returns:
+        The visible half, the bits of a bfloat16 as uint16, and the low half, int16.
+
+    Example:
+        >>> part_split(np.float32([1.00390625]))
+        (array([16257], dtype=uint16), array([-32768], dtype=int16))
+
+    Source: sgdcore's own.
+    """
+    bits = np.asarray(master, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    bits = np.where((bits & 0x7FFF8000) == 0x7FFF8000, bits & 0xFFFF7FFF, bits)
+    visible = ((bits + 0x8000) >> 16 & 0xFFFF).astype(np.uint16)
+    return visible, (bits & 0xFFFF).astype(np.uint16).view(np.int16)
+
+
+def join_split(visible: Array, low: Array) -> Array:
+    """Return the float32 master of two halves.
+
+    Equation, on bits::
+
+        master = (visible << 16) + low           modulo 2**32
+
+    Args:
+        visible: array of any shape; bfloat16, or its bits as uint16.
+        low: array of the same shape; int16, or its bits as uint16.
+
+    Example:
+        >>> join_split(np.uint16([16257]), np.int16([-32768]))
+        array([1.0039062], dtype=float32)
+
+    Source: sgdcore's own.
+    """
+    upper = visible.view(np.uint16).astype(np.int64) << 16
+    bits = (upper + low.view(np.int16).astype(np.int64)) & 0xFFFFFFFF
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def part_kahan(value: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Part a float32 value into what the model sees and what its rounding lost.
+
+    Equations, with the rounding to the nearest value of `dtype`, ties to even in float16 and away from zero in
+    bfloat16::
+
+        visible = round(value)
+        compensation = round(value - visible)    0 where that is not finite
+
+    Args:
+        value: array of any shape; float32.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        Two arrays of that dtype.
+
+    Example:
+        >>> part_kahan(np.float32([2049.0]), np.float16)
+        (array([2.048e+03], dtype=float16), array([1.], dtype=float16))
+
+    Source: the compensation of Kahan (1965), "Further remarks on reducing truncation errors", kept between steps as in
+    Zamirai, Zhang, Aberger and De Sa (2020), "Revisiting BFloat16 training" (arXiv 2010.06192).
+    """
+    value, dtype = np.asarray(value, dtype=np.float32), np.dtype(dtype)
+
+    def rounded(values: Array) -> Array:
+        return values.astype(dtype) if dtype == np.float16 else part_split(values)[0].view(dtype)
+
+    with np.errstate(all="ignore"):
+        visible = rounded(value)
+        lost = value - visible.astype(np.float32)
+        return visible, rounded(np.where(np.isfinite(lost), lost, np.float32(0)))
+
+
+def join_kahan(visible: Array, compensation: Array) -> Array:
+    """Return the float32 value of a parameter and its compensation, ``round(visible + compensation)``.
+
+    Args:
+        visible: array of any shape; float16 or bfloat16.
+        compensation: array of that shape and dtype.
+
+    Example:
+        >>> join_kahan(np.float16([2048]), np.float16([1]))
+        array([2049.], dtype=float32)
+
+    Source: see `part_kahan`.
+    """
+    with np.errstate(all="ignore"):
+        value: Array = visible.astype(np.float32) + compensation.astype(np.float32)
+    return value
+
+
+def random_bits(seed: int, position: int, steps: int, index: ArrayLike) -> Array:
+    """Return 16 random bits for each element of a parameter in one step.
+
+    Equations, on unsigned integers, with mixed(x) the finaliser of SplitMix64 and c = 0x9e3779b97f4a7c15::
+
+        key = mixed(mixed(mixed(seed + c) + position + c) + steps + c)
+        key = mixed(key + (index >> 33))         if index >= 2**33
+        x = (index >> 1) * 0x9e3779b9 + key      32 bits from here on
+        x = (x ^ (x >> 16)) * 0x7feb352d
+        x = ((x ^ (x >> 15)) + (key >> 32)) * 0x846ca68b
+        x = x ^ (x >> 16)
+        the lower half of x for an even index, the upper half for an odd one
+
+    Args:
+        seed: the group's seed, in [0, 2**64).
+        position: the parameter's position in the optimizer, counted over all groups.
+        steps: the number of steps that the parameter has taken.
+        index: the elements' indices in logical order: C order of the shape, whatever the memory layout.
+
+    Returns:
+        Numbers in [0, 65536), uint32.
+
+    Example:
+        >>> random_bits(0, 0, 0, [0, 1, 2])
+        array([ 5845, 30484, 10871], dtype=uint32)
+
+    Source: sgdcore's own. SplitMix64 is by Steele, Lea and Flood (2014), "Fast splittable pseudorandom number
+    generators".
+    """
+    mask, constant = (1 << 64) - 1, 0x9E3779B97F4A7C15
+    key = 0
+    for number in (seed, position, steps):
+        key = _mixed((key + number + constant) & mask)
+    indices = np.asarray(index, dtype=np.uint64)
+    upper = indices >> np.uint64(33)
+    keys = np.full(indices.shape, key, dtype=np.uint64)
+    for each in np.unique(upper[upper != 0]):
+        keys[upper == each] = _mixed((key + int(each)) & mask)
+    x = (indices >> np.uint64(1)).astype(np.uint32) * np.uint32(0x9E3779B9) + keys.astype(np.uint32)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) + (keys >> np.uint64(32)).astype(np.uint32)
+    x = x * np.uint32(0x846CA68B)
+    x = x ^ (x >> np.uint32(16))
+    bits: Array = np.where(indices % 2 == 0, x & np.uint32(0xFFFF), x >> np.uint32(16))
+    return bits
+
+
+def round_stochastically(value: Array, dtype: DTypeLike, random: Array) -> Array:
+    """Round float32 values to a 16-bit dtype, up or down as random numbers say.
+
+    Equations, with ``below`` the largest magnitude of the dtype that is at most the value's, and ``above`` the next,
+    as if exponents had no end::
+
+        distance = (|value| - below) / (above - below)
+        result = above  if floor(65536 * distance) + random >= 65536,  else  below
+
+    with the value's sign. Magnitudes beyond the dtype's largest become infinite. A nan stays one.
+
+    Args:
+        value: array of any shape; float32.
+        dtype: float16 or bfloat16.
+        random: array of that shape; integers in [0, 65536).
+
+    Example:
+        >>> round_stochastically(np.float32([2049, 2049]), np.float16, np.array([32767, 32768]))
+        array([2.048e+03, 2.050e+03], dtype=float16)
+
+    Source: Gupta, Agrawal, Gopalakrishnan and Narayanan (2015), "Deep learning with limited numerical precision".
+    """
+    dtype = np.dtype(dtype)
+    fraction_bits, least_exponent = (10, -14) if dtype == np.float16 else (7, -126)
+    value = np.asarray(value, dtype=np.float32)
+    wide = np.abs(value.astype(np.float64))
+    finite = np.where(np.isfinite(wide), wide, 0.0)
+    exponent = np.maximum(np.frexp(finite)[1] - 1, least_exponent)
+    steps = np.ldexp(finite, fraction_bits - exponent)
+    whole = np.floor(steps)
+    whole += np.floor((steps - whole) * 65536) + random >= 65536
+    rounded = np.where(np.isfinite(wide), np.ldexp(whole, exponent - fraction_bits), wide)
+    with np.errstate(all="ignore"):
+        # float32 has every result but those that become infinite.
+        result: Array = np.copysign(rounded, value).astype(np.float32).astype(dtype)
+    return result
+
+
+def _mixed(x: int) -> int:
+    """The finaliser of SplitMix64."""
+    mask = (1 << 64) - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return x ^ x >> 31
 
 
 # --- Rounding -------------------------------------------------------------------------------------
