@@ -57,6 +57,13 @@
 
 namespace sgdcore {
 
+/// True where a file is compiled for the first level of x86-64, which has neither FMA nor conversions of 16 bits.
+#if defined(__x86_64__) && !defined(__AVX2__)
+inline constexpr bool is_x86_64_baseline = true;
+#else
+inline constexpr bool is_x86_64_baseline = false;
+#endif
+
 inline constexpr std::int64_t cache_line = 64;  // bytes
 
 /// The bits of `from`, read as a `To`. (`std::bit_cast` is not always_inline.)

@@ -136,7 +136,13 @@ def test_workloads_have_the_sizes_of_their_models() -> None:
 
 @pytest.mark.parametrize(
     ("hyper", "clear", "streams"),
-    [("plain", False, 3), ("momentum", False, 5), ("nesterov", True, 6), ("sgdw", False, 5)],
+    [
+        ("plain", False, 3),
+        ("momentum", False, 5),
+        ("nesterov", True, 6),
+        ("sgdw", False, 5),
+        ("lion", False, 5),
+    ],
 )
 def test_bytes_of_a_step(hyper: str, clear: bool, streams: int) -> None:
     assert case(hyper=hyper, dtype="bfloat16", clear=clear).bytes == 10 * 2 * streams

@@ -23,7 +23,14 @@ HYPERS: dict[str, dict[str, Any]] = {
     "momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True},
 }
-KINDS = [sgdcore.SGD, sgdcore.SGDW, sgdcore.torch.SGD, sgdcore.torch.SGDW]
+KINDS = [
+    sgdcore.SGD,
+    sgdcore.SGDW,
+    sgdcore.Lion,
+    sgdcore.torch.SGD,
+    sgdcore.torch.SGDW,
+    sgdcore.torch.Lion,
+]
 
 
 def identity_of(kind: type) -> str:

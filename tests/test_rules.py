@@ -152,6 +152,24 @@ def test_every_size_and_instruction_set_has_the_oracles_bits(
         follow_oracle(rule, hyper, triple, SIZES)
 
 
+@pytest.mark.parametrize("triple", USUAL_TRIPLES, ids="-".join)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_first_step_does_not_read_what_its_states_storage_holds(
+    rule: str, triple: tuple[str, str, str], isa: str
+) -> None:
+    param_type, grad_type, state_type = (STORAGE_TYPES[name] for name in triple)
+    hyper = full_setting(rule)
+    start, grad = numbers(0, (2051,), param_type), numbers(1, (2051,), grad_type)
+    parameter = sgdcore.Parameter(start.copy())
+    optimizer = CLASSES[rule]([parameter], **hyper, **state_dtypes(rule, state_type))
+    for number in range(len(rule_of(rule).states)):
+        optimizer.state[parameter].slots.reserve(number, np.full(2051, np.nan, state_type))
+    optimizer.step(grads=[grad])
+    oracle = Oracle(rule, start, state_type, **hyper)
+    oracle.step(grad)
+    assert_follows(optimizer, parameter, oracle)
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rule", RULES)
 def test_every_number_of_threads_has_the_oracles_bits(rule: str) -> None:

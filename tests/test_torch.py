@@ -1394,7 +1394,7 @@ def test_child_steps_the_optimizer_that_another_thread_was_stepping() -> None:
             assert in_fork(child) == -1
 
 
-@pytest.mark.parametrize("rule", [sgdcore.torch.SGD, sgdcore.torch.SGDW])
+@pytest.mark.parametrize("rule", [sgdcore.torch.SGD, sgdcore.torch.SGDW, sgdcore.torch.Signum])
 def test_steps_on_the_cpu_ask_cuda_nothing(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has asked CUDA anything cannot use it in a child that it forks."""
 

@@ -17,10 +17,20 @@ from torch import Tensor
 
 import sgdcore
 from sgdcore import _core
+from sgdcore._rules import rule_of
 from sgdcore.torch import _interface
 from sgdcore.torch import backward as backward_module
 from sgdcore.torch import optimizer as optimizer_module
 from simulated import Simulated
+from support import STORAGE_TYPES, numbers
+from test_rules import (
+    RULES,
+    TORCH_CLASSES,
+    Oracle,
+    assert_tensor_follows,
+    full_setting,
+    tensor_of,
+)
 from torch_support import (
     HYPERS,
     Pair,
@@ -259,6 +269,32 @@ def test_loss_scaling_stays_on_the_device(
             assert (len([v for v in saved.values() if "momentum_buffer" in v]) == 0) == skip
     pair.ours.state_dict()
     pair.check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_first_steps_of_every_rule_that_the_device_skips_leave_no_state(
+    device: Simulated, rule: str, dtype: str
+) -> None:
+    """The states' memory holds NaNs, which no step may read."""
+    size, hyper = 20_000, full_setting(rule)
+    start = numbers(0, (size,), STORAGE_TYPES[dtype])
+    parameter = torch.nn.Parameter(tensor_of(start))
+    optimizer = TORCH_CLASSES[rule]([parameter], **hyper)
+    oracle = Oracle(rule, start, **hyper)
+    scaler = Scaler(optimizer, 1.0)
+    keys = [state.key for state in rule_of(rule).states_in(hyper)[0]]
+    for step in range(5):
+        grad = numbers(step + 1, (size,), STORAGE_TYPES[dtype])
+        parameter.grad = tensor_of(grad)
+        scaler.found_inf.fill_(float(step in (0, 1, 3)))
+        scaler.step()
+        if step == 0:
+            for key in keys:
+                optimizer._state[parameter][key].fill_(float("nan"))
+        if step not in (0, 1, 3):
+            oracle.step(grad)
+    assert_tensor_follows(optimizer, parameter, oracle)
 
 
 def test_loss_scaling_of_tensors_with_gaps(device: Simulated) -> None:

@@ -37,10 +37,12 @@ class Blocks {
         for (int state = 0; state < max_states; ++state) {
             if (choice_.uses[state] == Use::none) continue;
             const DType dtype = tensor_.state_dtypes[state];
-            states[state] = stored(state, start);
-            if (!is_staged(dtype)) continue;
-            if (choice_.uses[state] == Use::update) decode(dtype, states[state], count, staging.states[state]);
-            states[state] = staging.states[state];
+            states[state] = is_staged(dtype) ? staging.states[state] : stored(state, start);
+            if (choice_.starts != nullptr && choice_.starts[state] == Start::zeros) {
+                std::memset(states[state], 0, static_cast<std::size_t>(bytes_of(compute(), count)));
+            } else if (is_staged(dtype) && choice_.uses[state] == Use::update) {
+                decode(dtype, stored(state, start), count, states[state]);
+            }
         }
         choice_.kernel(stages_param ? staging.param : param, grad, states, count, values_);
         for (int state = 0; state < max_states; ++state) {

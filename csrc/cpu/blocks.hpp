@@ -11,7 +11,8 @@ struct Choice {
     Kernel kernel;
     bool direct;  // the kernel reads and writes the tensor's arrays as they are stored, not blocks of the compute type
     bool wide;    // the compute type is float64
-    const Use* uses;  // what the kernel does with each of the `max_states` states
+    const Use* uses;      // what the kernel does with each of the `max_states` states
+    const Start* starts;  // null, or what each state starts with: it is put there before the kernel runs
 };
 
 constexpr std::int64_t staging_bytes = 4096;  // of each array

@@ -199,7 +199,8 @@ struct KernelRule<R, variant> {
 /// Where memory is the limit, wide vectors only cost (see CMakeLists.txt). Conversions of 16-bit storage gain by them:
 /// a bfloat16 step over 64M elements on one thread of a Zen 4 machine took 13.3 ms with them, 14.7 without.
 ///
-/// A tensor's first step happens once, so over 16-bit storage it goes by blocks.
+/// A tensor's first step happens once, so over 16-bit storage it goes by blocks. So does all 16-bit storage on the
+/// x86-64 baseline, where calls of fma, which it lacks as an instruction, take most of the time.
 template <class R, int index>
 constexpr Kernel kernel_at() {
     constexpr Storage types = direct_storage[index / variant_count<R>];
@@ -209,7 +210,7 @@ constexpr Kernel kernel_at() {
     constexpr bool converts = item_size(types.param) == 2 || item_size(types.grad) == 2 || item_size(types.state) == 2;
     if constexpr (!converts) {
         return Kernels::narrow;
-    } else if constexpr (is_first_step<R, variant>()) {
+    } else if constexpr (is_x86_64_baseline || is_first_step<R, variant>()) {
         return nullptr;
     } else {
         return Kernels::wide;

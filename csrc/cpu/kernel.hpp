@@ -1,9 +1,9 @@
 // The interface between the kernels, compiled once per instruction set, and the code that picks and drives them.
 //
 // A rule has a kernel for each of its variants and each combination of storage types in `direct_storage`, except first
-// steps over 16-bit storage. All other combinations are converted block by block to the compute type and back. So the
-// number of kernels is rules x variants x direct combinations, and that of conversions is
-// storage types x compute types.
+// steps over 16-bit storage, and on the x86-64 baseline all of 16-bit storage. All other combinations are converted
+// block by block to the compute type and back. So the number of kernels is rules x variants x direct combinations, and
+// that of conversions is storage types x compute types.
 //
 // This header has no standard containers: the kernel source includes it, where no inline function may become a symbol
 // (see platform.hpp).
@@ -87,7 +87,7 @@ struct RuleKernels {
     const Kernel* kernels;
     int variants;
 
-    /// Null for a first step whose storage is converted.
+    /// Null where the storage is converted: see above.
     Kernel find(int direct, int variant) const { return kernels[direct * variants + variant]; }
 };
 

@@ -46,6 +46,17 @@ struct UsesOf {
 template <class R>
 constexpr UsesOf<R> uses_of;
 
+/// What each state of a rule starts with.
+template <class R>
+struct StartsOf {
+    constexpr StartsOf() {
+        for (int state = 0; state < state_count<R>; ++state) of[state] = R::states[state].start;
+    }
+    Start of[max_states] = {};
+};
+template <class R>
+constexpr StartsOf<R> starts_of;
+
 /// The kernel for a tensor as it is stored, or for blocks of its compute type.
 template <class R>
 SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor, const Hyper& hyper,
@@ -65,12 +76,14 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     // The kernel gets a gradient that is changed in the compute type.
     const DType compute = wide ? DType::float64 : DType::float32;
     const DType grad = options.changes_grads() ? compute : tensor.grad_dtype;
-    const int direct = alike ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
+    const bool fills = starting<R, Start::zeros> != 0 && tensor.first_step;
+    const int direct = alike && !fills ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
     const int variant = hyper.variant(tensor.first_step);
     const Use* const uses = uses_of<R>.of[variant];
     const Kernel kernel = direct < 0 ? nullptr : kernels.find(direct, variant);
-    if (kernel != nullptr) return {kernel, true, wide, uses};
-    return {kernels.find(direct_index.find({compute, compute, compute}), variant), false, wide, uses};
+    if (kernel != nullptr) return {kernel, true, wide, uses, nullptr};
+    return {kernels.find(direct_index.find({compute, compute, compute}), variant), false, wide, uses,
+            fills ? starts_of<R>.of : nullptr};
 }
 
 struct Work {

@@ -60,7 +60,11 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     work.variant = R::variant(values, first_step);
     with_variant<R>(work.variant, [&](auto index) {
         for (int state = 0; state < state_count<R>; ++state) {
-            work.uses[state] = R::use(R::variants[decltype(index)::value], state);
+            Use use = R::use(R::variants[decltype(index)::value], state);
+            // What is not read counts as zero.
+            const bool is_zero = first_step && (starting<R, Start::zeros> >> state & 1) != 0;
+            if (is_zero && use == Use::update) use = Use::write;
+            work.uses[state] = use;
         }
     });
     work.path = tensor.path;

@@ -16,7 +16,7 @@ struct Work {
     std::int64_t start;  // the chunk's first element in its tensor
     std::int32_t count, head, axis_count, variant;
     Path path;
-    Use uses[state_count<R>];
+    Use uses[state_count<R>];  // of this chunk: `write` also for a variant that would read a state, which is zero then
     bool grad_in_vectors, zero_grad, scaled, clipped, in_float64;
     DType param_dtype, grad_dtype, state_dtypes[state_count<R>];
     double factor, clip_value;

@@ -1,8 +1,10 @@
 // The rules that the core is built with. The position in the list is a rule's number.
 #pragma once
 
+#include "lion.hpp"
 #include "sgd.hpp"
 #include "sgdw.hpp"
+#include "signum.hpp"
 
 namespace sgdcore {
 
@@ -11,7 +13,7 @@ struct RuleList {
     static constexpr int size = sizeof...(R);
 };
 
-using Rules = RuleList<Sgd, SgdW>;
+using Rules = RuleList<Sgd, SgdW, Signum, Lion>;
 
 /// Names a rule in the argument of a function.
 template <class R>

@@ -25,11 +25,16 @@ struct HyperSpec {
     bool on_device = false;  // a device may read the number from its own memory
 };
 
+/// What a state holds before a tensor's first step. `nothing`: the rule has variants for the first step, which write
+/// the state without reading it. `zeros`: the engine puts zeros there, so that the rule needs no such variants.
+enum class Start : std::uint8_t { nothing, zeros };
+
 /// A state: its key in the state of a parameter, and the key of a parameter group that names the storage type of new
 /// states. Where a group lacks that key, or its value is None, they have the parameter's type.
 struct StateSpec {
     const char* key;
     const char* dtype_key;
+    Start start = Start::nothing;
 };
 
 /// What a variant does with a state. `write`: it does not read the old content, as on a tensor's first step.
@@ -66,6 +71,15 @@ template <class R>
 inline constexpr int state_count = sizeof R::states / sizeof *R::states;
 template <class R>
 inline constexpr int variant_count = sizeof R::variants / sizeof *R::variants;
+/// The states of a rule that start in this way: bit s is state s.
+template <class R, Start start>
+inline constexpr std::uint32_t starting = [] {
+    std::uint32_t states = 0;
+    for (int state = 0; state < state_count<R>; ++state) {
+        if (R::states[state].start == start) states |= 1u << state;
+    }
+    return states;
+}();
 
 namespace detail {
 

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from sgdcore._core import __version__
 from sgdcore._options import Options
 from sgdcore.device_array import DeviceArray
+from sgdcore.lion import Lion
 from sgdcore.optimizer import Optimizer
 from sgdcore.parameter import Parameter, ParameterBuffer
 from sgdcore.runtime import build_info, get_isa, get_num_threads, set_isa, set_num_threads
 from sgdcore.sgd import SGD
 from sgdcore.sgdw import SGDW
+from sgdcore.signum import Signum
 
 if TYPE_CHECKING:
     from sgdcore import distributed as distributed
@@ -47,10 +49,12 @@ __all__ = [
     "SGD",
     "SGDW",
     "DeviceArray",
+    "Lion",
     "Optimizer",
     "Options",
     "Parameter",
     "ParameterBuffer",
+    "Signum",
     "__version__",
     "build_info",
     "get_isa",

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from sgdcore import _core
 
-__all__ = ["float_of"]
+__all__ = ["FROM_ZERO", "PART", "Range", "check_ranges", "float_of"]
+
+# A hyperparameter's lowest value and the one that it stays below. An infinite upper end belongs to the range.
+Range = tuple[float, float]
+FROM_ZERO: Range = (0, math.inf)
+PART: Range = (0, 1)
 
 
 def float_of(name: str, value: Any) -> float:
@@ -41,3 +47,28 @@ def float_of(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         pass
     raise TypeError(f"{name}: expected a number, got {_core.repr_text(value)}")
+
+
+def check_ranges(
+    group: Mapping[str, Any],
+    ranges: Mapping[str, Range],
+    number_of: Callable[[str, Any], Any] = float_of,
+) -> None:
+    """Check that the hyperparameters of a group are in their ranges. A NaN is in no range.
+
+    Args:
+        group: has hyperparameters; a key that it lacks is not checked.
+        ranges: the ranges by the hyperparameters' keys.
+        number_of: returns a hyperparameter, given its name and value, as something that compares with numbers.
+
+    Raises:
+        TypeError: if a hyperparameter is no number.
+        ValueError: if a hyperparameter is out of range. Both name it.
+    """
+    for key, (low, end) in ranges.items():
+        if key not in group:
+            continue
+        number = number_of(key, group[key])
+        if not (number >= low and (number < end or end == math.inf)):
+            below = "" if end == math.inf else f" and < {end}"
+            raise ValueError(f"{key}: expected a number >= {low}{below}, got {group[key]}")

@@ -25,12 +25,14 @@ __all__ = [
     "fma",
     "join_kahan",
     "join_split",
+    "lion_update",
     "part_kahan",
     "part_split",
     "random_bits",
     "round_stochastically",
     "sgd_update",
     "sgdw_update",
+    "signum_update",
     "updates",
 ]
 
@@ -200,11 +202,160 @@ def sgdw_update(
     return _update(param, grad, momentum_buffer, lr=lr, decoupled_decay=decay, **hyper)
 
 
+def signum_update(
+    param: Array,
+    grad: Array,
+    momentum_buffer: Array | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    momentum_dtype: DTypeLike | None = None,
+) -> tuple[Array, Array | None]:
+    """One step of Signum on one tensor: its new values, its new momentum.
+
+    Equations, for each element with parameter p, gradient g and momentum b::
+
+        g = -g                                         if maximize
+        b = fma(1 - momentum, g, round(momentum * b))  if momentum != 0
+        g = b                                          if momentum != 0
+        p = fma(-lr, sign(g), round((1 - lr * weight_decay) * p))
+
+    with the roundings of `sgd_update`. The sign of 0 is 0, and that of a NaN the NaN.
+
+    Args:
+        param: as in `sgd_update`, as is `grad`.
+        grad: see `param`.
+        momentum_buffer: array of param's shape and any storage dtype, or None, which stands for zeros. Default None. If
+            momentum is 0, it is returned as it is.
+        lr: learning rate: the length of an element's step.
+        momentum: the part of the buffer that survives a step. Default 0.9; 0: no momentum.
+        weight_decay: the part of the parameter that a step takes away, times lr. Default 0.
+        maximize: ascend instead of descend. Default False.
+        momentum_dtype: dtype of a buffer made by the first step. Default None: param's dtype.
+
+    Returns:
+        As `sgd_update`.
+
+    Raises:
+        TypeError: as `sgd_update`.
+        ValueError: as `sgd_update`.
+
+    Example:
+        >>> signum_update(np.array([1.0, 2.0]), np.array([0.1, -3.0]), lr=0.5)[0]
+        array([0.5, 2.5])
+
+    Source: Bernstein, Wang, Azizzadenesheli and Anandkumar (2018), "signSGD: Compressed
+    Optimisation for Non-Convex Problems", algorithms 1 and 2.
+    """
+    _require_shape("grad", grad, param)
+    states = []
+    if momentum != 0:
+        states.append(_state_from_zeros("momentum_buffer", momentum_buffer, param, momentum_dtype))
+    compute = compute_dtype(param.dtype, grad.dtype, *(state.dtype for state in states))
+    with np.errstate(all="ignore"):
+        g = grad.astype(compute)
+        if maximize:
+            g = -g
+        for state in states:
+            b = compute.type(momentum) * state.astype(compute)
+            g = fma(compute.type(1.0 - float(momentum)), g, b)
+            momentum_buffer = _round_to(state.dtype, g)
+        return _step_by_sign(param, g, lr, weight_decay), momentum_buffer
+
+
+def lion_update(
+    param: Array,
+    grad: Array,
+    exp_avg: Array | None = None,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    exp_avg_dtype: DTypeLike | None = None,
+) -> tuple[Array, Array]:
+    """One step of Lion on one tensor: its new values, its new momentum.
+
+    Equations, for each element with parameter p, gradient g and momentum m::
+
+        g = -g                                   if maximize
+        c = fma(1 - beta1, g, round(beta1 * m))
+        m = fma(1 - beta2, g, round(beta2 * m))
+        p = fma(-lr, sign(c), round((1 - lr * weight_decay) * p))
+
+    with the roundings of `sgd_update`. The sign of 0 is 0, and that of a NaN the NaN.
+
+    Args:
+        param: as in `sgd_update`, as is `grad`.
+        grad: see `param`.
+        exp_avg: array of param's shape and any storage dtype, or None, which stands for zeros. Default None.
+        lr: learning rate: the length of an element's step.
+        beta1: the part of the momentum in the direction of a step. Default 0.9.
+        beta2: the part of the momentum that survives a step. Default 0.99.
+        weight_decay: the part of the parameter that a step takes away, times lr. Default 0.
+        maximize: ascend instead of descend. Default False.
+        exp_avg_dtype: dtype of a momentum made by the first step. Default None: param's dtype.
+
+    Returns:
+        The new parameter and the new momentum. They are new arrays; the inputs are untouched.
+
+    Raises:
+        TypeError: as `sgd_update`.
+        ValueError: grad or exp_avg has another shape than param.
+
+    Example:
+        >>> lion_update(np.array([1.0, 2.0]), np.array([0.1, -3.0]), lr=0.5)[0]
+        array([0.5, 2.5])
+
+    Source: Chen et al. (2023), "Symbolic Discovery of Optimization Algorithms", algorithm 2.
+    """
+    _require_shape("grad", grad, param)
+    exp_avg = _state_from_zeros("exp_avg", exp_avg, param, exp_avg_dtype)
+    compute = compute_dtype(param.dtype, grad.dtype, exp_avg.dtype)
+    with np.errstate(all="ignore"):
+        g = grad.astype(compute)
+        if maximize:
+            g = -g
+        m = exp_avg.astype(compute)
+        direction = fma(compute.type(1.0 - float(beta1)), g, compute.type(beta1) * m)
+        m = fma(compute.type(1.0 - float(beta2)), g, compute.type(beta2) * m)
+        return _step_by_sign(param, direction, lr, weight_decay), _round_to(exp_avg.dtype, m)
+
+
 #: The oracle of each rule by the rule's name: ``(param, grad, *states, **hyperparameters) -> (param, *states)``.
 updates: dict[str, Callable[..., tuple[Array | None, ...]]] = {
     "sgd": sgd_update,
     "sgdw": sgdw_update,
+    "signum": signum_update,
+    "lion": lion_update,
 }
+
+
+def _require_shape(name: str, array: Array, param: Array) -> None:
+    if array.shape != param.shape:
+        raise ValueError(f"{name} must have param's shape {param.shape}, got {array.shape}")
+
+
+def _state_from_zeros(
+    name: str, state: Array | None, param: Array, dtype: DTypeLike | None
+) -> Array:
+    """A state as it is, or zeros where there is none."""
+    if state is None:
+        return np.zeros(param.shape, param.dtype if dtype is None else dtype)
+    _require_shape(name, state, param)
+    return state
+
+
+def _step_by_sign(param: Array, direction: Array, lr: float, weight_decay: float) -> Array:
+    """The parameter after its decoupled decay and a step of length lr against the signs of `direction`."""
+    compute = direction.dtype
+    kept = compute.type(1.0 - float(lr) * float(weight_decay)) * param.astype(compute)
+    sign = np.where(np.isnan(direction), direction, np.copysign(compute.type(1), direction))
+    moved = fma(compute.type(-float(lr)), sign, kept)
+    return _round_to(param.dtype, np.where(direction == 0, kept, moved))
 
 
 def _update(
@@ -222,19 +373,14 @@ def _update(
     momentum_dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array | None]:
     """`sgd_update`, whose parameter first loses the part `decoupled_decay` of itself."""
-    if grad.shape != param.shape:
-        raise ValueError(f"grad must have param's shape {param.shape}, got {grad.shape}")
+    _require_shape("grad", grad, param)
     operand_dtypes = [param.dtype, grad.dtype]
     if momentum != 0:
         if momentum_buffer is None:
             buffer_dtype = np.dtype(param.dtype if momentum_dtype is None else momentum_dtype)
-        elif momentum_buffer.shape == param.shape:
-            buffer_dtype = momentum_buffer.dtype
         else:
-            raise ValueError(
-                f"momentum_buffer must have param's shape {param.shape}, "
-                f"got {momentum_buffer.shape}"
-            )
+            _require_shape("momentum_buffer", momentum_buffer, param)
+            buffer_dtype = momentum_buffer.dtype
         operand_dtypes.append(buffer_dtype)
     compute = compute_dtype(*operand_dtypes)
 

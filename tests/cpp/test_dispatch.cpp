@@ -43,7 +43,8 @@ TEST(dispatch, levels_are_those_that_the_compiler_finds) {
 }
 #endif
 
-/// All kernels of a rule are there, but those of first steps over 16-bit storage.
+/// All kernels of a rule are there, but those of first steps over 16-bit storage, and on the x86-64 baseline all of
+/// 16-bit storage.
 template <class R>
 void check_kernels(const cpu::RuleKernels& kernels, const std::string& isa) {
     for (int direct = 0; direct < cpu::direct_count; ++direct) {
@@ -52,7 +53,8 @@ void check_kernels(const cpu::RuleKernels& kernels, const std::string& isa) {
         for (int variant = 0; variant < variant_count<R>; ++variant) {
             bool first = false;
             for (int s = 0; s < state_count<R>; ++s) first = first || R::use(R::variants[variant], s) == Use::write;
-            CHECK((kernels.find(direct, variant) == nullptr) == (converts && first), std::string(R::name) + " " + isa);
+            const bool left_out = converts && (first || isa == "x86-64");
+            CHECK((kernels.find(direct, variant) == nullptr) == left_out, std::string(R::name) + " " + isa);
         }
     }
 }

@@ -20,8 +20,19 @@ except ImportError as error:
     ) from error
 
 from sgdcore.torch.backward import StepInBackward, step_in_backward
+from sgdcore.torch.lion import Lion
 from sgdcore.torch.sgd import SGD
 from sgdcore.torch.sgdw import SGDW
+from sgdcore.torch.signum import Signum
 from sgdcore.torch.verification import Verification, verify
 
-__all__ = ["SGD", "SGDW", "StepInBackward", "Verification", "step_in_backward", "verify"]
+__all__ = [
+    "SGD",
+    "SGDW",
+    "Lion",
+    "Signum",
+    "StepInBackward",
+    "Verification",
+    "step_in_backward",
+    "verify",
+]
