@@ -29,15 +29,19 @@ void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
         if (tensor.size < 0) throw std::invalid_argument("step: negative tensor size");
         const Hyper& hyper = hypers[tensor.hyper];
         bool known_dtypes = known(tensor.param_dtype) && known(tensor.grad_dtype), null_state = false;
-        for_each_state(hyper.states, [&](int state) {
+        for_each_state(tensor.grad == nullptr ? 0 : hyper.states, [&](int state) {
             known_dtypes = known_dtypes && known(tensor.state_dtypes[state]);
             null_state = null_state || tensor.states[state] == nullptr;
         });
+        for (int state = max_states; state < max_slots; ++state) {
+            known_dtypes = known_dtypes && known(tensor.state_dtypes[state]);
+        }
         if (!known_dtypes) throw std::invalid_argument("step: unknown storage type");
         if (tensor.size > 0 && !tensor.grad_axes.empty() && !axes_match(tensor.grad_axes, tensor.size)) {
             throw std::invalid_argument("step: the gradient's axes do not match the tensor's size");
         }
-        if (tensor.size > 0 && (tensor.param == nullptr || tensor.grad == nullptr || null_state)) {
+        const bool null_grad = tensor.grad == nullptr && (!tensor.has_average() || !tensor.grad_axes.empty());
+        if (tensor.size > 0 && (tensor.param == nullptr || null_grad || null_state)) {
             throw std::invalid_argument("step: null pointer in the work list");
         }
     }

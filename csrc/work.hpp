@@ -45,7 +45,7 @@ inline bool may_overlap(std::span<const Axis> axes, std::size_t item) {
 /// The hyperparameters of one parameter group. `RuleInfo::hyper` makes one.
 struct Hyper {
     Values values;
-    std::uint32_t states = 0;       // the states that take part: bit s is state s
+    std::uint32_t states = 0;       // the rule's states that take part: bit s is state s
     std::uint8_t variants[2] = {};  // the rule's variant for a tensor's later steps, and for its first
     bool skips_zero_grads = false;  // an element whose gradient is zero stays as it is, and so do its states
 
@@ -66,22 +66,27 @@ void for_each_state(std::uint32_t states, Function&& function) {
 /// `param` and the states are `size` contiguous elements in the parameter's memory order. So is `grad`, unless
 /// `grad_axes` is non-empty: then it lists the axes in the parameter's memory order, slowest first, `grad` is the
 /// address of the element with index zero, and the axes' lengths multiply to `size`.
+///
+/// Without a gradient (null) the rule does nothing: of such a tensor only the average moves.
 struct TensorRef {
     std::byte* param = nullptr;
-    std::byte* grad = nullptr;           // only read, unless StepOptions::zero_grad
-    std::byte* states[max_states] = {};  // null where a state takes no part
+    std::byte* grad = nullptr;          // only read, unless StepOptions::zero_grad
+    std::byte* states[max_slots] = {};  // the rule's, then the options'; null where a state takes no part
     std::int64_t size = 0;
     std::span<const Axis> grad_axes = {};
     std::uint32_t hyper = 0;  // index into the step's list of Hyper
     std::int32_t device = cpu_device;
     DType param_dtype = DType::float32;
     DType grad_dtype = DType::float32;
-    DType state_dtypes[max_states] = {DType::float32, DType::float32, DType::float32};
-    bool first_step = false;  // the states hold nothing before this step
+    DType state_dtypes[max_slots] = {DType::float32, DType::float32, DType::float32, DType::float32, DType::float32};
+    bool first_step = false;      // the rule's states hold nothing before this step
+    std::uint8_t new_extras = 0;  // the options' states that hold nothing before this step: bit s is max_states + s
     /// Pending first step, on a device only: null, or the address on the device of one byte for each chunk. A byte is
     /// not zero while the chunk's states hold nothing; the step that fills them clears it. The host does not know
     /// whether a step with `found_inf` happened, so the steps after a first one may still be the first.
     std::uint8_t* pending = nullptr;
+
+    bool has_average() const { return states[average_slot] != nullptr; }
 };
 
 /// A hyperparameter in a device's memory; the address is null where there is none.
@@ -103,6 +108,7 @@ struct StepOptions {
     double grad_factor = 1;  // multiplies every gradient, rounded to the compute type; undoes a loss's scaling
     /// Each element of a gradient, once multiplied, is limited to [-clip_value, clip_value]; a NaN stays a NaN.
     double clip_value = std::numeric_limits<double>::infinity();
+    double average_weight = 0;  // of the parameter as it is after the step, in the average
 
     /// True if a kernel gets other gradients than those in memory.
     bool changes_grads() const { return grad_factor != 1 || clip_value != std::numeric_limits<double>::infinity(); }

@@ -16,49 +16,56 @@
 namespace sgdcore::bindings {
 namespace {
 
-/// The arrays of one parameter's update. States that take no part are null.
+/// The arrays of one parameter's update.
 struct Operands {
-    const ArrayRef &data, &grad;
-    const ArrayRef* states[max_states];
+    const ArrayRef& data;
+    const ArrayRef* grad;  // null without a gradient
+    const ArrayRef* states[max_slots];
+    std::uint32_t in_use;  // the states that take part: bit s is state s
     std::span<const Axis> grad_axes;
     std::uint32_t group;
     bool first_step;
+    std::uint8_t new_extras;
 };
 
 /// True if each array of `next` begins where that of `tensor` ends, and all else is the same: one entry serves both.
-bool continues(const TensorRef& tensor, const Operands& next, int state_count) {
+bool continues(const TensorRef& tensor, const Operands& next) {
     const auto ends_at = [&](const std::byte* base, DType dtype, const ArrayRef& array) {
         return dtype == array.dtype && base + tensor.size * static_cast<std::int64_t>(item_size(dtype)) == array.data;
     };
-    if (!ends_at(tensor.param, tensor.param_dtype, next.data) || !ends_at(tensor.grad, tensor.grad_dtype, next.grad) ||
-        !tensor.grad_axes.empty() || !next.grad_axes.empty() || tensor.hyper != next.group ||
-        tensor.device != next.data.device || tensor.first_step != next.first_step) {
+    const bool grad_continues = next.grad == nullptr
+                                    ? tensor.grad == nullptr
+                                    : tensor.grad != nullptr && ends_at(tensor.grad, tensor.grad_dtype, *next.grad);
+    if (!ends_at(tensor.param, tensor.param_dtype, next.data) || !grad_continues || !tensor.grad_axes.empty() ||
+        !next.grad_axes.empty() || tensor.hyper != next.group || tensor.device != next.data.device ||
+        tensor.first_step != next.first_step || tensor.new_extras != next.new_extras) {
         return false;
     }
-    for (int state = 0; state < state_count; ++state) {
-        const ArrayRef* const array = next.states[state];
-        if (array != nullptr && !ends_at(tensor.states[state], tensor.state_dtypes[state], *array)) return false;
-    }
-    return true;
+    bool all = true;
+    for_each_state(next.in_use, [&](int state) {
+        all = all && ends_at(tensor.states[state], tensor.state_dtypes[state], *next.states[state]);
+    });
+    return all;
 }
 
 /// Fills an entry of the work list in place, over the entry of an earlier step. Copying an entry that was just written
 /// piece by piece would be slow.
-void fill(TensorRef& tensor, const Operands& operands, int state_count) {
+void fill(TensorRef& tensor, const Operands& operands) {
     tensor.param = operands.data.data;
-    tensor.grad = operands.grad.data;
+    tensor.grad = operands.grad == nullptr ? nullptr : operands.grad->data;
     tensor.size = operands.data.size;
     tensor.grad_axes = operands.grad_axes;
     tensor.hyper = operands.group;
     tensor.device = operands.data.device;
     tensor.param_dtype = operands.data.dtype;
-    tensor.grad_dtype = operands.grad.dtype;
+    if (operands.grad != nullptr) tensor.grad_dtype = operands.grad->dtype;
     tensor.first_step = operands.first_step;
-    for (int state = 0; state < state_count; ++state) {
-        const ArrayRef* const array = operands.states[state];
-        tensor.states[state] = array == nullptr ? nullptr : array->data;
-        if (array != nullptr) tensor.state_dtypes[state] = array->dtype;
-    }
+    tensor.new_extras = operands.new_extras;
+    tensor.states[average_slot] = nullptr;
+    for_each_state(operands.in_use, [&](int state) {
+        tensor.states[state] = operands.states[state]->data;
+        tensor.state_dtypes[state] = operands.states[state]->dtype;
+    });
 }
 
 bool is_sequence(const py::object& object) {
@@ -246,23 +253,28 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }};
     missing_.clear();
     if (!matches(param_groups)) return false;
+    if (averaged) {
+        averaged->require_parameters();
+        extras_ = averaged->extras();
+    }
     hypers_.read(rule_, param_groups, {[](void* plan) { static_cast<Plan*>(plan)->hold_parameters(); }, this});
     if (hypers_.size() != group_count_) return false;  // Python code changed the groups
     const bool given = !grads.is_none();
     if (given) read_given(grads);
     const Listed listed = list_tensors(given);
     if (!missing_.empty()) return false;
-    if (!given && tensor_count_ == 0) require_reachable_grads();
+    if (!given && !listed.any_grad) require_reachable_grads();
     check_memory(listed, given, zero_grad);
     StepOptions options{.rule = rule_, .zero_grad = zero_grad};
     if (clipping) clipping->apply_to(options);
+    if (averaged) options.average_weight = averaged->weight();
     update(param_groups, listed, options);
     note_first_steps();
+    if (averaged) ++averaged->taken;
     return true;
 }
 
 Plan::Listed Plan::list_tensors(bool given) {
-    const int state_count = static_cast<int>(info_.states.size());
     std::size_t count = 0;
     first_steps_.clear();
     Listed listed;
@@ -275,30 +287,42 @@ Plan::Listed Plan::list_tensors(bool given) {
         const ArrayRef& grad = given ? given_[i].ref : parameter.grad();
         listed.rebound |= entry.data_version != parameter.data_version || entry.states_version != entry.slots->version;
         used_grads_[i] = grad.empty() ? nullptr : &grad;
-        if (grad.empty()) continue;
-        listed.new_grads |= entry.grad_version != parameter.grad_version;
+        const std::uint32_t in_use = states_of(i);
         Operands operands{
             .data = parameter.data(),
-            .grad = grad,
+            .grad = used_grads_[i],
             .states = {},
-            .grad_axes = given ? given_[i].axes : parameter.grad_axes(),
+            .in_use = in_use,
+            .grad_axes = {},
             .group = entry.group,
             .first_step = false,
+            .new_extras = 0,
         };
-        for (int state = 0; state < state_count; ++state) {
-            if (!hypers_[entry.group].has_state(state)) continue;
-            operands.states[state] = &entry.slots->array(state);
-            operands.first_step |= !entry.slots->holds(state);
-            if (operands.states[state]->empty()) missing_.emplace_back(i, state);
+        if (!grad.empty()) {
+            listed.any_grad = true;
+            listed.new_grads |= entry.grad_version != parameter.grad_version;
+            operands.grad_axes = given ? given_[i].axes : parameter.grad_axes();
+        } else if (in_use == 0) {
+            continue;
         }
-        if (operands.first_step) first_steps_.push_back(i);
+        for_each_state(in_use, [&](int state) {
+            operands.states[state] = &entry.slots->array(state);
+            if (operands.states[state]->empty()) missing_.emplace_back(i, state);
+            if (entry.slots->holds(state)) return;
+            if (state < max_states) {
+                operands.first_step = true;
+            } else {
+                operands.new_extras = static_cast<std::uint8_t>(operands.new_extras | 1u << (state - max_states));
+            }
+        });
+        if (operands.first_step || operands.new_extras != 0) first_steps_.push_back(i);
         listed.on_device |= operands.data.device != cpu_device;
         listed.elements += operands.data.size;
         if (operands.data.size == 0) continue;
-        if (count > 0 && continues(tensors_[count - 1], operands, state_count)) {
+        if (count > 0 && continues(tensors_[count - 1], operands)) {
             tensors_[count - 1].size += operands.data.size;
         } else {
-            fill(tensors_[count++], operands, state_count);
+            fill(tensors_[count++], operands);
         }
     }
     tensor_count_ = count;
@@ -344,7 +368,7 @@ void Plan::note_first_steps() {
     for (const std::size_t i : first_steps_) {
         const Entry& entry = entries_[i];
         if (entry.slots->version != entry.states_version) continue;  // a state was replaced meanwhile
-        entry.slots->note_step(hypers_[entry.group].states);
+        entry.slots->note_step(states_of(i));
     }
 }
 
@@ -352,7 +376,7 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
     const auto stream = [this](int device) {
         for (std::size_t i = 0; i < entries_.size(); ++i) {
             const ArrayRef& data = entries_[i].parameter->data();
-            if (used_grads_[i] == nullptr || data.device != device) continue;
+            if ((used_grads_[i] == nullptr && states_of(i) == 0) || data.device != device) continue;
             return call(python_functions().current_stream, py::make_tuple(data.object(), device));
         }
         return py::object(py::int_(0));
@@ -363,9 +387,9 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
 void Plan::hold_arrays() {
     hold_parameters();
     for (std::size_t i = 0; i < entries_.size(); ++i) {
-        if (used_grads_[i] == nullptr) continue;
+        if (used_grads_[i] == nullptr && states_of(i) == 0) continue;
         held_.push_back(entries_[i].parameter->data().array);
-        held_.push_back(used_grads_[i]->array);
+        if (used_grads_[i] != nullptr) held_.push_back(used_grads_[i]->array);
         for (int state = 0; state < entries_[i].slots->count(); ++state) {
             const ArrayRef& array = entries_[i].slots->array(state);
             if (!array.empty()) held_.push_back(array.array);

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../engine/averaged_steps.hpp"
 #include "../process.hpp"
 #include "../work.hpp"
 #include "clipping.hpp"
@@ -25,7 +26,7 @@ namespace sgdcore::bindings {
 class Plan final : private Dependent {
   public:
     /// `rule` is the rule's number.
-    explicit Plan(int rule) : rule_(rule), info_(rules()[static_cast<std::size_t>(rule)]) {}
+    explicit Plan(int rule) : rule_(rule) {}
     ~Plan() { clear(); }
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
@@ -59,6 +60,8 @@ class Plan final : private Dependent {
 
     /// What is done to the gradients; null if nothing.
     std::shared_ptr<const Clipping> clipping;
+    /// How the parameters are averaged; null if they are not.
+    std::shared_ptr<AveragedSteps> averaged;
 
     int traverse(visitproc visit, void* arg) const;
     void clear();
@@ -93,6 +96,7 @@ class Plan final : private Dependent {
         std::int64_t elements = 0;
         bool rebound = false;    // parameters or states were rebound since they were last checked
         bool new_grads = false;  // gradients were not checked yet
+        bool any_grad = false;
         bool on_device = false;  // tensors or hyperparameters
     };
 
@@ -130,6 +134,10 @@ class Plan final : private Dependent {
     void update(const py::list& param_groups, const Listed& listed, const StepOptions& options);
     void note_first_steps();
     void update_on_devices(const py::list& param_groups, const StepOptions& options);
+    /// The states of an entry that the running step reads or writes: bit s is state s.
+    std::uint32_t states_of(std::size_t entry) const {
+        return used_grads_[entry] == nullptr ? extras_ : extras_ | hypers_[entries_[entry].group].states;
+    }
     /// Keeps all arrays of the step alive and in place while other threads may rebind arrays or remove parameters.
     void hold_arrays();
     /// Adds the memory that a step writes for the entries from `from` on. Raises ValueError if ranges overlap.
@@ -146,10 +154,11 @@ class Plan final : private Dependent {
     std::string label(std::size_t entry) const;
 
     const int rule_;
-    const RuleInfo& info_;
     std::size_t group_count_ = 0;
     std::vector<Entry> entries_;
     std::vector<std::pair<std::size_t, int>> missing_;  // entries, and numbers of states without storage
+
+    std::uint32_t extras_ = 0;  // the options' states that take part in a step: bit s is state s
 
     // Refilled by every run; their capacity is kept, so that a step does not allocate.
     GroupHypers hypers_;
@@ -158,7 +167,7 @@ class Plan final : private Dependent {
     std::size_t tensor_count_ = 0;
     std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient
     std::vector<GivenGrad> given_;
-    std::vector<std::size_t> first_steps_;  // the entries whose first step this is
+    std::vector<std::size_t> first_steps_;  // the entries of which a state holds nothing before this step
     std::vector<py::object> held_;          // references kept while the GIL is released
     std::vector<Axis> held_axes_;
     std::vector<Range> writes_;  // sorted by address

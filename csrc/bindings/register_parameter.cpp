@@ -1,4 +1,5 @@
 // Parameter and StateSlots. The package derives its documented Parameter from this one.
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -41,10 +42,10 @@ void register_parameter(py::module_& module) {
         py::arg("param_groups"), py::arg("set_to_none"));
 
     py::class_<StateSlots>(module, "StateSlots", garbage_collected<StateSlots>())
-        .def(py::init([](const std::string& rule, const py::object& parameter) {
-                 return std::make_unique<StateSlots>(rule_number(rule), parameter);
+        .def(py::init([](const std::string& rule, const py::object& parameter, std::uint32_t extras) {
+                 return std::make_unique<StateSlots>(rule_number(rule), extras, parameter);
              }),
-             py::arg("rule"), py::arg("parameter"))
+             py::arg("rule"), py::arg("parameter"), py::arg("extras") = 0)
         .def("find", &StateSlots::find, py::arg("key"))
         .def("set", &StateSlots::set, py::arg("state"), py::arg("array"))
         .def("reserve", &StateSlots::reserve, py::arg("state"), py::arg("storage"))

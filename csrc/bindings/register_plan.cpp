@@ -27,6 +27,7 @@ void register_plan(py::module_& module) {
     py::class_<Plan> type(module, "Plan", garbage_collected<Plan>());
     type.def(py::init([](const std::string& rule) { return std::make_unique<Plan>(rule_number(rule)); }),
              py::arg("rule"))
+        .def_readwrite("averaged", &Plan::averaged)
         .def("build", &Plan::build, py::arg("parameters"), py::arg("slots"))
         .def("add_group", &Plan::add_group, py::arg("parameters"), py::arg("slots"))
         .def("is_current", &Plan::is_current, py::arg("param_groups"))

@@ -1,6 +1,12 @@
-// The rules' declarations, for Python.
+// The rules' declarations, the options' states and the averages, for Python.
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 
+#include "../engine/averaged_steps.hpp"
 #include "../engine/catalog.hpp"
 #include "hypers.hpp"
 #include "module.hpp"
@@ -33,6 +39,26 @@ void register_rules(py::module_& module) {
             return py::make_tuple(py::tuple(hypers), py::tuple(states));
         },
         py::arg("rule"));
+
+    // ((number of the state, its key, key of its dtype), ...)
+    module.def("extra_states", [] {
+        py::list states;
+        int number = max_states;
+        for (const StateSpec& spec : extra_states) {
+            states.append(py::make_tuple(number++, spec.key, spec.dtype_key));
+        }
+        return py::tuple(states);
+    });
+
+    py::class_<AveragedSteps, std::shared_ptr<AveragedSteps>>(module, "AveragedSteps")
+        .def(py::init([](std::optional<double> decay, std::int64_t start) {
+                 return AveragedSteps{.decay = decay.value_or(0), .is_mean = !decay, .start = start};
+             }),
+             py::arg("decay"), py::arg("start"))
+        .def_property_readonly("weight", &AveragedSteps::weight)
+        .def_property_readonly("active", [](const AveragedSteps& steps) { return steps.extras() != 0; })
+        .def_readwrite("taken", &AveragedSteps::taken)
+        .def_readwrite("in_place", &AveragedSteps::in_place);
 
     // (whether each state takes part in the steps of a group, ...), and Hyper::skips_zero_grads.
     module.def(

@@ -51,6 +51,7 @@ void register_torch_plan(py::module_& module) {
             [](TorchPlan& plan, std::vector<py::dict> dicts) { plan.observers = Observers(std::move(dicts)); },
             py::arg("dicts"))
         .def_readwrite("clipping", &TorchPlan::clipping)
+        .def_property("averaged", &TorchPlan::averaged, &TorchPlan::set_averaged)
         .def_readwrite("in_backward", &TorchPlan::in_backward)
         .def("run_prepared", &TorchPlan::run_prepared, py::arg("param_groups"), py::arg("state"), py::arg("zero_grad"),
              py::arg("grad_factor"), py::arg("scaling"), py::arg("left_out"), py::arg("new_states"), py::arg("items"))

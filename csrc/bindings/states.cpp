@@ -9,7 +9,12 @@ namespace sgdcore::bindings {
 int StateSlots::find(const std::string& key) const {
     const auto& states = rule_->states;
     const auto found = std::ranges::find_if(states, [&](const StateSpec& spec) { return spec.key == key; });
-    return found == states.end() ? -1 : static_cast<int>(found - states.begin());
+    if (found != states.end()) return static_cast<int>(found - states.begin());
+    int number = -1;
+    for_each_state(extras_, [&](int state) {
+        if (key == extra_states[state - max_states].key) number = state;
+    });
+    return number;
 }
 
 void StateSlots::set(int state, const py::object& array) { assign(state, array, !array.is_none()); }
@@ -77,7 +82,7 @@ int StateSlots::traverse(visitproc visit, void* arg) const {
 void StateSlots::clear() {
     ++version;  // plans look at the states only when the version has changed
     const auto kept = std::move(kept_);
-    std::array<ArrayRef, max_states> arrays;
+    std::array<ArrayRef, max_slots> arrays;
     for (std::size_t i = 0; i < arrays.size(); ++i) std::swap(arrays[i], slots_[i].array);
 }
 

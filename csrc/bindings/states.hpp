@@ -1,4 +1,4 @@
-// The states that a rule keeps for one parameter.
+// The states that a rule, and the options of an optimizer, keep for one parameter.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,16 +12,18 @@
 
 namespace sgdcore::bindings {
 
-/// The states of one parameter in one optimizer, by their number in the rule's declaration.
+/// The states of one parameter in one optimizer, by their number: the position in the rule's declaration, or that of an
+/// option's state behind it (`extra_states`).
 ///
 /// Storage is reserved before a parameter's first step, and holds nothing until that step has succeeded. The slots keep
 /// the parameter alive while they hold a value and are part of the optimizer's state.
 class StateSlots {
   public:
-    /// `rule` is the rule's number.
-    StateSlots(int rule, const py::object& parameter) : rule_(&rules()[rule]), parameter_(parameter) {}
+    /// `rule` is the rule's number. `extras` tells which of the options' states there are: bit s is state s.
+    StateSlots(int rule, std::uint32_t extras, const py::object& parameter)
+        : rule_(&rules()[rule]), extras_(extras), parameter_(parameter) {}
 
-    /// The number of the state with that key; -1 if the rule has none.
+    /// The number of the state with that key; -1 if there is none.
     int find(const std::string& key) const;
 
     /// Sets a state to an array of the parameter's shape and memory layout, of any storage type; None removes the
@@ -40,8 +42,12 @@ class StateSlots {
     const ArrayRef& array(int state) const { return slots_[static_cast<std::size_t>(state)].array; }
     /// Whether a state holds a value.
     bool holds(int state) const { return slots_[static_cast<std::size_t>(state)].holds; }
-    int count() const { return static_cast<int>(rule_->states.size()); }
-    const char* key(int state) const { return rule_->states[static_cast<std::size_t>(state)].key; }
+    /// The numbers of all states are below this one.
+    int count() const { return extras_ == 0 ? static_cast<int>(rule_->states.size()) : max_slots; }
+    const char* key(int state) const {
+        return state < max_states ? rule_->states[static_cast<std::size_t>(state)].key
+                                  : extra_states[state - max_states].key;
+    }
 
     /// Counts the assignments, so that a plan notices arrays it has not checked for overlap yet.
     std::uint32_t version = 0;
@@ -60,8 +66,9 @@ class StateSlots {
     /// Takes or releases the reference that keeps the parameter alive.
     void update_kept();
 
-    std::array<Slot, max_states> slots_;
+    std::array<Slot, max_slots> slots_;
     const RuleInfo* rule_;
+    std::uint32_t extras_;
     py::weakref parameter_;
     py::object kept_;  // the parameter; null where it is not kept alive
     bool has_other_values_ = false;

@@ -191,6 +191,24 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
     return Answer::listed;
 }
 
+std::optional<TensorRef> average_of(const TorchOperands& operands, std::uint32_t group) {
+    const TorchView &p = operands.param, &average = operands.states[average_slot];
+    TensorRef tensor;
+    tensor.size = size_of(p);
+    int order[max_dimensions];
+    if (!same_shape(p, average) || !same_strides(p, average) || p.device != average.device ||
+        (tensor.size > 0 && (p.data == nullptr || average.data == nullptr || !memory_order(p, order)))) {
+        return std::nullopt;
+    }
+    tensor.param = p.data;
+    tensor.param_dtype = p.dtype;
+    tensor.states[average_slot] = average.data;
+    tensor.state_dtypes[average_slot] = average.dtype;
+    tensor.hyper = group;
+    tensor.device = p.device;
+    return tensor;
+}
+
 void TorchListing::prefetch() const {
     constexpr std::size_t ahead = 2;
     if (next_ + ahead >= tensors_.size()) return;

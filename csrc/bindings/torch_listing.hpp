@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -16,7 +17,7 @@ namespace sgdcore::bindings {
 
 /// The tensors of one update. The states need not be read where nobody can have moved them since the last scan.
 struct TorchOperands {
-    TorchView param, grad, states[max_states];
+    TorchView param, grad, states[max_slots];
     std::uint32_t in_use = 0;  // the states that take part: bit s is state s
     bool states_are_read = false;
 
@@ -113,6 +114,9 @@ class TorchListing {
     bool moved_writes_ = false;             // since the last complete scan
     std::vector<std::size_t> moved_grads_;  // since the last complete scan
 };
+
+/// The work on a parameter whose average moves and which takes no step; nothing if the core does not take the two.
+std::optional<TensorRef> average_of(const TorchOperands& operands, std::uint32_t group);
 
 /// Writes the axes to `order`, slowest first. Returns false unless the elements fill one range of memory.
 bool memory_order(const TorchView& view, int* order);

@@ -5,6 +5,7 @@
 #include <array>
 #include <bit>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -78,6 +79,16 @@ py::list list_of(const py::object& param_groups) {
 TorchPlan::TorchPlan(int rule, TorchInterface interface)
     : rule_(rule), state_keys_(state_keys(rule)), reader_(std::move(interface)) {}
 
+void TorchPlan::set_averaged(std::shared_ptr<AveragedSteps> averaged) {
+    averaged_ = std::move(averaged);
+    state_keys_ = state_keys(rule_);
+    if (averaged_) {
+        state_keys_.resize(max_slots);
+        state_keys_[average_slot] = interned(extra_states[average_slot - max_states].key);
+    }
+    cache_.reset();
+}
+
 /// Takes the plan's cache and gives it back.
 class TorchPlan::Lease {
   public:
@@ -145,7 +156,7 @@ class TorchPlan::States {
 namespace {
 
 /// Shapes and strides of a parameter, its gradient and its states, where torch does not lend them.
-using Layouts = std::array<std::vector<std::int64_t>, 2 + max_states>;
+using Layouts = std::array<std::vector<std::int64_t>, 2 + max_slots>;
 
 /// Reads the tensors of an item of `run_prepared` or `run_items`. Returns false if one cannot be read.
 bool view_item(const TorchReader& reader, const py::object& parameter, const py::object& grad, const py::tuple& states,
@@ -168,9 +179,10 @@ bool view_item(const TorchReader& reader, const py::object& parameter, const py:
 
 /// What Python code has prepared: see `run_prepared`.
 struct TorchPlan::Prepared {
-    std::vector<std::size_t> left_out;                          // positions, sorted
-    bool everything_left_out = false;                           // whatever the groups are
-    std::vector<std::pair<std::size_t, py::tuple>> new_states;  // by position, sorted
+    std::vector<std::size_t> left_out;  // positions, sorted
+    bool everything_left_out = false;   // whatever the groups are
+    /// By position, sorted: the states, and whether the step is the first one.
+    std::vector<std::tuple<std::size_t, py::tuple, bool>> new_states;
 
     // Items that step, and items that are apart. An item's position is its index.
     TorchListing listing, apart;
@@ -189,10 +201,12 @@ struct TorchPlan::Prepared {
     }
     /// The new states of the parameter at this position, borrowed, or null. Positions must come in order.
     PyObject* new_states_at(std::size_t position) {
-        while (next_new < new_states.size() && new_states[next_new].first < position) ++next_new;
-        const bool found = next_new < new_states.size() && new_states[next_new].first == position;
-        return found ? new_states[next_new].second.ptr() : nullptr;
+        while (next_new < new_states.size() && std::get<0>(new_states[next_new]) < position) ++next_new;
+        const bool found = next_new < new_states.size() && std::get<0>(new_states[next_new]) == position;
+        return found ? std::get<1>(new_states[next_new]).ptr() : nullptr;
     }
+    /// Whether the step of the parameter that `new_states_at` has found is its first.
+    bool is_first_step() const { return std::get<2>(new_states[next_new]); }
     void read_items(const TorchReader& reader, const py::list& items);
 };
 
@@ -243,6 +257,7 @@ struct TorchPlan::Scan {
     bool dry_run = false;      // lists nothing
     std::size_t position = 0;  // of the parameter among all
     std::uint32_t group = 0;
+    std::uint32_t states_in_use = 0;  // of the group: bit s is state s
     TorchOperands operands = {};
     Layouts layouts = {};
     std::size_t group_start = 0;  // the position of the group's first parameter
@@ -305,7 +320,7 @@ py::object TorchPlan::run_prepared(const py::object& groups, const py::object& s
         for (const py::handle position : left_out) prepared.left_out.push_back(py::cast<std::size_t>(position));
     }
     for (const py::handle each : new_states) {
-        prepared.new_states.push_back(py::cast<std::pair<std::size_t, py::tuple>>(each));
+        prepared.new_states.push_back(py::cast<std::tuple<std::size_t, py::tuple, bool>>(each));
     }
     prepared.read_items(reader_, items);
     return attempt(groups, state, zero_grad, grad_factor, scaling, &prepared);
@@ -318,6 +333,9 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     const Lease lease(*this);
     Cache& cache = *lease;
     const bool complete = std::exchange(cache.complete, false);
+    if (averaged_) averaged_->require_parameters();
+    cache.extras = averaged_ ? averaged_->extras() : 0;
+    cache.averages.clear();
     cache.hypers.read(rule_, param_groups);
     const bool everything_left_out = prepared != nullptr && prepared->everything_left_out;
     if (!everything_left_out && !PyDict_Check(state.ptr())) return py::bool_(false);
@@ -355,10 +373,13 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
         step_in_sequence(cache, options);
     } else {
         // The last update: it may clear gradients that the others read.
-        options.zero_grad = zero_grad;
-        update(cache, listing.tensors(), listing.elements(), listing.on_device(), param_groups, options, scaling,
+        StepOptions last = options;
+        last.zero_grad = zero_grad;
+        update(cache, listing.tensors(), listing.elements(), listing.on_device(), param_groups, last, scaling,
                pending_of(cache));
     }
+    if (!cache.averages.empty()) move_averages(cache, param_groups, options, scaling);
+    if (averaged_) ++averaged_->taken;
     increment_versions(cache.held, state_exposed, zero_grad);
     const bool any_apart =
         prepared != nullptr && std::ranges::find(prepared->is_apart, true) != prepared->is_apart.end();
@@ -387,7 +408,7 @@ bool TorchPlan::is_still_irregular(Scan& scan, const py::list& param_groups) {
         scan.position = place.position;
         scan.group = static_cast<std::uint32_t>(place.group);
         scan.group_start = place.position - place.index;
-        scan.operands.in_use = cache.hypers[place.group].states;
+        scan.states_in_use = cache.hypers[place.group].states | cache.extras;
         const std::size_t counts[] = {cache.held.params.size(), cache.held.grads.size(), cache.held.states.size()};
         PyObject* const parameter = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(place.index));
         found = list_parameter(scan, parameter, group.ptr()) == Outcome::irregular;
@@ -400,7 +421,7 @@ bool TorchPlan::is_still_irregular(Scan& scan, const py::list& param_groups) {
     return found;
 }
 
-void TorchPlan::step_in_sequence(const Cache& cache, const StepOptions& options) const {
+void TorchPlan::step_in_sequence(Cache& cache, const StepOptions& options) const {
     const std::span<const TensorRef> tensors = cache.listing.tensors();
     const std::vector<std::size_t>& overlapping = cache.listing.overlapping();
     std::vector<TensorRef> others;
@@ -417,6 +438,12 @@ void TorchPlan::step_in_sequence(const Cache& cache, const StepOptions& options)
     step_on_cpu(others, elements, cache.hypers.all(), options);
     for (const std::size_t index : overlapping) {
         TensorRef tensor = tensors[index];
+        if (tensor.has_average()) {
+            TensorRef& average = cache.averages.emplace_back(tensor);
+            average.grad = nullptr;
+            average.grad_axes = {};
+            tensor.states[average_slot] = nullptr;
+        }
         std::vector<std::byte> copy;
         if (cache.listing.is_own_gradient(index)) {
             copy.assign(tensor.grad,
@@ -492,7 +519,7 @@ bool TorchPlan::list(Scan& scan, const py::list& param_groups) {
         }
         const auto params = py::reinterpret_borrow<py::object>(group_item(group.ptr(), params_key(), index));
         if (!PyList_Check(params.ptr())) return false;
-        scan.operands.in_use = scan.cache.hypers[index].states;
+        scan.states_in_use = scan.cache.hypers[index].states | scan.cache.extras;
         scan.group = static_cast<std::uint32_t>(index);
         scan.group_start = scan.position;
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i, ++scan.position) {
@@ -532,6 +559,11 @@ TorchPlan::Outcome TorchPlan::list_parameter(Scan& scan, PyObject* parameter, Py
     if (kind == TensorKind::other) return Outcome::irregular;
     cache.held.params.push_back(Py_NewRef(parameter));
     PyObject* const grad = reader_.grad(parameter, kind);
+    scan.operands.in_use = scan.states_in_use;
+    if (grad == Py_None && cache.extras != 0) {
+        Py_DECREF(grad);
+        return list_average(scan, parameter, kind);
+    }
     if (grad == Py_None) {
         cache.held.params.pop_back();
         Py_DECREF(parameter);
@@ -541,18 +573,7 @@ TorchPlan::Outcome TorchPlan::list_parameter(Scan& scan, PyObject* parameter, Py
     cache.held.grads.push_back(grad);
     // Clearing such a gradient also detaches it from the graph that computed it, which Python code does.
     if (scan.zero_grad && reader_.requires_grad(grad)) return Outcome::irregular;
-    if (scan.position >= cache.parameters.size()) {
-        cache.parameters.resize(scan.position + 1);
-        cache.states.resize(cache.parameters.size() * state_count());
-    }
-    CachedParameter& cached = cache.parameters[scan.position];
-    if (cached.object != parameter) {
-        cached = CachedParameter();
-        std::fill_n(cached_states(cache, scan.position), state_count(), CachedTensor());
-        cached.object = parameter;
-        cached.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
-        if (cached.hash == -1) throw py::error_already_set();
-    }
+    CachedParameter& cached = cached_parameter(cache, scan.position, parameter);
     if (!read(parameter, kind, cache.held, cached.tensor, scan.operands.param, scan.layouts[0]))
         return Outcome::irregular;
     if (kind == TensorKind::plain && reader_.is_tensor(grad)) {
@@ -573,6 +594,37 @@ TorchPlan::Outcome TorchPlan::list_parameter(Scan& scan, PyObject* parameter, Py
     return list_dense(scan, parameter, part, kind);
 }
 
+TorchPlan::CachedParameter& TorchPlan::cached_parameter(Cache& cache, std::size_t position, PyObject* parameter) {
+    if (position >= cache.parameters.size()) {
+        cache.parameters.resize(position + 1);
+        cache.states.resize(cache.parameters.size() * state_count());
+    }
+    CachedParameter& cached = cache.parameters[position];
+    if (cached.object != parameter) {
+        cached = CachedParameter();
+        std::fill_n(cached_states(cache, position), state_count(), CachedTensor());
+        cached.object = parameter;
+        cached.hash = unless_python_ends([&] { return PyObject_Hash(parameter); });
+        if (cached.hash == -1) throw py::error_already_set();
+    }
+    return cached;
+}
+
+TorchPlan::Outcome TorchPlan::list_average(Scan& scan, PyObject* parameter, TensorKind kind) {
+    Cache& cache = scan.cache;
+    TorchOperands& operands = scan.operands;
+    CachedParameter& cached = cached_parameter(cache, scan.position, parameter);
+    operands.in_use = cache.extras;
+    if (!read(parameter, kind, cache.held, cached.tensor, operands.param, scan.layouts[0]) ||
+        read_states(scan, parameter, kind) != Outcome::done) {
+        return Outcome::irregular;
+    }
+    const std::optional<TensorRef> average = average_of(operands, scan.group);
+    if (!average) return Outcome::irregular;
+    if (!scan.dry_run) cache.averages.push_back(*average);
+    return Outcome::done;
+}
+
 TorchPlan::Outcome TorchPlan::list_dense(Scan& scan, PyObject* parameter, PyObject* grad, TensorKind kind) {
     Cache& cache = scan.cache;
     TorchOperands& operands = scan.operands;
@@ -582,7 +634,8 @@ TorchPlan::Outcome TorchPlan::list_dense(Scan& scan, PyObject* parameter, PyObje
     if (operands.in_use != 0) {
         PyObject* const fresh = scan.prepared == nullptr ? nullptr : scan.prepared->new_states_at(scan.position);
         if (fresh != nullptr) {
-            first_step = true;
+            first_step = scan.prepared->is_first_step();
+            operands.in_use &= ~cache.extras;
             states = read_new_states(scan, fresh, kind);
         } else if (state_exposed || !hold_cached_states(scan)) {
             states = read_states(scan, parameter, kind);
@@ -608,13 +661,15 @@ TorchPlan::Outcome TorchPlan::list_rows(Scan& scan, PyObject* parameter, PyObjec
     PyObject* const mode = lookup(group, mode_key);
     const bool lazy = mode != nullptr && PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "lazy") == 0;
     const bool rows_only = lazy || cache.hypers[scan.group].skips_zero_grads;
-    bool first_step = false;
+    bool first_step = false, averages = false;
     Outcome found = Outcome::done;
     if (scan.operands.in_use != 0) {
         PyObject* const fresh = scan.prepared == nullptr ? nullptr : scan.prepared->new_states_at(scan.position);
+        if (fresh != nullptr) scan.operands.in_use &= ~cache.extras;
         found = fresh == nullptr ? read_states(scan, parameter, TensorKind::plain)
                                  : read_new_states(scan, fresh, TensorKind::plain);
-        first_step = fresh != nullptr;
+        first_step = fresh != nullptr && scan.prepared->is_first_step();
+        averages = fresh == nullptr && cache.extras != 0;
     }
     if (found == Outcome::irregular) return Outcome::irregular;
     IndexView indices;
@@ -624,12 +679,17 @@ TorchPlan::Outcome TorchPlan::list_rows(Scan& scan, PyObject* parameter, PyObjec
         if (part) cache.held.parts.push_back(part.release().ptr());
     }
     TorchOperands operands = scan.operands;
-    if (found == Outcome::lacks_states) operands.in_use = 0;
+    operands.in_use = found == Outcome::lacks_states ? 0 : operands.in_use & ~cache.extras;
     if (!is_read || !scan.findings().rows.add(operands, indices, scan.group, first_step,
                                               rows_only ? TorchRows::Others::stay : TorchRows::Others::have_zeros)) {
         return Outcome::irregular;
     }
     scan.findings().rows_of.push_back(scan.place());
+    if (averages && found == Outcome::done) {
+        const std::optional<TensorRef> average = average_of(scan.operands, scan.group);
+        if (!average) return Outcome::irregular;
+        cache.averages.push_back(*average);
+    }
     return found;
 }
 
@@ -712,6 +772,17 @@ std::vector<std::uint8_t*> TorchPlan::pending_of(const Cache& cache) const {
         pending.push_back(found == pending_.end() ? nullptr : found->second.second);
     }
     return pending;
+}
+
+void TorchPlan::move_averages(const Cache& cache, const py::list& param_groups, const StepOptions& options,
+                              const py::object& scaling) {
+    std::int64_t elements = 0;
+    bool on_device = false;
+    for (const TensorRef& tensor : cache.averages) {
+        elements += tensor.size;
+        on_device = on_device || tensor.device != cpu_device;
+    }
+    update(cache, cache.averages, elements, on_device, param_groups, options, scaling, {});
 }
 
 void TorchPlan::set_pending(const py::list& flags) {

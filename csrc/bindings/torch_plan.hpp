@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../engine/averaged_steps.hpp"
 #include "../work.hpp"
 #include "clipping.hpp"
 #include "devices.hpp"
@@ -34,10 +35,11 @@ class TorchPlan {
     ///
     /// - its tensors are of torch's own types, or parts of DTensors;
     /// - their memory is dense, of a storage type, on the CPU or a CUDA device;
-    /// - its states are there already and laid out as the parameter;
+    /// - its states, and its average, are there already and laid out as the parameter;
     /// - no tensors overlap, except whole tensors on the CPU.
     ///
-    /// A sparse (COO) gradient is regular, too, where all tensors are in C order on the CPU.
+    /// A sparse (COO) gradient is regular, too, where all tensors are in C order on the CPU. Of a parameter without a
+    /// gradient only the average moves.
     ///
     /// Otherwise nothing is changed, and the result is a tuple. Its first three items are lists of places (position
     /// among all, index of the group, position in the group): of the parameters that are irregular, that lack only
@@ -55,13 +57,14 @@ class TorchPlan {
     /// `run` together with what Python code has prepared:
     ///
     /// - `left_out`: the sorted positions of the parameters that the step leaves alone; None for all of them.
-    /// - `new_states`: a sorted list of tuples (position, states), for parameters that lacked states. They are zeros
-    ///   where the gradient is sparse.
+    /// - `new_states`: a sorted list of tuples (position, states, first step), for parameters that lacked states. They
+    ///   are zeros where the gradient is sparse.
     /// - `items`: tuples (parameter, gradient, states, index of the group, first step, address of TensorRef's pending
     ///   flags or 0, memory, apart). `memory` lists the ranges (address, bytes, written) that the item stands for; None
     ///   if those are its tensors' own. An item that is `apart` takes no step: its memory is only checked for overlap.
     ///
-    /// States are a tuple in the rule's order, with None for those that take no part. The fourth item of the result
+    /// States are a tuple in the rule's order, with None for those that take no part. The averages of items, and of
+    /// parameters that are left out or have new states, do not move. The fourth item of the result
     /// lists the items, by index, that overlap other memory or cannot be read. Items' gradients are not cleared, and
     /// their versions are not incremented.
     py::object run_prepared(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
@@ -85,6 +88,10 @@ class TorchPlan {
     /// memory can have moved, and autograd has recorded none: a step then neither reads the states anew nor increments
     /// their versions.
     bool state_exposed = true;
+
+    /// How the parameters are averaged; null if they are not.
+    const std::shared_ptr<AveragedSteps>& averaged() const { return averaged_; }
+    void set_averaged(std::shared_ptr<AveragedSteps> averaged);
 
     /// What observes steps, beside torch's profiler. `in_backward`: steps are part of the backward pass.
     Observers observers;
@@ -129,7 +136,11 @@ class TorchPlan {
         std::vector<CachedTensor> states;         // for each parameter as many as the rule has
         GroupHypers hypers;
         TorchListing listing;
-        References held;  // the running step's, which releases them at its end
+        /// Averages that move after the step, apart from their parameters: of those without a gradient, and where
+        /// others may change the parameters.
+        std::vector<TensorRef> averages;
+        std::uint32_t extras = 0;  // the options' states that take part: bit s is state s
+        References held;           // the running step's, which releases them at its end
         /// The parameters that the last step left to Python, and the positions where the groups began.
         std::vector<Place> irregular;
         std::vector<std::size_t> group_starts;
@@ -155,12 +166,19 @@ class TorchPlan {
     Outcome list_dense(Scan& scan, PyObject* parameter, PyObject* grad, TensorKind kind);
     /// Lists it with a sparse gradient.
     Outcome list_rows(Scan& scan, PyObject* parameter, PyObject* grad, PyObject* group);
+    /// Lists the average of a parameter without a gradient, or with a sparse one, to move after the step.
+    Outcome list_average(Scan& scan, PyObject* parameter, TensorKind kind);
+    /// Moves the averages that are apart from their parameters' steps.
+    void move_averages(const Cache& cache, const py::list& param_groups, const StepOptions& options,
+                       const py::object& scaling);
     /// Reads the states of the parameter at the scan's position.
     Outcome read_states(Scan& scan, PyObject* parameter, TensorKind kind);
     /// Reads a tuple of states that are not in the optimizer's state yet.
     Outcome read_new_states(Scan& scan, PyObject* states, TensorKind kind);
     /// Holds the states of the parameter at the scan's position, if all of them are cached.
     bool hold_cached_states(Scan& scan);
+    /// What the last step found of the parameter at a position; nothing if that was another one.
+    CachedParameter& cached_parameter(Cache& cache, std::size_t position, PyObject* parameter);
     /// The states of the parameter at a position, as the last step found them.
     CachedTensor* cached_states(Cache& cache, std::size_t position) const {
         return cache.states.data() + position * state_count();
@@ -168,6 +186,7 @@ class TorchPlan {
     StepOptions step_options(double grad_factor) const {
         StepOptions options{.rule = rule_, .grad_factor = grad_factor};
         if (clipping) clipping->apply_to(options);
+        if (averaged_) options.average_weight = averaged_->weight();
         return options;
     }
     std::size_t state_count() const { return state_keys_.size(); }
@@ -179,7 +198,7 @@ class TorchPlan {
     bool is_still_irregular(Scan& scan, const py::list& param_groups);
     /// Steps the listed tensors that overlap one after the other, as torch's loop does: each reads what those before it
     /// wrote.
-    void step_in_sequence(const Cache& cache, const StepOptions& options) const;
+    void step_in_sequence(Cache& cache, const StepOptions& options) const;
     /// Notes the parameters with sparse gradients and the items that overlap other memory, and the parameters that they
     /// overlap. Returns true if there are any. Dense parameters are compared with each other by the listing.
     bool find_overlaps(Scan& scan, const py::list& param_groups) const;
@@ -192,7 +211,8 @@ class TorchPlan {
     std::vector<std::uint8_t*> pending_of(const Cache& cache) const;
 
     const int rule_;
-    const std::vector<PyObject*> state_keys_;  // of the rule's states, interned
+    std::vector<PyObject*> state_keys_;  // by the states' numbers, interned; null between the rule's and the options'
+    std::shared_ptr<AveragedSteps> averaged_;
     TorchReader reader_;
     DeviceSteps device_steps_;
     std::map<PyObject*, std::pair<py::object, std::uint8_t*>> pending_;  // by state

@@ -1,6 +1,6 @@
 // The way of one block: a strided gradient is gathered, arrays are converted to the compute type, the gradient is
-// scaled and clipped, the kernel runs, results are converted back, the gradient is cleared. A block stays in the L1
-// cache all the while.
+// scaled and clipped, the kernel runs, results are converted back, the average moves, the gradient is cleared. A block
+// stays in the L1 cache all the while.
 //
 // Gradient and states are read before anything of the block is written, so arrays may be converted in any order.
 #include "blocks.hpp"
@@ -50,6 +50,37 @@ class Blocks {
             encode(tensor_.state_dtypes[state], states[state], count, stored(state, start));
         }
         if (stages_param) encode(tensor_.param_dtype, staging.param, count, param);
+    }
+
+    /// Moves the average of `count` elements from `start` on towards the parameter as it is stored; a new average
+    /// becomes a copy.
+    void average(Staging& staging, std::int64_t start, std::int64_t count) const {
+        const DType from = tensor_.param_dtype, to = tensor_.state_dtypes[average_slot];
+        const std::byte* const param = tensor_.param + bytes_of(from, start);
+        std::byte* const average = stored(average_slot, start);
+        const bool is_new = (tensor_.new_extras & 1u) != 0;
+        const Averaging direct = table_.average[static_cast<int>(from)][static_cast<int>(to)];
+        if (is_new && from == to) {
+            std::memcpy(average, param, static_cast<std::size_t>(bytes_of(from, count)));
+        } else if (!is_new && direct != nullptr) {
+            direct(average, param, count, options_.average_weight);
+        } else {
+            const bool wide = from == DType::float64 || to == DType::float64;
+            const DType compute = wide ? DType::float64 : DType::float32;
+            const std::int64_t most = staging_bytes / static_cast<std::int64_t>(item_size(compute));
+            for (std::int64_t at = 0; at < count; at += most) {
+                const std::int64_t part = std::min(most, count - at);
+                std::byte* const there = average + bytes_of(to, at);
+                std::byte *const p = staging.param, *const a = is_new ? p : staging.states[0];
+                table_.decode[static_cast<int>(from)][wide](param + bytes_of(from, at), part, p);
+                if (!is_new) {
+                    table_.decode[static_cast<int>(to)][wide](there, part, a);
+                    table_.average[static_cast<int>(compute)][static_cast<int>(compute)](a, p, part,
+                                                                                         options_.average_weight);
+                }
+                table_.encode[static_cast<int>(to)][wide](a, part, there);
+            }
+        }
     }
 
     std::int64_t size() const {
@@ -113,6 +144,8 @@ Staging* staging_for(int count) {
 void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
                    const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end) {
     const Blocks blocks(table, choice, tensor, values, options);
+    if (tensor.grad == nullptr) return blocks.average(staging, begin, end - begin);
+    const bool averages = tensor.has_average();
     const bool strided = !tensor.grad_axes.empty();
     // `run` clears gradients whose elements overlap: later blocks still have to read them.
     const bool clear = options.zero_grad && !grad_may_overlap(tensor);
@@ -122,6 +155,7 @@ void update_blocks(const KernelTable& table, const Choice& choice, const TensorR
         std::byte* const contiguous = tensor.grad + bytes_of(tensor.grad_dtype, start);
         if (strided) reader.gather(staging.gathered, count);
         blocks.update(staging, start, count, strided ? staging.gathered : contiguous);
+        if (averages) blocks.average(staging, start, count);
         if (clear && strided) {
             cleaner.clear(count);
         } else if (clear) {

@@ -29,8 +29,8 @@ struct Staging {
 /// Staging buffers for `count` threads of a step of the calling thread, which keeps them for its next steps.
 Staging* staging_for(int count);
 
-/// Updates the elements [begin, end) of a tensor whose gradient is strided, to be scaled or to be cleared, or whose
-/// storage types no kernel has.
+/// Updates the elements [begin, end) of a tensor whose gradient is strided, to be scaled or to be cleared, whose
+/// storage types no kernel has, or which has an average.
 void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
                    const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end);
 

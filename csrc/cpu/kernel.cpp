@@ -5,6 +5,8 @@
 // an anonymous namespace or always_inline.
 #include "kernel.hpp"
 
+#include "../rules/average.hpp"
+
 #include <bit>
 #include <type_traits>
 #include <utility>
@@ -422,6 +424,55 @@ void clamp(const std::byte* from, std::int64_t size, double limit, std::byte* to
     map<C>(from, size, to, [rounded](C value) SGDCORE_INLINE_LAMBDA { return clamped(value, rounded); });
 }
 
+// Averages
+
+/// The arithmetic of rules/average.hpp over arrays of these storage types.
+template <class ParamStorage, class AverageStorage>
+struct AveragingLoop {
+    using C = storage::ComputeType<ParamStorage, ParamStorage, AverageStorage>;
+
+    template <bool far>
+    static SGDCORE_INLINE void move(std::byte* SGDCORE_RESTRICT average, const std::byte* SGDCORE_RESTRICT param,
+                                    std::int64_t size, C coefficient) {
+        std::int64_t i = 0;
+        if constexpr (ParamStorage::dtype == DType::bfloat16 && AverageStorage::dtype == DType::bfloat16) {
+            // As the halves of words: see Loops::update_bfloat16_pairs.
+            using storage::BFloat16;
+            using Words = Unaligned<std::uint32_t>;
+            auto* const averages = reinterpret_cast<Words*>(average);
+            const auto* const params = reinterpret_cast<const Words*>(param);
+            for (; i < size / 2; ++i) {
+                const std::uint32_t a = averages[i].value, p = params[i].value;
+                const float low = moved_average<far>(bits_as<float>(a << 16), bits_as<float>(p << 16), coefficient);
+                const float high =
+                    moved_average<far>(bits_as<float>(a & 0xffff0000u), bits_as<float>(p & 0xffff0000u), coefficient);
+                averages[i].value = (BFloat16::rounded_bits(low) >> 16) | (BFloat16::rounded_bits(high) & 0xffff0000u);
+            }
+            i *= 2;
+        }
+        for (; i < size; ++i) {
+            const C a = storage::load<AverageStorage, C>(average, i), p = storage::load<ParamStorage, C>(param, i);
+            storage::store<AverageStorage>(average, i, moved_average<far>(a, p, coefficient));
+        }
+    }
+
+    static SGDCORE_INLINE void run(std::byte* average, const std::byte* param, std::int64_t size, double weight) {
+        const AverageCoefficient<C> k(weight);
+        if (k.far) {
+            move<true>(average, param, size, k.value);
+        } else {
+            move<false>(average, param, size, k.value);
+        }
+    }
+    static void narrow(std::byte* average, const std::byte* param, std::int64_t size, double weight) {
+        run(average, param, size, weight);
+    }
+    SGDCORE_WIDE_VECTORS static void wide(std::byte* average, const std::byte* param, std::int64_t size,
+                                          double weight) {
+        run(average, param, size, weight);
+    }
+};
+
 template <bool has_state, bool clear>
 SGDCORE_INLINE std::uint64_t pass(std::byte* SGDCORE_RESTRICT param, std::byte* SGDCORE_RESTRICT grad,
                                   std::byte* SGDCORE_RESTRICT state, std::int64_t size) {
@@ -475,6 +526,10 @@ constexpr KernelTable make_table(RuleList<R...>) {
          {nullptr, nullptr, part_kahan<Float16>, part_kahan<BFloat16>},
          {}},
         {nullptr, nullptr, encode_stochastic<Float16>, encode_stochastic<BFloat16>},
+        {{AveragingLoop<Float64, Float64>::narrow},
+         {nullptr, AveragingLoop<Float32, Float32>::narrow},
+         {},
+         {nullptr, AveragingLoop<BFloat16, Float32>::wide, nullptr, AveragingLoop<BFloat16, BFloat16>::wide}},
         memory_pass,
     };
 }

@@ -42,6 +42,10 @@ using Scaling = void (*)(const std::byte* from, std::int64_t size, double factor
 /// The same, with each element limited to [-limit, limit], rounded to that type. A NaN stays as it is.
 using Clamping = void (*)(const std::byte* from, std::int64_t size, double limit, std::byte* to);
 
+/// Moves `size` elements of an average towards a parameter: `weight`, rounded to the compute type, is the part of the
+/// distance. The arrays may have any alignment and must not overlap.
+using Averaging = void (*)(std::byte* average, const std::byte* param, std::int64_t size, double weight);
+
 /// A step's memory traffic without its arithmetic, the yardstick of the benchmarks: reads `size` bytes of each array
 /// and writes `param` and `state`, exchanging their contents. Without a state (null) it writes the exclusive or of
 /// `param` and `grad` to `param`. Sets `grad` to zero where `clear` says so. Returns a value that depends on `grad`, so
@@ -102,6 +106,8 @@ struct KernelTable {
     Joining join[precision_count][dtype_count];
     Parting part[precision_count][dtype_count];
     StochasticConversion encode_stochastic[dtype_count];
+    // By the types of parameter and average. Null where they are converted.
+    Averaging average[dtype_count][dtype_count];
     MemoryPass memory_pass;
 };
 

@@ -102,7 +102,8 @@ SGDCORE_INLINE void update_range(const Work& work, const TensorRef& tensor, int 
     const Hyper& hyper = work.hypers[tensor.hyper];
     const StepOptions& options = work.options;
     const Choice choice = choose<R>(work.kernels.rules[options.rule], tensor, hyper, options);
-    if (!choice.direct || !tensor.grad_axes.empty() || options.changes_grads() || options.zero_grad) {
+    if (!choice.direct || !tensor.grad_axes.empty() || options.changes_grads() || options.zero_grad ||
+        tensor.has_average()) {
         Staging& staging = work.staging == nullptr ? *staging_for(1) : work.staging[thread];
         return update_blocks(work.kernels, choice, tensor, hyper.values, options, staging, begin, end);
     }

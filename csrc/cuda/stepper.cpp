@@ -53,6 +53,7 @@ void require_for_device(const TensorRef& tensor, const Hyper& hyper, bool zero_g
         throw std::invalid_argument("step: a tensor of " + std::to_string(tensor.size) + " elements is too large");
     }
     require_aligned(tensor.param, tensor.param_dtype, "parameter");
+    if (tensor.has_average()) throw std::invalid_argument("step: averages of parameters on a device");
     require_aligned(tensor.grad, tensor.grad_dtype, "gradient");
     for (int state = 0; hyper.states >> state != 0; ++state) {
         if (hyper.has_state(state)) require_aligned(tensor.states[state], tensor.state_dtypes[state], "state");

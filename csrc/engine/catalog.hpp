@@ -18,6 +18,10 @@ struct RuleInfo {
     Hyper (*hyper)(const Values& values);
 };
 
+/// The states that options add to any rule's own, numbered from `max_states` on.
+inline constexpr StateSpec extra_states[] = {{"average", "average_dtype"}};
+static_assert(sizeof extra_states / sizeof *extra_states <= max_extras && average_slot == max_states);
+
 /// All rules; the position is a rule's number.
 std::span<const RuleInfo> rules();
 

@@ -16,7 +16,12 @@ namespace sgdcore {
 inline constexpr int max_hypers = 8;         // of a rule
 inline constexpr int max_device_hypers = 2;  // of these, numbers that a device may read from its own memory
 inline constexpr int max_states = 3;         // of a rule: arrays of the parameter's shape that the optimizer keeps
-inline constexpr int max_variants = 16;      // of a rule
+inline constexpr int max_extras = 2;         // states that options add to any rule's own; engine/catalog.hpp lists them
+inline constexpr int max_slots = max_states + max_extras;
+inline constexpr int max_variants = 16;  // of a rule
+
+/// The number of a tensor's average among its states.
+inline constexpr int average_slot = max_states;
 
 /// A hyperparameter: its key in a parameter group, and the kind of its values.
 struct HyperSpec {

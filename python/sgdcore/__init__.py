@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sgdcore._averages import EMA, Polyak
 from sgdcore._core import __version__
 from sgdcore._options import Options
 from sgdcore.device_array import DeviceArray
@@ -46,6 +47,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "EMA",
     "SGD",
     "SGDW",
     "DeviceArray",
@@ -54,6 +56,7 @@ __all__ = [
     "Options",
     "Parameter",
     "ParameterBuffer",
+    "Polyak",
     "Signum",
     "__version__",
     "build_info",

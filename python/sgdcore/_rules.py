@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from sgdcore import _core
 
-__all__ = ["Rule", "State", "rule_of"]
+__all__ = ["EXTRA_STATES", "Rule", "State", "rule_of"]
 
 
 class State(NamedTuple):
-    """A state of a rule: an array like the parameter that the optimizer keeps for it.
+    """A state: an array like the parameter that the optimizer keeps for it, for its rule or for an option.
 
     Attributes:
-        number: its position in the rule's declaration.
+        number: its position in the rule's declaration, or the number of an option's state behind these.
         key: its key in a parameter's state.
         dtype_key: the key of a group that names the dtype of new states. Without a value they have the parameter's.
     """
@@ -47,6 +47,10 @@ class Rule(NamedTuple):
         """
         in_use, skips = _core.states_in_use(self.name, dict(group))
         return [state for state in self.states if in_use[state.number]], skips
+
+
+#: The states that options add to any rule's own.
+EXTRA_STATES: tuple[State, ...] = tuple(State(*each) for each in _core.extra_states())
 
 
 @cache

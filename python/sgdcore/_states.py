@@ -1,4 +1,4 @@
-"""The state of an optimizer of arrays: for each parameter the states of its rule, and values that users add."""
+"""The state of an optimizer of arrays: for each parameter the states of its rule and of options, and users' values."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ __all__ = [
     "OptimizerState",
     "ParameterState",
     "StateStorage",
+    "as_array",
+    "copied",
+    "copy_into",
     "dtype_of",
     "filled_storage",
     "new_storage",
@@ -29,20 +32,40 @@ __all__ = [
 _REQUIRED: Any = object()  # stands for a default that was not given
 
 
-class ParameterState(MutableMapping[str, Any]):
-    """The state of one parameter: the states of the optimizer's rule, and values that users add.
+class DeclaredStates(NamedTuple):
+    """The states that an optimizer keeps for each parameter.
 
-    SGD's only state is ``"momentum_buffer"``. A state of the rule may be read, changed in place, replaced by an array
-    of the parameter's shape (float64, float32, float16 or bfloat16), or deleted, which makes the next step a first
-    one. A ParameterState that was taken out of the optimizer's state keeps its values. Once its parameter is gone,
-    setting a state of the rule raises a ReferenceError.
+    Attributes:
+        rule: the name of its rule.
+        extras: those of its options, as the core's bits: bit n is the state of number n.
+        states: all of them.
     """
 
-    __slots__ = ("_other", "_rule", "slots")
+    rule: str
+    extras: int
+    states: tuple[State, ...]
 
-    def __init__(self, rule: str, parameter: Parameter) -> None:
-        self.slots = _core.StateSlots(rule, parameter)
-        self._rule = rule
+    @classmethod
+    def of(cls, rule: str, extras: Sequence[State]) -> DeclaredStates:
+        """Return those of a rule and of the options' states that are given."""
+        bits = sum(1 << state.number for state in extras)
+        return cls(rule, bits, (*rule_of(rule).states, *extras))
+
+
+class ParameterState(MutableMapping[str, Any]):
+    """The state of one parameter: the states of the optimizer's rule and options, and values that users add.
+
+    SGD's only state is ``"momentum_buffer"``; ``average=`` adds ``"average"``. Such a state may be read, changed in
+    place, replaced by an array of the parameter's shape (float64, float32, float16 or bfloat16), or deleted, which
+    makes the next step a first one. A ParameterState that was taken out of the optimizer's state keeps its values. Once
+    its parameter is gone, setting one of the states raises a ReferenceError.
+    """
+
+    __slots__ = ("_declared", "_other", "slots")
+
+    def __init__(self, declared: DeclaredStates, parameter: Parameter) -> None:
+        self.slots = _core.StateSlots(declared.rule, parameter, declared.extras)
+        self._declared = declared
         self._other: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
@@ -66,7 +89,7 @@ class ParameterState(MutableMapping[str, Any]):
             self.slots.note_other_values(bool(self._other))
 
     def __iter__(self) -> Iterator[str]:
-        yield from (s.key for s in rule_of(self._rule).states if self.slots.holds(s.number))
+        yield from (s.key for s in self._declared.states if self.slots.holds(s.number))
         yield from self._other
 
     def __len__(self) -> int:
@@ -76,7 +99,7 @@ class ParameterState(MutableMapping[str, Any]):
         return repr(dict(self))
 
     def _find(self, key: object) -> int:
-        """Return the number of the rule's state with that key; -1 if the rule has none."""
+        """Return the number of the state with that key; -1 if neither the rule nor an option has one."""
         return self.slots.find(key) if isinstance(key, str) else -1
 
     def _holds(self, state: int) -> bool:
@@ -90,10 +113,11 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
 
     Args:
         rule: the name of the rule.
+        extras: the states of the optimizer's options.
     """
 
-    def __init__(self, rule: str) -> None:
-        self._rule = rule
+    def __init__(self, rule: str, extras: Sequence[State] = ()) -> None:
+        self._declared = DeclaredStates.of(rule, extras)
         # A state that is not empty keeps its parameter alive while it is in this mapping.
         self._states: WeakKeyDictionary[Parameter, ParameterState] = WeakKeyDictionary()
 
@@ -106,12 +130,12 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
             raise TypeError(f"state: expected a Parameter as key, got {_core.repr_text(parameter)}")
         state = self._states.get(parameter)
         if state is None:
-            state = self._states[parameter] = ParameterState(self._rule, parameter)
+            state = self._states[parameter] = ParameterState(self._declared, parameter)
         return state
 
     def __setitem__(self, parameter: Parameter, value: Mapping[str, Any]) -> None:
         state = self[parameter]
-        fresh = ParameterState(self._rule, parameter)
+        fresh = ParameterState(self._declared, parameter)
         fresh.update(value)  # raises before anything is replaced
         state.clear()
         state.update(fresh)
@@ -139,6 +163,11 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
         if parameter not in self:
             self[parameter] = {} if default is None else default
         return self[parameter]
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states that the optimizer's rule and options keep."""
+        return self._declared.states
 
     def __iter__(self) -> Iterator[Parameter]:
         return (parameter for parameter, state in self._states.items() if state)
@@ -242,14 +271,35 @@ def filled_storage(
     filled = []
     arrays = new_storage([storage for storage, _ in wanted])
     for (storage, values), array in zip(wanted, arrays, strict=True):
-        if not isinstance(array, DeviceArray):
-            array[...] = values
-        elif isinstance(values, DeviceArray) and values.strides != array.strides:
-            array.assign(values.numpy())  # a device only copies arrays of one memory order
-        else:
-            array.assign(values)
+        copy_into(array, values)
         filled.append((storage, array))
     return filled
+
+
+def as_array(array: Any) -> Array | DeviceArray:
+    """Return an array of a parameter or a state as one that `copied` and `copy_into` take."""
+    return array if isinstance(array, np.ndarray) else DeviceArray.of(array)
+
+
+def copied(array: Array | DeviceArray) -> Array | DeviceArray:
+    """Return a copy, laid out like the array."""
+    if isinstance(array, np.ndarray):
+        return np.array(array, order="K", copy=True)
+    copy = DeviceArray.empty_like(array, array.dtype)
+    copy.assign(array)
+    return copy
+
+
+def copy_into(array: Array | DeviceArray, values: Array | DeviceArray) -> None:
+    """Copy values into an array of the same shape, rounding them to its dtype."""
+    if not isinstance(array, DeviceArray):
+        np.copyto(array, np.asarray(values), casting="unsafe")
+    elif isinstance(values, DeviceArray) and (
+        values.strides != array.strides or values.dtype != array.dtype
+    ):
+        array.assign(values.numpy())  # a device only copies arrays of one dtype and memory order
+    else:
+        array.assign(values)
 
 
 def read_state(

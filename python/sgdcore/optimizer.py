@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, overload
@@ -16,6 +17,7 @@ import numpy as np
 
 from sgdcore import _core
 from sgdcore._arrays import storage_dtype
+from sgdcore._averages import AVERAGE, exchanged, taken_steps, without_saved
 from sgdcore._checkpoint import check_layout, refuse_other_optimizers
 from sgdcore._copies import attributes_of, set_attributes
 from sgdcore._hooks import Hook, HookHandle, call_pre_hooks
@@ -27,10 +29,13 @@ from sgdcore._mistakes import (
     warn_of_near_keys,
 )
 from sgdcore._options import HasOptions
-from sgdcore._rules import rule_of
+from sgdcore._rules import State, rule_of
 from sgdcore._states import (
     OptimizerState,
     StateStorage,
+    as_array,
+    copied,
+    copy_into,
     dtype_of,
     filled_storage,
     new_storage,
@@ -77,7 +82,8 @@ class Optimizer(HasOptions):
             )
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
-        self._state = OptimizerState(self.rule)
+        self._take_average(options)
+        self._state = self._empty_state()
         self._start()
         self._take_options(options)
 
@@ -104,6 +110,7 @@ class Optimizer(HasOptions):
         """Set the attributes that are not part of a checkpoint."""
         self._plan = _core.Plan(self.rule)
         self._plan.clipping = self._clipping
+        self._plan.averaged = None if self._averages is None else self._averages.steps
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
         # The plan's number of checks, and the identities of all parameters, which hold while the number stays.
@@ -123,7 +130,7 @@ class Optimizer(HasOptions):
     @state.setter
     def state(self, state: Mapping[Parameter, MutableMapping[str, Any]]) -> None:
         if not isinstance(state, OptimizerState):
-            values, state = state, OptimizerState(self.rule)
+            values, state = state, self._empty_state()
             state.update(values)
         self._state = state
         self._plan.outdate()
@@ -273,11 +280,11 @@ class Optimizer(HasOptions):
             if found is None:
                 self._build_plan(self.param_groups)
                 continue
-            states = rule_of(self.rule).states
-            missing = []
-            for parameter, group, number in found:
-                state = states[number]
-                missing.append(StateStorage(parameter, state, dtype_of(state, group, parameter)))
+            states = {state.number: state for state in self._state.states}
+            missing = [
+                StateStorage(parameter, states[n], self._dtype_of(states[n], group, parameter))
+                for parameter, group, n in found
+            ]
             for each, array in zip(missing, new_storage(missing), strict=True):
                 self.state[each.parameter].slots.reserve(each.state.number, array)
 
@@ -295,6 +302,39 @@ class Optimizer(HasOptions):
         for hook in self._step_post_hooks.values():
             hook(self, args, kwargs)
         return loss
+
+    def _empty_state(self) -> OptimizerState:
+        return OptimizerState(self.rule, () if self._averages is None else (AVERAGE,))
+
+    def _dtype_of(
+        self, state: State, group: Mapping[str, Any], parameter: Parameter
+    ) -> np.dtype[Any]:
+        """Return the dtype of a parameter's new state."""
+        if self._averages is not None and state is AVERAGE:
+            group = self._averages.named_dtype
+        return dtype_of(state, group, parameter)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the averages where the parameters are, for the time of a ``with`` block.
+
+        Inside, the parameters' arrays hold the averages; each is rounded to the parameter's dtype. Afterwards, also
+        behind an exception, they hold what they held before, in every bit. A parameter that has no average yet keeps
+        its values. The state's averages hold the parameters' values meanwhile, if their dtypes are equal, so the
+        block takes memory for one more parameter; for averages of another dtype, for copies of all parameters.
+
+        Raises:
+            RuntimeError: if the optimizer was made without ``average=``, inside of another such block. Inside of one,
+                `step`, `state_dict` and `load_state_dict` raise it.
+        """
+        if self._averages is None:
+            raise RuntimeError("averaged: the optimizer was made without average=")
+        pairs = (
+            (as_array(p.data), as_array(self.state[p].slots.array(AVERAGE.number)))
+            for group in self.param_groups
+            for p in group["params"]
+            if self.state[p].slots.holds(AVERAGE.number)
+        )
+        return exchanged(self._averages.steps, pairs, copied, copy_into)
 
     # Hooks
 
@@ -336,12 +376,16 @@ class Optimizer(HasOptions):
         """
         for hook in self._state_dict_pre_hooks.values():
             hook(self)
+        saved = {}
+        if self._averages is not None:
+            self._averages.require_parameters("state_dict")
+            saved = self._averages.saved()
         positions: dict[Parameter, int] = {}
         groups = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 positions[parameter] = len(positions)
-            groups.append({**group, "params": [positions[p] for p in group["params"]]})
+            groups.append({**group, **saved, "params": [positions[p] for p in group["params"]]})
         state = {positions.get(p, p): dict(values) for p, values in self.state.items()}
         state_dict: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in self._state_dict_post_hooks.values():
@@ -375,11 +419,17 @@ class Optimizer(HasOptions):
         refuse_other_optimizers(state_dict, type(self).__name__, rule_of(self.rule))
         saved = state_dict["param_groups"]
         _require_matching(saved, self.param_groups)
+        if self._averages is not None:
+            self._averages.require_parameters("load_state_dict")
+        taken = taken_steps(self._averages, saved)
+        saved = [without_saved(group) for group in saved]
         groups = [
             self._merged_group(own, other)
             for own, other in zip(self.param_groups, saved, strict=True)
         ]
         self._replace_state(self._read_state(state_dict, groups))
+        if self._averages is not None:
+            self._averages.steps.taken = taken
         # From here on only the user's hooks can raise.
         self.param_groups[:] = groups
         for hook in self._load_state_dict_post_hooks.values():
@@ -410,12 +460,12 @@ class Optimizer(HasOptions):
                     f"state_dict['state']: no parameter has the key {_core.repr_text(key)}"
                 )
             parameter, group = parameter_of[key]
-            own = {each.key: each for each in rule_of(self.rule).states}
+            own = {each.key: each for each in self._state.states}
             read = copy.deepcopy({k: v for k, v in values.items() if k not in own})
             for name, each in own.items():
                 if values.get(name) is not None:
                     argument = f"state_dict['state'][{_core.repr_text(key)}]['{name}']"
-                    dtype = dtype_of(each, group, parameter)
+                    dtype = self._dtype_of(each, group, parameter)
                     read[name] = read_state(argument, values[name], parameter, dtype)
             state[parameter] = read
         return state
@@ -430,7 +480,7 @@ class Optimizer(HasOptions):
         filled = [
             (StateStorage(parameter, each, values[each.key].dtype), values[each.key])
             for parameter, values in state.items()
-            for each in rule_of(self.rule).states
+            for each in self._state.states
             if each.key in values
         ]
         for storage, array in filled_storage(filled):
@@ -441,7 +491,10 @@ class Optimizer(HasOptions):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {parameter: dict(values) for parameter, values in self.state.items()}
-        kept = {} if self._clipping is None else {"clipping": self._clipping}
+        kept: dict[str, Any] = {} if self._clipping is None else {"clipping": self._clipping}
+        if self._averages is not None:
+            self._averages.require_parameters("a copy")
+            kept["averages"] = self._averages
         return {
             "defaults": self.defaults,
             "state": state,
@@ -453,7 +506,8 @@ class Optimizer(HasOptions):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.defaults = state["defaults"]
         self.param_groups = state["param_groups"]
-        self._state = OptimizerState(self.rule)
+        self._averages = state.get("averages")
+        self._state = self._empty_state()
         if "clipping" in state:
             self._clipping = state["clipping"]
         self._start()
@@ -478,6 +532,7 @@ class _Own:
 
     names = frozenset(
         {
+            "_averages",
             "_load_state_dict_post_hooks",
             "_load_state_dict_pre_hooks",
             "_clipping",

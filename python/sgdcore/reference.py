@@ -22,12 +22,14 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 __all__ = [
     "ReferenceSGD",
     "compute_dtype",
+    "ema_update",
     "fma",
     "join_kahan",
     "join_split",
     "lion_update",
     "part_kahan",
     "part_split",
+    "polyak_update",
     "random_bits",
     "round_stochastically",
     "sgd_update",
@@ -412,6 +414,81 @@ def _update(
             g = fma(momentum_factor, b, g) if nesterov else b
         p = fma(minus_lr, g, p)
         return _round_to(param.dtype, p), momentum_buffer
+
+
+def ema_update(
+    average: Array | None,
+    param: Array,
+    *,
+    decay: float,
+    average_dtype: DTypeLike | None = None,
+) -> Array:
+    """The exponential moving average of a parameter after one more step.
+
+    Equations, for each element with average a and parameter p, where w = 1 - decay is formed in double precision and
+    rounded to the compute dtype::
+
+        a = p                      on the first step, where average is None
+        a = fma(w, p - a, a)       afterwards, if w < 0.5
+        a = fma(w - 1, p - a, p)   afterwards, if w >= 0.5
+
+    The differences are rounded to the compute dtype.
+
+    Args:
+        average: the average before the step, in any storage dtype, of param's shape; None before the first step.
+        param: the parameter after the step, in any storage dtype.
+        decay: the part of the average that the step leaves.
+        average_dtype: the dtype of a new average; the parameter's if None.
+
+    Returns:
+        A new array; the inputs are untouched.
+
+    Example:
+        >>> ema_update(np.array([1.0]), np.array([2.0]), decay=0.75)
+        array([1.25])
+
+    Source: the arithmetic of ``torch.lerp``, which ``torch.optim.swa_utils.get_ema_multi_avg_fn`` uses.
+    """
+    return _moved(average, param, 1.0 - decay, average_dtype)
+
+
+def polyak_update(
+    average: Array | None,
+    param: Array,
+    averaged: int,
+    *,
+    average_dtype: DTypeLike | None = None,
+) -> Array:
+    """The mean of a parameter over steps, after one more step.
+
+    Equations: those of `ema_update` with w = 1 / (averaged + 1).
+
+    Args:
+        average: as in `ema_update`, as are `param` and `average_dtype`.
+        param: see `average`.
+        averaged: the number of steps that are in the average.
+        average_dtype: see `average`.
+
+    Example:
+        >>> polyak_update(np.array([1.0]), np.array([5.0]), 3)
+        array([2.])
+
+    Source: ``torch.optim.swa_utils.get_swa_multi_avg_fn``.
+    """
+    return _moved(average, param, 1.0 / (averaged + 1), average_dtype)
+
+
+def _moved(average: Array | None, param: Array, weight: float, dtype: DTypeLike | None) -> Array:
+    if average is None:
+        stored = np.dtype(param.dtype if dtype is None else dtype)
+        return _round_to(stored, param.astype(compute_dtype(param.dtype, stored)))
+    compute = compute_dtype(average.dtype, param.dtype)
+    with np.errstate(all="ignore"):
+        w = compute.type(weight)
+        a, p = average.astype(compute), param.astype(compute)
+        far = not abs(w) < 0.5
+        moved = fma(w - compute.type(1) if far else w, p - a, p if far else a)
+        return _round_to(average.dtype, moved)
 
 
 class ReferenceSGD:

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from sgdcore import _core, _devices
+from sgdcore._averages import AVERAGE, Averages
 from sgdcore._devices import CPU
 from sgdcore._rules import Rule, State
-from sgdcore.torch import _interface
+from sgdcore.torch import _averages, _interface
 from sgdcore.torch._interface import STORAGE_TYPES
 
 __all__ = [
@@ -45,11 +46,14 @@ class Updater(NamedTuple):
         rule: the plan's rule.
         by_operations: ``by_operations(parameter, gradient, states, group)`` updates a tensor that has operations
             instead of memory, and returns its states. A state that takes no part, or that is new, is given as None.
+        averages: the averages of the parameters, or None. Those of parameters that are prepared here, and new ones,
+            move after the step.
     """
 
     plan: _core.TorchPlan
     rule: Rule
     by_operations: Callable[[Tensor, Tensor, _States, dict[str, Any]], _States]
+    averages: Averages | None = None
 
     @property
     def clip_value(self) -> float | None:
@@ -153,7 +157,8 @@ class _Step:
 
     Attributes:
         updates: the prepared updates, by the parameter's position among all.
-        new: the parameters that lack only states, with new states, by position.
+        new: the parameters that lack only states or an average: (parameter, states, whether the step is the first), by
+            position.
         in_sequence: the positions of updates that overlap other memory. They step one after the other, at the end.
         left_out: the positions of the parameters that the core leaves alone; None for all of them.
     """
@@ -176,7 +181,7 @@ class _Step:
         self.pending = pending
         self.place = place
         self.updates: dict[int, _Update] = {}
-        self.new: dict[int, tuple[Tensor, tuple[Tensor | None, ...]]] = {}
+        self.new: dict[int, tuple[Tensor, tuple[Tensor | None, ...], bool]] = {}
         self.in_sequence: set[int] = set()
         self.left_out: set[int] | None = set()
 
@@ -220,21 +225,24 @@ class _Step:
                 found, _ = self.updater.rule.states_in(group)
                 states = [(s.number, s.key, dtype_of(group.get(s.dtype_key))) for s in found]
                 may_capture = True
+                may_be_known = len(states) > 1 or self.updater.averages is not None
             parameter = params[at]
             if may_capture and not parameter.is_cpu:
-                _require_no_capture(_label_at(group, index, at, self.place), found[0])
+                missing = found[0] if found else AVERAGE
+                _require_no_capture(_label_at(group, index, at, self.place), missing)
                 may_capture = False
             # A single state is the missing one.
-            known = self.state.get(parameter, none) if len(states) > 1 else none
-            new = lacking.copy()
+            known = self.state.get(parameter, none) if may_be_known else none
+            new, first = lacking.copy(), False
             for number, key, dtype in states:
                 tensor = known.get(key)
                 if tensor is None:
+                    first = True
                     tensor = empty_like(parameter, dtype)
                     if parameter.grad.layout is not torch.strided:
                         tensor.zero_()  # a lazy step leaves out rows
                 new[number] = tensor
-            self.new[position] = parameter, tuple(new)
+            self.new[position] = parameter, tuple(new), first
 
     def step_by_torch(self) -> None:
         """Step the parameters that have operations of their own."""
@@ -246,12 +254,23 @@ class _Step:
 
     def finish(self, overlapping: list[_Place], zero_grad: bool) -> bool:
         """Step the core's parameters and the updates. Return False if gradients are still to be cleared."""
+        averages = self.updater.averages
+        moves = averages is not None and averages.steps.active
+        weight = 0.0 if averages is None else averages.steps.weight
         self.separate({place[0] for place in overlapping})
         cleared = self.run(zero_grad)
         self.note_updates()
+        if averages is not None and moves:
+            _averages.move(averages, self._averaged_here(), self.state, weight)
         if not zero_grad:
             return True
         return cleared and self.left_out is not None and _clear(self.groups, self.left_out)
+
+    def _averaged_here(self) -> Iterator[Tensor]:
+        """Return the parameters whose averages the core left alone."""
+        for position, index, at in self.all_places():
+            if self.left_out is None or position in self.left_out or position in self.new:
+                yield self.groups[index]["params"][at]
 
     def separate(self, positions: set[int]) -> None:
         """Make these updates step in sequence. Raise if one of them cannot be stepped at all."""
@@ -278,7 +297,7 @@ class _Step:
                 self.grad_factor,
                 self.scaling,
                 None if self.left_out is None else sorted(self.left_out),
-                [(position, states) for position, (_, states) in self.new.items()],
+                [(position, states, first) for position, (_, states, first) in self.new.items()],
                 items,
             )
             if found is True:
@@ -311,7 +330,7 @@ class _Step:
 
     def _note_new(self) -> None:
         keys = [state.key for state in self.updater.rule.states]
-        for parameter, states in self.new.values():
+        for parameter, states, _ in self.new.values():
             known = self.state.setdefault(parameter, {})
             for key, tensor in zip(keys, states, strict=True):
                 if tensor is not None:

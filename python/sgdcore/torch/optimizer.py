@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import chain
 from types import MappingProxyType
@@ -17,16 +18,17 @@ from torch.optim import optimizer as _optimizer
 
 from sgdcore import _core
 from sgdcore._arrays import as_tensor
+from sgdcore._averages import AVERAGE, Polyak, exchanged, taken_steps, without_saved
 from sgdcore._checkpoint import check_layout, refuse_other_optimizers
 from sgdcore._devices import CPU
 from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore._hooks import call_pre_hooks
 from sgdcore._hyperparameters import float_of
 from sgdcore._options import HasOptions
-from sgdcore._rules import rule_of
+from sgdcore._rules import State, rule_of
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
-from sgdcore.torch import _interface, _irregular
+from sgdcore.torch import _averages, _interface, _irregular
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan, profiler_enabled
 
@@ -101,6 +103,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         own: Mapping[str, Any],
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        self._take_average(options)
         self._start()
         self._take_options(options)
         own_defaults = self._own_defaults()
@@ -158,6 +161,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         """Set the attributes that are not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api(), self.rule)
         self._plan.clipping = self._clipping
+        self._plan.averaged = None if self._averages is None else self._averages.steps
         # Bound once, which saves a look-up in each step.
         self._run_unobserved = self._plan.run_unobserved
         self._step_attributes: dict[str, Any] = {}
@@ -325,6 +329,14 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
                     return
                 if scale is not None:
                     grad_factor = _irregular.factor_of(scale)
+            elif isinstance(self.average, Polyak):
+                # The weight of the next step depends on whether this one happens.
+                left_out, grad_factor = scaling.on_host()
+                scaling = None
+                if left_out:
+                    if zero_grad:
+                        self.zero_grad(set_to_none=False)
+                    return
         # A step that the device skips would not clear the gradients.
         clear_later = zero_grad and scaling is not None
         clear_now = zero_grad and not clear_later
@@ -342,12 +354,16 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         scaling: _irregular.Scaling | None = None,
     ) -> bool:
         """Step where the plan found irregular parameters. Return False if gradients are still to be cleared."""
-        if scaling is not None and any(
-            p.grad is not None and p.grad.layout is not torch.strided
-            for group in self.param_groups
-            for p in group["params"]
+        if scaling is not None and (
+            self._averages is not None
+            or any(
+                p.grad is not None and p.grad.layout is not torch.strided
+                for group in self.param_groups
+                for p in group["params"]
+            )
         ):
-            # Rows of a state have no pending flags, so the host has to read the numbers.
+            # Rows of a state have no pending flags, and some averages move after the step, so the host has to read the
+            # numbers.
             left_out, grad_factor = scaling.on_host()
             scaling = None
             if left_out:
@@ -376,7 +392,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         return cleared
 
     def _updater(self, plan: _core.TorchPlan) -> _irregular.Updater:
-        return _irregular.Updater(plan, rule_of(self.rule), self.by_operations)
+        return _irregular.Updater(plan, rule_of(self.rule), self.by_operations, self._averages)
 
     def _set_pending(self) -> None:
         self._plan.set_pending([(s, flags.data_ptr()) for s, flags in self._pending.items()])
@@ -409,8 +425,10 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups in torch's layout, with dtypes as names; see torch.optim.Optimizer."""
+        if self._averages is not None:
+            self._averages.require_parameters("state_dict")
         # Runs before the user's hooks, which then see what is saved.
-        hook = self.register_state_dict_post_hook(_name_dtypes, prepend=True)
+        hook = self.register_state_dict_post_hook(_complete_groups, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -432,16 +450,16 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             check_layout(state_dict)
+        if self._averages is not None:
+            self._averages.require_parameters("load_state_dict")
         # Hooks run in the order of registration, so this hook gets what the user's hooks return.
         hook = self.register_load_state_dict_pre_hook(_read_checkpoint)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return state if self._clipping is None else {**state, "_clipping": self._clipping}
+        if self._averages is not None:
+            self._averages.steps.taken = self._averages.loaded
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict, copy and pickle call this. The first two pass the objects that are to be kept.
@@ -479,20 +497,50 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         self, key: str, tensor: Tensor, parameter: Tensor, group: Mapping[str, Any]
     ) -> Tensor:
         """Return a copy of a state of a checkpoint: on the parameter's device, in its layout."""
-        dtype_keys = {state.key: state.dtype_key for state in rule_of(self.rule).states}
-        return _state_for(key, parameter, tensor, group.get(dtype_keys[key]))
+        named = group if self._averages is None else {**group, **self._averages.named_dtype}
+        dtype_keys = {state.key: state.dtype_key for state in self._states()}
+        return _state_for(key, parameter, tensor, named.get(dtype_keys[key]))
+
+    def _named_dtype(self, name: str, dtype: Any) -> torch.dtype | None:
+        group = {name: dtype}
+        _check_dtype(group, name)
+        checked: torch.dtype | None = group[name]
+        return checked
+
+    def _states(self) -> tuple[State, ...]:
+        """Return the states that the rule and the options keep."""
+        return rule_of(self.rule).states + (() if self._averages is None else (AVERAGE,))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the averages where the parameters are, for the time of a ``with`` block; see `sgdcore.SGD.averaged`.
+
+        Buffers, such as batch norm's statistics, stay as they are.
+        """
+        if self._averages is None:
+            raise RuntimeError("averaged: the optimizer was made without average=")
+        pairs = (
+            (p, values[AVERAGE.key])
+            for group in self.param_groups
+            for p in group["params"]
+            if (values := self._state.get(p)) and values.get(AVERAGE.key) is not None
+        )
+        return exchanged(self._averages.steps, pairs, _averages.copied, _averages.copy_into)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._averages is not None:
+            self._averages.require_parameters("a copy")
+        kept = {"_averages": self._averages, "_clipping": self._clipping}
+        return {**state, **{name: value for name, value in kept.items() if value is not None}}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check the hyperparameters that torch lacks. Replace the name of a dtype by torch's dtype."""
         for state in rule_of(self.rule).states:
-            dtype = group.get(state.dtype_key)
-            if isinstance(dtype, str):
-                dtype = group[state.dtype_key] = _interface.dtype_of(dtype)
-            if dtype is not None and dtype not in STORAGE_TYPES:
-                expected = ", ".join(str(dtype) for dtype in STORAGE_TYPES)
-                raise TypeError(
-                    f"{state.dtype_key}: expected one of {expected} or None, got {dtype!r}"
-                )
+            _check_dtype(group, state.dtype_key)
+        if self._averages is not None and group.get("differentiable", False):
+            raise ValueError(
+                "differentiable: a step that autograd records does not go with average="
+            )
         mode = group.get("sparse_mode", "dense")
         if mode not in ("dense", "lazy"):
             raise ValueError(f"sparse_mode: expected 'dense' or 'lazy', got {mode!r}")
@@ -573,9 +621,24 @@ def _hint_for(value: Any) -> str:
     return ""
 
 
-def _name_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Replace dtypes by their names, since torch.distributed.checkpoint and JSON take plain values only."""
+def _check_dtype(group: dict[str, Any], key: str) -> None:
+    """Check the storage type that a group has under a key. Replace its name by torch's dtype."""
+    dtype = group.get(key)
+    if isinstance(dtype, str):
+        dtype = group[key] = _interface.dtype_of(dtype)
+    if dtype is not None and dtype not in STORAGE_TYPES:
+        expected = ", ".join(str(dtype) for dtype in STORAGE_TYPES)
+        raise TypeError(f"{key}: expected one of {expected} or None, got {dtype!r}")
+
+
+def _complete_groups(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Replace dtypes by their names, since torch.distributed.checkpoint and JSON take plain values only.
+
+    Also add what is saved of the averages.
+    """
     for group in state_dict["param_groups"]:
+        if optimizer._averages is not None:
+            group.update(optimizer._averages.saved())
         for state in rule_of(optimizer.rule).states:
             if isinstance(group.get(state.dtype_key), torch.dtype):
                 group[state.dtype_key] = STORAGE_TYPES[group[state.dtype_key]]
@@ -593,10 +656,14 @@ def _read_checkpoint(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, An
                 f"state_dict['param_groups'][{i}]: expected {name}'s hyperparameters, got none called "
                 f"{', '.join(missing)}"
             )
+    taken = taken_steps(optimizer._averages, state_dict["param_groups"])
+    if optimizer._averages is not None:
+        optimizer._averages.loaded = taken
     state = {}
+    states = optimizer._states()
     for key, values in state_dict["state"].items():
         if isinstance(values, dict):
-            own = {each.key: values[each.key] for each in rule.states if each.key in values}
+            own = {each.key: values[each.key] for each in states if each.key in values}
             values = values | {name: _uncast(value) for name, value in own.items()}
         state[key] = values
     groups = _without_own_defaults(optimizer, state_dict["param_groups"])
@@ -613,7 +680,7 @@ def _without_own_defaults(
     optimizer: Any, saved: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return a checkpoint's groups without keys that have their default: earlier versions saved all of them."""
-    groups = [dict(group) for group in saved]
+    groups = [without_saved(group) for group in saved]
     # Not strict: torch refuses another number of groups, with its own message.
     for group, present in zip(groups, optimizer.param_groups, strict=False):
         for key, default in optimizer._own_defaults().items():
