@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -45,8 +45,10 @@
 /// Lets the compiler use 64-byte vectors in a function of a file that is compiled for 32-byte ones.
 #if defined(__AVX512F__) && !defined(__clang__)
 #define SGDCORE_WIDE_VECTORS __attribute__((target("prefer-vector-width=512")))
+#define SGDCORE_HAS_WIDE_VECTORS true
 #else
 #define SGDCORE_WIDE_VECTORS
+#define SGDCORE_HAS_WIDE_VECTORS false
 #endif
 
 #if defined(__CUDACC__)
@@ -65,6 +67,7 @@ inline constexpr bool is_x86_64_baseline = false;
 #endif
 
 inline constexpr std::int64_t cache_line = 64;  // bytes
+inline constexpr bool has_wide_vectors = SGDCORE_HAS_WIDE_VECTORS;
 
 /// The bits of `from`, read as a `To`. (`std::bit_cast` is not always_inline.)
 template <class To, class From>
@@ -102,10 +105,21 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE double fused_multiply_add(double a, double b,
     return __builtin_fma(a, b, c);
 }
 
-/// Conversions of eight float16 to float32 and back, rounding to nearest even, where the machine has them: the bits of
-/// storage::Float16, in a fraction of the instructions.
-#if defined(__F16C__)
+/// Conversions of `float16_lanes` float16 to float32 and back, rounding to nearest even, where the machine has them:
+/// the bits of storage::Float16, in a fraction of the instructions.
+#if defined(__AVX512F__)
 inline constexpr bool converts_float16 = true;
+inline constexpr std::int64_t float16_lanes = 16;
+SGDCORE_INLINE void float16_to_float32(const std::byte* from, float* to) {
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+SGDCORE_INLINE void float32_to_float16(const float* from, std::byte* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+inline constexpr bool converts_float16 = true;
+inline constexpr std::int64_t float16_lanes = 8;
 SGDCORE_INLINE void float16_to_float32(const std::byte* from, float* to) {
     _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
@@ -115,8 +129,26 @@ SGDCORE_INLINE void float32_to_float16(const float* from, std::byte* to) {
 }
 #else
 inline constexpr bool converts_float16 = false;
+inline constexpr std::int64_t float16_lanes = 8;
 SGDCORE_INLINE void float16_to_float32(const std::byte*, float*) {}
 SGDCORE_INLINE void float32_to_float16(const float*, std::byte*) {}
+#endif
+
+/// Writes the upper halves of `halves_lanes` 32-bit words, where the machine has an instruction for it.
+#if defined(__AVX512BW__)
+inline constexpr bool joins_halves = true;
+inline constexpr std::int64_t halves_lanes = 32;
+SGDCORE_INLINE void store_upper_halves(const std::uint32_t* words, std::byte* to) {
+    alignas(cache_line) static constexpr std::uint16_t odd[halves_lanes] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                                            23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                                            45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i first = _mm512_loadu_si512(words), second = _mm512_loadu_si512(words + halves_lanes / 2);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, _mm512_load_si512(odd), second));
+}
+#else
+inline constexpr bool joins_halves = false;
+inline constexpr std::int64_t halves_lanes = 32;
+SGDCORE_INLINE void store_upper_halves(const std::uint32_t*, std::byte*) {}
 #endif
 
 }  // namespace sgdcore

@@ -22,7 +22,7 @@ SGDCORE_INLINE void for_each_state(Function function) {
     }(std::make_integer_sequence<int, count>{});
 }
 
-constexpr std::int64_t lanes = 8;  // of the conversions in platform.hpp
+constexpr std::int64_t lanes = float16_lanes;
 
 template <class Storage>
 SGDCORE_INLINE void load_lanes(const std::byte* base, std::int64_t index, float* values) {
@@ -109,7 +109,7 @@ struct Loops {
         return size / 2 * 2;
     }
 
-    /// Updates eight elements at a time, with the machine's own conversions of float16, which the compiler does not
+    /// Updates `lanes` elements at a time, with the machine's own conversions of float16, which the compiler does not
     /// find in the plain loop. Returns the number of elements updated, all but the last few.
     static SGDCORE_INLINE std::int64_t update_lanes(const Coefficients& coefficients, SGDCORE_ARRAYS,
                                                     std::int64_t size) {
@@ -219,17 +219,28 @@ constexpr Kernel kernel_at() {
     }
 }
 
+/// The kernel for blocks of float32 that stay in the L1 cache, where wide vectors gain.
+template <class R, int index>
+constexpr Kernel block_kernel() {
+    constexpr typename R::Variant variant = R::variants[index];
+    using Float32 = storage::Float32;
+    using Kernels = Loops<typename KernelRule<R, variant>::type, variant, Float32, Float32, Float32>;
+    return has_wide_vectors ? Kernels::wide : Kernels::narrow;
+}
+
 template <class R>
 struct KernelsOf {
     static constexpr int size = direct_count * variant_count<R>;
     Kernel entries[size];
+    Kernel for_blocks[variant_count<R>];
 };
 
 template <class R>
 constexpr KernelsOf<R> all_kernels() {
-    return []<int... index>(std::integer_sequence<int, index...>) {
-        return KernelsOf<R>{{kernel_at<R, index>()...}};
-    }(std::make_integer_sequence<int, KernelsOf<R>::size>{});
+    return
+        []<int... index, int... variant>(std::integer_sequence<int, index...>, std::integer_sequence<int, variant...>) {
+            return KernelsOf<R>{{kernel_at<R, index>()...}, {block_kernel<R, variant>()...}};
+        }(std::make_integer_sequence<int, KernelsOf<R>::size>{}, std::make_integer_sequence<int, variant_count<R>>{});
 }
 
 template <class R>
@@ -255,6 +266,14 @@ SGDCORE_WIDE_VECTORS void encode(const std::byte* SGDCORE_RESTRICT from, std::in
     std::int64_t i = 0;
     if constexpr (converts_float16 && Storage::dtype == DType::float16 && sizeof(C) == sizeof(float)) {
         for (; i + lanes <= size; i += lanes) store_lanes<Storage>(to, i, elements + i);
+    }
+    if constexpr (joins_halves && Storage::dtype == DType::bfloat16 && sizeof(C) == sizeof(float)) {
+        for (; i + halves_lanes <= size; i += halves_lanes) {
+            std::uint32_t words[halves_lanes];
+            for (std::int64_t lane = 0; lane < halves_lanes; ++lane)
+                words[lane] = Storage::upper_half(elements[i + lane]);
+            store_upper_halves(words, to + i * 2);
+        }
     }
     for (; i < size; ++i) storage::store<Storage>(to, i, elements[i]);
 }
@@ -506,7 +525,7 @@ template <class... R>
 constexpr KernelTable make_table(RuleList<R...>) {
     using namespace storage;
     return {
-        {RuleKernels{kernels_of<R>.entries, variant_count<R>}...},
+        {RuleKernels{kernels_of<R>.entries, kernels_of<R>.for_blocks, variant_count<R>}...},
         {{nullptr, decode<Float64, double>},
          {decode<Float32, float>, decode<Float32, double>},
          {decode<Float16, float>, decode<Float16, double>},

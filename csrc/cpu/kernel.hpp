@@ -89,10 +89,19 @@ inline constexpr DirectIndex direct_index;
 /// The kernels of one rule, by combination and variant.
 struct RuleKernels {
     const Kernel* kernels;
+    const Kernel* float32_blocks;  // by variant
     int variants;
 
     /// Null where the storage is converted: see above.
     Kernel find(int direct, int variant) const { return kernels[direct * variants + variant]; }
+    /// The kernel for tensors that are converted block by block.
+    Kernel for_blocks(DType param, bool wide, int variant) const {
+        constexpr DType float32 = DType::float32, float64 = DType::float64;
+        if (wide) return find(direct_index.find({float64, float64, float64}), variant);
+        // A parameter of float32 is updated where it is, so memory is the limit.
+        if (param == float32) return find(direct_index.find({float32, float32, float32}), variant);
+        return float32_blocks[variant];
+    }
 };
 
 /// One instruction set's code. Of two entries the first is for the compute type float32, the second for float64.

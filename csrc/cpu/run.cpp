@@ -82,7 +82,7 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     const Use* const uses = uses_of<R>.of[variant];
     const Kernel kernel = direct < 0 ? nullptr : kernels.find(direct, variant);
     if (kernel != nullptr) return {kernel, true, wide, uses, nullptr};
-    return {kernels.find(direct_index.find({compute, compute, compute}), variant), false, wide, uses,
+    return {kernels.for_blocks(tensor.param_dtype, wide, variant), false, wide, uses,
             fills ? starts_of<R>.of : nullptr};
 }
 
