@@ -8,7 +8,7 @@ drawn anew for each round, each begun together by a barrier, timed by the slowes
 of its parameters once, as a step does. "flat" contenders have their parameters in one allocation, as a ParameterBuffer;
 for torch, torch.nn.utils.vector_to_parameters makes one. The base is one all-reduce of a flat array and a pass that
 divides it: a ParameterBuffer's, which lies on huge pages, and for comparison a tensor's, which does not. Needs torch;
-for MPI, mpi4py and mpiexec.
+for MPI, mpi4py and mpiexec. "A round's operations, bare" is what the engine itself takes for a round.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ from sgdcore.distributed import LocalSGD, ProcessGroup, as_process_group
 
 SHAPES = WORKLOADS["resnet50"]
 BASE = "one flat all-reduce, divided"
+FLOOR, FLOOR_161 = "a round's operations, bare, flat", "a round's operations, bare, 161 arrays"
+HEADER_BYTES = 1024  # that a rank tells the others before a round
+DIRECT_BYTES = 3 << 20  # the least that is reduced where it is
+BLOCK = 1 << 16  # elements
 
 
 class Contender:
@@ -98,6 +102,45 @@ def one_flat_alone(group: ProcessGroup) -> Contender:
     return Contender(lambda: [flat], lambda: group.all_reduce(flat).wait(), divides=False)
 
 
+def bare_round(group: ProcessGroup, flat: bool) -> Contender:
+    """Return what a round cannot do without, and nothing else.
+
+    All ranks have told each other where they are. Every value has been looked at before it is sent, since a NaN would
+    reach all ranks. What was found is told, too. Small arrays travel together.
+    """
+    buffer = buffer_of(group.rank) if flat else None
+    arrays = values(group.rank) if buffer is None else [p.data for p in buffer.values()]
+    whole = [buffer.data] if buffer is not None else [a for a in arrays if a.nbytes >= DIRECT_BYTES]
+    small = [] if flat else [a.reshape(-1) for a in arrays if a.nbytes < DIRECT_BYTES]
+    staging = np.empty(sum(map(len, small)), np.float32)
+    header = np.zeros(group.size * HEADER_BYTES // 8, np.int64)
+    found = np.zeros(group.size, np.int64)
+
+    def send(array: Array) -> Any:
+        flat = array.reshape(-1)
+        for start in range(0, len(flat), BLOCK):
+            block = flat[start : start + BLOCK]
+            block *= 1 / group.size
+            found[group.rank] |= not np.isfinite(np.dot(block, block))
+        return group.all_reduce(flat)
+
+    def average() -> None:
+        group.all_reduce(header).wait()
+        works = [send(array) for array in whole]
+        if small:
+            np.concatenate(small, out=staging)
+            works.append(send(staging))
+        works.append(group.all_reduce(found))
+        for work in works:
+            work.wait()
+        start = 0
+        for array in small:
+            array[:] = staging[start : start + len(array)]
+            start += len(array)
+
+    return Contender(lambda: arrays, average)
+
+
 def per_tensor(group: ProcessGroup) -> Contender:
     arrays = values(group.rank)
 
@@ -155,6 +198,8 @@ def contenders_of(group: ProcessGroup, engine: str) -> dict[str, Callable[[], Co
         BASE: lambda: one_flat(group),
         "one all-reduce of a tensor, divided": lambda: one_tensor(group),
         "one flat all-reduce": lambda: one_flat_alone(group),
+        FLOOR: lambda: bare_round(group, flat=True),
+        FLOOR_161: lambda: bare_round(group, flat=False),
         "tensor after tensor": lambda: per_tensor(group),
         "sgdcore flat": lambda: ours_flat(group),
         "sgdcore.torch flat": lambda: ours_torch(group, flat=True),
@@ -255,6 +300,8 @@ def report(title: str, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 ROWS = {
+    FLOOR: "a round's operations, bare, flat",
+    FLOOR_161: "a round's operations, bare, 161 arrays",
     "one flat all-reduce": "one flat all-reduce, not divided",
     "one all-reduce of a tensor, divided": "one all-reduce of a tensor, divided",
     "sgdcore flat": "`LocalSGD`, a `ParameterBuffer`",
