@@ -15,7 +15,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import sgdcore
-from sgdcore import EMA, Polyak, reference
+from sgdcore import EMA, Polyak, _core, reference
+from sgdcore.device_array import DeviceArray
+from simulated import Simulated
 from support import STORAGE_TYPES, WHOLE, Array, assert_same_bits, numbers, refused
 
 KINDS = [EMA(0.999), EMA(0.9), EMA(0.5), EMA(0.3), EMA(0.0), EMA(1.0), Polyak(), Polyak(2)]
@@ -187,6 +189,53 @@ def test_averages_equal_averaged_model(kind: EMA | Polyak, dtype: str) -> None:
     [group] = ours.param_groups
     for p, average in zip(group["params"], averaged.module.parameters(), strict=True):
         assert_same_bits(average_of(ours, p), average.detach().numpy())
+
+
+# Devices
+
+
+@pytest.mark.parametrize("average", [None, "float32"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("kind", [EMA(0.9), Polyak(1)], ids=repr)
+def test_devices_have_the_cpus_bits(kind: EMA | Polyak, storage: str, average: str | None) -> None:
+    device = Simulated()
+    try:
+        arrays = [
+            numbers(i, s, STORAGE_TYPES[storage]) for i, s in enumerate([(3, 5), (20_000,), (9,)])
+        ]
+        params = []
+        for array in arrays:
+            there = DeviceArray.zeros(array.shape, array.dtype)
+            there.assign(array)
+            params.append(sgdcore.Parameter(there))
+        options: Any = {"average": kind, "average_dtype": average}
+        ours = sgdcore.SGD(params, lr=0.1, momentum=0.9, **options)
+        cpu = sgdcore.SGD(arrays, lr=0.1, momentum=0.9, **options)
+        for step in range(4):
+            grads: list[Any] = [
+                None if i == step else numbers(10 * step + i, a.shape, a.dtype)
+                for i, a in enumerate(arrays)
+            ]
+            for p, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    there = DeviceArray.zeros(grad.shape, grad.dtype)
+                    there.assign(grad)
+                    p.grad = there
+                else:
+                    p.grad = None
+            before = device["launches"]
+            ours.step()
+            assert device["launches"] == before + 1
+            cpu.step(grads=grads)
+        for p, q in zip(params, cpu.param_groups[0]["params"], strict=True):
+            assert_same_bits(average_of(ours, p).numpy(), average_of(cpu, q))
+        with ours.averaged(), cpu.averaged():
+            for p, array in zip(params, arrays, strict=True):
+                assert_same_bits(p.data.numpy(), array)
+        for p, array in zip(params, arrays, strict=True):
+            assert_same_bits(p.data.numpy(), array)
+    finally:
+        _core.use_runtime(None)
 
 
 # The block

@@ -267,7 +267,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     check_memory(listed, given, zero_grad);
     StepOptions options{.rule = rule_, .zero_grad = zero_grad};
     if (clipping) clipping->apply_to(options);
-    if (averaged) options.average_weight = averaged->weight();
+    if (averaged) averaged->apply_to(options);
     update(param_groups, listed, options);
     note_first_steps();
     if (averaged) ++averaged->taken;

@@ -186,7 +186,7 @@ class TorchPlan {
     StepOptions step_options(double grad_factor) const {
         StepOptions options{.rule = rule_, .grad_factor = grad_factor};
         if (clipping) clipping->apply_to(options);
-        if (averaged_) options.average_weight = averaged_->weight();
+        if (averaged_) averaged_->apply_to(options);
         return options;
     }
     std::size_t state_count() const { return state_keys_.size(); }

@@ -46,7 +46,8 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     work.axis_count = tensor.axis_count;
     work.param = tensor.param + start * static_cast<std::int64_t>(item_size(tensor.param_dtype));
     work.grad = tensor.grad;
-    if (tensor.axis_count == 0) work.grad += start * static_cast<std::int64_t>(item_size(tensor.grad_dtype));
+    if (tensor.axis_count == 0 && work.grad != nullptr)
+        work.grad += start * static_cast<std::int64_t>(item_size(tensor.grad_dtype));
     work.param_dtype = tensor.param_dtype;
     work.grad_dtype = tensor.grad_dtype;
     work.in_float64 = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64;
@@ -79,6 +80,16 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     work.clipped = launch.clips;
     work.in_float = typename R::template Coefficients<float>(values);
     work.in_double = typename R::template Coefficients<double>(values);
+    work.average.memory = nullptr;
+    if (tensor.average == nullptr) return;
+    const DType dtype = tensor.average_dtype;
+    work.average.memory = tensor.average + start * static_cast<std::int64_t>(item_size(dtype));
+    work.average.dtype = dtype;
+    work.average.is_new = tensor.average_is_new;
+    work.average.in_vectors = tensor.average_in_vectors;
+    work.average.in_float64 = dtype == DType::float64 || tensor.param_dtype == DType::float64;
+    work.average.in_float = AverageCoefficient<float>(launch.average_weight);
+    work.average.in_double = AverageCoefficient<double>(launch.average_weight);
 }
 
 template <class R>
@@ -107,14 +118,41 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_in_vectors(const Work<R>& work, in
     return 0;
 }
 
+/// Moves the average of one thread's elements, the same that `update` has given the thread: `in_vectors` elements in
+/// vectors, and the others.
+template <class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void move_average(const Work<R>& work, int in_vectors, int thread) {
+    const int smallest = item_size(work.grad_dtype) < item_size(work.param_dtype)
+                             ? static_cast<int>(item_size(work.grad_dtype))
+                             : static_cast<int>(item_size(work.param_dtype));
+    const int lanes = vector_bytes / smallest;
+    for (int vector = thread; vector < in_vectors / lanes; vector += block_threads) {
+        const int first = work.head + vector * lanes;
+        if (work.average.in_vectors) {
+            storage::with_storage(work.param_dtype, [&]<class Storage>(Storage) SGDCORE_INLINE_LAMBDA {
+                average_vectors<Storage>(work, first, lanes);
+            });
+        } else {
+            for (int lane = 0; lane < lanes; ++lane) average_element(work, first + lane);
+        }
+    }
+    for (int i = thread; i < work.count - in_vectors; i += block_threads) {
+        average_element(work, i < work.head ? i : i + in_vectors);
+    }
+}
+
 /// Updates one thread's elements of a chunk.
 template <class R>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void update(const Work<R>& work, int thread) {
-    const int in_vectors = update_in_vectors(work, thread);
-    // The elements before and behind the vectors: a few, or all.
-    for (int i = thread; i < work.count - in_vectors; i += block_threads) {
-        update_element(work, i < work.head ? i : i + in_vectors);
+    int in_vectors = 0;
+    if (work.grad != nullptr) {
+        in_vectors = update_in_vectors(work, thread);
+        // The elements before and behind the vectors: a few, or all.
+        for (int i = thread; i < work.count - in_vectors; i += block_threads) {
+            update_element(work, i < work.head ? i : i + in_vectors);
+        }
     }
+    if (work.average.memory != nullptr) move_average(work, in_vectors, thread);
 }
 
 /// Updates every `block.count()`-th chunk, from `block.index()` on.

@@ -53,7 +53,10 @@ void require_for_device(const TensorRef& tensor, const Hyper& hyper, bool zero_g
         throw std::invalid_argument("step: a tensor of " + std::to_string(tensor.size) + " elements is too large");
     }
     require_aligned(tensor.param, tensor.param_dtype, "parameter");
-    if (tensor.has_average()) throw std::invalid_argument("step: averages of parameters on a device");
+    if (tensor.has_average()) {
+        require_aligned(tensor.states[average_slot], tensor.state_dtypes[average_slot], "average");
+    }
+    if (tensor.grad == nullptr) return;
     require_aligned(tensor.grad, tensor.grad_dtype, "gradient");
     for (int state = 0; hyper.states >> state != 0; ++state) {
         if (hyper.has_state(state)) require_aligned(tensor.states[state], tensor.state_dtypes[state], "state");
@@ -96,7 +99,7 @@ void choose_path(DeviceTensor& tensor) {
     tensor.path = Path::elements;
     tensor.head = 0;
     tensor.grad_in_vectors = false;
-    if (tensor.axis_count != 0) return;
+    if (tensor.axis_count != 0 || tensor.grad == nullptr) return;
     for (const Triple& triple : in_vectors) {
         if (triple.param != tensor.param_dtype || triple.grad != tensor.grad_dtype) continue;
         if (!states_are(tensor, triple.state)) continue;
@@ -180,12 +183,12 @@ void Stepper::list_tensors(std::span<const TensorRef> tensors, std::span<const H
         DeviceTensor entry{};
         entry.param = tensor.param;
         entry.grad = tensor.grad;
-        for (int state = 0; hyper.states >> state != 0; ++state) {
+        for (int state = 0; hyper.states >> state != 0 && tensor.grad != nullptr; ++state) {
             if (!hyper.has_state(state)) continue;
             entry.states[state] = tensor.states[state];
             entry.state_dtypes[state] = tensor.state_dtypes[state];
         }
-        entry.pending = hyper.states != 0 ? tensor.pending : nullptr;
+        entry.pending = hyper.states != 0 && tensor.grad != nullptr ? tensor.pending : nullptr;
         entry.size = tensor.size;
         entry.hyper = tensor.hyper;
         entry.axes = static_cast<std::uint32_t>(axis);
@@ -194,6 +197,13 @@ void Stepper::list_tensors(std::span<const TensorRef> tensors, std::span<const H
         entry.param_dtype = tensor.param_dtype;
         entry.grad_dtype = tensor.grad_dtype;
         choose_path(entry);
+        if (tensor.has_average()) {
+            entry.average = tensor.states[average_slot];
+            entry.average_dtype = tensor.state_dtypes[average_slot];
+            entry.average_is_new = (tensor.new_extras & 1u) != 0;
+            entry.average_in_vectors =
+                entry.average_dtype == entry.param_dtype && on_vector(entry.average, entry.head, entry.average_dtype);
+        }
         std::memcpy(to, &entry, sizeof entry);
         to += sizeof entry;
         std::copy(tensor.grad_axes.begin(), tensor.grad_axes.end(),
@@ -258,6 +268,11 @@ void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hy
 
     const Stream stream = launch_options.stream;
     const bool capturing = runtime_.capturing(device_, stream);
+    if (capturing && options.average_weight_changes) {
+        throw std::invalid_argument(
+            "step: a captured graph would give every step the weight of this one in the averages; EMA's does not "
+            "change");
+    }
     const bool as_they_are = !capturing && current_ != nullptr && current_->chunks_version == chunks_version_ &&
                              current_->chunks_at == aligned(front_.size()) &&
                              std::memcmp(current_->pinned, front_.data(), front_.size()) == 0;
@@ -283,6 +298,7 @@ void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hy
     launch.grad_factor = options.grad_factor;
     launch.clip_value = options.clip_value;
     launch.clips = options.clip_value != std::numeric_limits<double>::infinity();
+    launch.average_weight = options.average_weight;
     launch.zero_grad = options.zero_grad;
     runtime_.launch(device_, std::min(blocks_, launch.chunk_count), launch, stream);
     if (capturing) return;

@@ -39,7 +39,8 @@ struct Chunk {
 
 /// A TensorRef for the device. The structs have no padding: tables are compared as bytes.
 struct alignas(16) DeviceTensor {
-    std::byte *param, *grad, *states[max_states];  // a state is null if it takes no part
+    std::byte *param, *grad, *states[max_states];  // a state is null if it takes no part; see TensorRef for a null grad
+    std::byte* average;                            // null without one
     std::uint8_t* pending;                         // see TensorRef
     std::int64_t size;
     std::uint32_t hyper;
@@ -49,10 +50,12 @@ struct alignas(16) DeviceTensor {
     Path path;
     bool grad_in_vectors;  // the gradient is aligned as the parameter is
     bool first_step;
-    DType param_dtype, grad_dtype, state_dtypes[max_states];
-    std::uint8_t unused[6];
+    bool average_is_new;      // it becomes a copy of the parameter
+    bool average_in_vectors;  // it has the parameter's type and is aligned as the parameter is
+    DType param_dtype, grad_dtype, average_dtype, state_dtypes[max_states];
+    std::uint8_t unused[11];
 };
-static_assert(sizeof(DeviceTensor) == 80 && max_states == 3);
+static_assert(sizeof(DeviceTensor) == 96 && max_states == 3);
 
 /// A Hyper for the device. A scalar that is there takes the place of the value.
 struct alignas(16) DeviceHyper {
@@ -73,6 +76,7 @@ struct Launch {
     const float* grad_scale;  // null, or: every gradient is multiplied by its reciprocal
     double grad_factor;       // multiplies every gradient, without grad_scale
     double clip_value;        // limits every element of a gradient, if `clips`
+    double average_weight;    // of the parameters after the step, in their averages
     bool zero_grad, clips;
 };
 

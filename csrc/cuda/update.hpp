@@ -4,9 +4,28 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../rules/average.hpp"
 #include "memory.hpp"
 
 namespace sgdcore::cuda {
+
+/// The average of one chunk's elements.
+struct AverageWork {
+    std::byte* memory;  // null without an average
+    bool is_new, in_vectors, in_float64;
+    DType dtype;
+    AverageCoefficient<float> in_float;
+    AverageCoefficient<double> in_double;
+};
+
+template <class C>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE const AverageCoefficient<C>& coefficient_of(const AverageWork& work) {
+    if constexpr (sizeof(C) == sizeof(double)) {
+        return work.in_double;
+    } else {
+        return work.in_float;
+    }
+}
 
 /// One chunk's work under the rule R. One thread of a block puts it together for all.
 template <class R>
@@ -22,6 +41,7 @@ struct Work {
     double factor, clip_value;
     typename R::template Coefficients<float> in_float;
     typename R::template Coefficients<double> in_double;
+    AverageWork average;
 };
 
 /// Calls `function` with the index of a variant as a constant. All threads of a block have the same variant.
@@ -112,6 +132,57 @@ SGDCORE_HOST_DEVICE inline void update_element(const Work<R>& work, int index) {
         update_element_in<double>(work, index);
     } else {
         update_element_in<float>(work, index);
+    }
+}
+
+template <class C>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE C next_average(const AverageCoefficient<C>& k, C a, C p) {
+    return k.far ? moved_average<true>(a, p, k.value) : moved_average<false>(a, p, k.value);
+}
+
+template <class C, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void average_element_in(const Work<R>& work, int index) {
+    const C p = load_as<C>(work.param_dtype, in_device_memory(work.param), index);
+    std::byte* const memory = in_device_memory(work.average.memory);
+    C a = p;
+    if (!work.average.is_new) {
+        a = next_average(coefficient_of<C>(work.average), load_as<C>(work.average.dtype, memory, index), p);
+    }
+    store_as(work.average.dtype, memory, index, a);
+}
+
+/// Moves the average of an element of any storage types.
+template <class R>
+SGDCORE_HOST_DEVICE inline void average_element(const Work<R>& work, int index) {
+    if (work.average.in_float64) {
+        average_element_in<double>(work, index);
+    } else {
+        average_element_in<float>(work, index);
+    }
+}
+
+/// Moves the average of `count` elements from `first` on, a whole number of vectors of parameter and average.
+template <class Storage, class R>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE void average_vectors(const Work<R>& work, int first, int count) {
+    using C = storage::ComputeType<Storage, Storage, Storage>;
+    constexpr int lanes = vector_bytes / item_of<Storage>;
+    for (int at = first; at < first + count; at += lanes) {
+        Vector<Storage, lanes> p, a;
+        p.load(in_device_memory(work.param) + at * item_of<Storage>);
+        std::byte* const memory = in_device_memory(work.average.memory) + at * item_of<Storage>;
+        if (work.average.is_new) {
+            a = p;
+        } else {
+            a.load(memory);
+            SGDCORE_UNROLL
+            for (int lane = 0; lane < lanes; ++lane) {
+                const C moved =
+                    next_average(coefficient_of<C>(work.average), static_cast<C>(Storage::decode(a.word(lane))),
+                                 static_cast<C>(Storage::decode(p.word(lane))));
+                a.set_word(lane, Storage::encode(moved));
+            }
+        }
+        a.store(memory);
     }
 }
 

@@ -23,6 +23,10 @@ struct AveragedSteps {
     void require_parameters() const {
         if (in_place) throw std::runtime_error("step: the parameters hold their averages inside of averaged()");
     }
+    void apply_to(StepOptions& options) const {
+        options.average_weight = weight();
+        options.average_weight_changes = is_mean;
+    }
     /// StepOptions::average_weight of the next step.
     double weight() const { return is_mean ? 1 / static_cast<double>(taken - start + 1) : 1 - decay; }
 };

@@ -330,15 +330,17 @@ def step_in_backward(optimizer: Optimizer) -> StepInBackward:
 
     Raises:
         TypeError: if the optimizer is none of sgdcore.torch.
-        ValueError: if it is differentiable, or already steps in the backward pass, or a gradient is pending, or
-            DistributedDataParallel, FullyShardedDataParallel or another optimizer's step_in_backward has one of the
-            parameters, or a wrapper of `sgdcore.distributed` that cannot go with it has the optimizer.
+        ValueError: if it is differentiable, has averages, or already steps in the backward pass, or a gradient is
+            pending, or DistributedDataParallel, FullyShardedDataParallel or another optimizer's step_in_backward has
+            one of the parameters, or a wrapper of `sgdcore.distributed` that cannot go with it has the optimizer.
             DistributedDataParallel raises it, too, when it is to wrap one of the parameters afterwards.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected an optimizer of sgdcore.torch, got {type(optimizer)}")
     if optimizer._in_backward is not None:
         raise ValueError("optimizer: it already steps in the backward pass")
+    if optimizer.average is not None:
+        raise ValueError("optimizer: average= cannot go with step_in_backward")
     wrapper = getattr(optimizer, "_wrapper", lambda: None)()  # a wrapper of sgdcore.distributed
     if wrapper is not None:
         wrapper.check_step_in_backward()
