@@ -66,6 +66,11 @@ def full_setting(rule: str) -> Hyper:
     return max(settings_of(rule), key=lambda hyper: sum(map(bool, hyper.values())))
 
 
+def states_in_use(rule: str, hyper: Hyper) -> list[State]:
+    """The states that take part in steps with these hyperparameters."""
+    return rule_of(rule).states_in(CLASSES[rule]([np.ones(1)], **hyper).param_groups[0])[0]
+
+
 def state_dtypes(rule: str, dtype: Any) -> Hyper:
     return {state.dtype_key: dtype for state in rule_of(rule).states}
 
@@ -74,13 +79,23 @@ class Oracle:
     """An array that is updated by the rule's reference."""
 
     def __init__(self, rule: str, param: Array, state_dtype: Any = None, **hyper: Any) -> None:
-        self.update = reference.updates[rule]
+        self.update, self.progress = reference.updates[rule], reference.progress.get(rule)
+        self.counts = rule_of(rule).counts
         self.param = param.copy()
         self.states: list[Any] = [None] * len(rule_of(rule).states)
         self.hyper = hyper | ({} if state_dtype is None else state_dtypes(rule, state_dtype))
 
     def step(self, grad: Array) -> None:
         self.param, *self.states = self.update(self.param, grad, *self.states, **self.hyper)
+        if self.progress is not None:
+            numbers = self.progress(**self.hyper)
+            self.hyper |= {key: numbers[key] for key in self.counts}
+
+    def assert_counts(self, group: Hyper) -> None:
+        """Compare what the oracle has counted with a group's counts."""
+        for key in self.counts:
+            assert type(group[key]) is type(self.hyper[key])
+            assert group[key] == self.hyper[key]
 
 
 def states_of(optimizer: Any, parameter: Any) -> list[Any]:
@@ -116,12 +131,14 @@ def follow_oracle(
     for parameter, part in zip(params, parts, strict=True):
         if parameter.data.size > 0:
             assert_follows(optimizer, parameter, oracle, part)
+    oracle.assert_counts(optimizer.param_groups[0])
 
 
 def test_each_rule_has_its_classes_and_its_oracle() -> None:
     built = set(_core.rule_names())
     assert built == set(CLASSES) == set(TORCH_CLASSES) == set(reference.updates)
     assert sgdcore.build_info()["rules"] == _core.rule_names()
+    assert set(reference.progress) == {rule for rule in built if rule_of(rule).counts}
 
 
 def test_a_rule_may_have_the_keys_of_torchs_other_optimizers() -> None:
@@ -217,12 +234,13 @@ def test_a_buffers_states_are_flat_and_stepped_as_one(rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_state_that_is_removed_makes_the_next_step_a_first_one(rule: str) -> None:
     hyper = full_setting(rule)
-    for state in rule_of(rule).states_in(hyper)[0]:
+    for state in states_in_use(rule, hyper):
         parameter = sgdcore.Parameter(numbers(0, (9,)))
         optimizer = CLASSES[rule]([parameter], **hyper)
         optimizer.step(grads=[numbers(1, (9,))])
         del optimizer.state[parameter][state.key]
-        again = Oracle(rule, parameter.data, **hyper)
+        counted = {key: optimizer.param_groups[0][key] for key in rule_of(rule).counts}
+        again = Oracle(rule, parameter.data, **hyper, **counted)
         again.step(numbers(2, (9,)))
         optimizer.step(grads=[numbers(2, (9,))])
         assert_follows(optimizer, parameter, again)
@@ -231,7 +249,7 @@ def test_a_state_that_is_removed_makes_the_next_step_a_first_one(rule: str) -> N
 @pytest.mark.parametrize("rule", RULES)
 def test_states_that_overlap_are_refused_by_name(rule: str) -> None:
     hyper = full_setting(rule)
-    states = rule_of(rule).states_in(hyper)[0]
+    states = states_in_use(rule, hyper)
     shared = np.zeros(12, np.float32)
     parameters = [sgdcore.Parameter(numbers(i, (8,))) for i in range(2)]
     optimizer = CLASSES[rule](parameters, **hyper)
@@ -266,6 +284,7 @@ def test_checkpoints_and_pickles_go_on_with_the_same_bits(rule: str) -> None:
         for key, value in hyper.items():
             assert each.param_groups[0][key] == value
             assert f"    {key}: {value}\n" in repr(each)
+        oracle.assert_counts(each.param_groups[0])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -370,6 +389,7 @@ def test_tensors_have_the_oracles_bits(rule: str, triple: tuple[str, str, str]) 
             oracle.step(grad)
         for parameter, part in zip(params, parts, strict=True):
             assert_tensor_follows(optimizer, parameter, oracle, part)
+        oracle.assert_counts(optimizer.param_groups[0])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -403,6 +423,7 @@ def test_unusual_tensors_have_the_oracles_bits(rule: str) -> None:
             parameter.grad = dense.to_sparse(1) if parameter is sparse else dense
         optimizer.step()
     for parameter, oracle in zip(params, oracles, strict=True):
+        oracle.assert_counts(optimizer.param_groups[0])
         assert_same_bits(real(parameter), oracle.param)
         for ours, theirs in zip(states_of(optimizer, parameter), oracle.states, strict=True):
             assert (ours is None) == (theirs is None)
@@ -417,6 +438,12 @@ def test_updates_in_the_backward_pass_have_the_oracles_bits(rule: str) -> None:
     parameter = torch.nn.Parameter(tensor_of(start))
     optimizer = TORCH_CLASSES[rule]([parameter], **hyper)
     oracle = Oracle(rule, start, **hyper)
+    if rule_of(rule).counts:
+        with pytest.raises(
+            ValueError, match=f"step_in_backward: {type(optimizer).__name__} counts"
+        ):
+            sgdcore.torch.step_in_backward(optimizer)
+        return
     with sgdcore.torch.step_in_backward(optimizer):
         for step in range(3):
             grad = numbers(step + 1, (33,))

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../engine/catalog.hpp"
 #include "../step.hpp"
 #include "gil.hpp"
 #include "python_functions.hpp"
@@ -116,6 +117,10 @@ void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param
         cuda::check_for_device(part.tensors, host_hypers, options.zero_grad);
         part.options.stream =
             pointer_of<void>(py::cast<std::uintptr_t>(call(callbacks.stream, py::make_tuple(device))));
+        if (rules()[static_cast<std::size_t>(options.rule)].counts &&
+            device_runtime().capturing(device, part.options.stream)) {
+            throw std::runtime_error("a step of this rule cannot be captured: a graph would repeat one step's numbers");
+        }
         if (!callbacks.scaling.is_none()) {
             const auto [found_inf, grad_scale] =
                 py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(call(callbacks.scaling, py::make_tuple(device)));

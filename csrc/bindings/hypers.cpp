@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "../engine/catalog.hpp"
@@ -128,7 +129,7 @@ GroupValues read_group(int rule, PyObject* group, std::size_t index, bool leave_
         PyObject* const key = keys[hyper];
         DeviceScalar* const place = spec.on_device ? next++ : nullptr;
         found.values[hyper++] =
-            spec.kind == HyperSpec::flag
+            spec.kind == HyperSpec::flag || spec.kind == HyperSpec::mode
                 ? flag_of(group, key, index, before_code, found.plain)
                 : number_of(group, key, index, before_code, leave_on_device ? place : nullptr, found.plain);
         found.on_device |= place != nullptr && place->address != nullptr;
@@ -189,7 +190,12 @@ void GroupHypers::read(int rule, const py::list& param_groups, BeforeCode before
         // Held, since a conversion may run code that changes the list.
         const auto held = py::reinterpret_borrow<py::object>(group);
         const GroupValues found = read_group(rule, group, i, true, before_code);
-        all_[i] = rules()[static_cast<std::size_t>(rule)].hyper(found.values);
+        const RuleInfo& info = rules()[static_cast<std::size_t>(rule)];
+        all_[i] = info.hyper(found.values);
+        if (info.counts) {
+            given_.resize(all_.size());
+            given_[i] = found.values;
+        }
         if (found.plain) seen_[i] = now;
         if (!found.on_device) continue;
         on_device_.resize(i + 1);
@@ -198,6 +204,41 @@ void GroupHypers::read(int rule, const py::list& param_groups, BeforeCode before
     all_.resize(i);
     seen_.resize(i);
     if (!on_device_.empty()) on_device_.resize(i);
+}
+
+void GroupHypers::require_steps(int rule) const {
+    const auto refusal = rules()[static_cast<std::size_t>(rule)].refusal;
+    if (refusal == nullptr) return;
+    for (std::size_t i = 0; i < all_.size(); ++i) {
+        if (const char* const text = refusal(all_[i].values)) {
+            throw std::runtime_error("param_groups[" + std::to_string(i) + "]: " + text);
+        }
+    }
+}
+
+void GroupHypers::finish_step(int rule, const py::list& param_groups) {
+    const RuleInfo& info = rules()[static_cast<std::size_t>(rule)];
+    if (!info.counts) return;
+    for (std::size_t i = 0; i < all_.size() && i < param_groups.size(); ++i) {
+        PyObject* const group = group_at(param_groups, i);
+        const Seen now{group, version_of(group)};
+        const bool unchanged = now.version != 0 && now.version == seen_[i].version && now.dict == seen_[i].dict;
+        int hyper = -1;
+        for (const HyperSpec& spec : info.hypers) {
+            ++hyper;
+            if (spec.kind != HyperSpec::count && spec.kind != HyperSpec::sum) continue;
+            const double number = all_[i].values[hyper];
+            if (number == given_[i][hyper]) continue;
+            const py::object value = spec.kind == HyperSpec::count
+                                         ? py::object(py::int_(static_cast<std::int64_t>(number)))
+                                         : py::object(py::float_(number));
+            if (PyDict_SetItem(group, keys_of(rule)[hyper], value.ptr()) != 0) throw py::error_already_set();
+            given_[i][hyper] = number;
+        }
+        // The dict holds what is known already: it need not be read again.
+        seen_[i] = unchanged ? Seen{group, version_of(group)} : Seen{};
+        if (unchanged) all_[i] = info.hyper(given_[i]);
+    }
 }
 
 std::vector<Hyper> read_hypers_on_host(int rule, const py::list& param_groups) {

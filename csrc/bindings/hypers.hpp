@@ -45,6 +45,12 @@ class GroupHypers {
     /// `before_code` is called before anything that may run Python code, possibly more than once.
     void read(int rule, const py::list& param_groups, BeforeCode before_code = {});
 
+    /// Raises RuntimeError if a group's values, as `read` found them, allow no step of the rule.
+    void require_steps(int rule) const;
+
+    /// Writes the rule's counts and sums to the groups that `read` has read, as they are after a step.
+    void finish_step(int rule, const py::list& param_groups);
+
     const std::vector<Hyper>& all() const { return all_; }
     const Hyper& operator[](std::size_t group) const { return all_[group]; }
     std::size_t size() const { return all_.size(); }
@@ -64,6 +70,7 @@ class GroupHypers {
     };
 
     std::vector<Hyper> all_;
+    std::vector<Values> given_;  // of a rule with counts: as they were before the rule scheduled them
     std::vector<Seen> seen_;
     std::vector<DeviceScalars> on_device_;
 };

@@ -259,6 +259,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     }
     hypers_.read(rule_, param_groups, {[](void* plan) { static_cast<Plan*>(plan)->hold_parameters(); }, this});
     if (hypers_.size() != group_count_) return false;  // Python code changed the groups
+    hypers_.require_steps(rule_);
     const bool given = !grads.is_none();
     if (given) read_given(grads);
     const Listed listed = list_tensors(given);
@@ -271,6 +272,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     update(param_groups, listed, options);
     note_first_steps();
     if (averaged) ++averaged->taken;
+    hypers_.finish_step(rule_, param_groups);
     return true;
 }
 

@@ -16,6 +16,11 @@ namespace {
 
 const RuleInfo& info_of(const std::string& rule) { return rules()[static_cast<std::size_t>(rule_number(rule))]; }
 
+const char* kind_name(HyperSpec::Kind kind) {
+    constexpr const char* names[] = {"number", "flag", "mode", "count", "sum"};
+    return names[kind];
+}
+
 }  // namespace
 
 void register_rules(py::module_& module) {
@@ -25,13 +30,13 @@ void register_rules(py::module_& module) {
         return names;
     });
 
-    // ((key, whether it is a flag), ...), ((key of the state, key of its dtype), ...)
+    // ((key, kind), ...), ((key of the state, key of its dtype), ...)
     module.def(
         "declaration",
         [](const std::string& rule) {
             py::list hypers, states;
             for (const HyperSpec& spec : info_of(rule).hypers) {
-                hypers.append(py::make_tuple(spec.key, spec.kind == HyperSpec::flag));
+                hypers.append(py::make_tuple(spec.key, kind_name(spec.kind)));
             }
             for (const StateSpec& spec : info_of(rule).states) {
                 states.append(py::make_tuple(spec.key, spec.dtype_key));
@@ -39,6 +44,16 @@ void register_rules(py::module_& module) {
             return py::make_tuple(py::tuple(hypers), py::tuple(states));
         },
         py::arg("rule"));
+
+    // Raises RuntimeError if the groups allow no step now.
+    module.def(
+        "require_steps",
+        [](const std::string& rule, const py::list& param_groups) {
+            GroupHypers hypers;
+            hypers.read(rule_number(rule), param_groups);
+            hypers.require_steps(rule_number(rule));
+        },
+        py::arg("rule"), py::arg("param_groups"));
 
     // ((number of the state, its key, key of its dtype), ...)
     module.def("extra_states", [] {

@@ -57,6 +57,7 @@ void register_torch_plan(py::module_& module) {
              py::arg("grad_factor"), py::arg("scaling"), py::arg("left_out"), py::arg("new_states"), py::arg("items"))
         .def("run_items", &TorchPlan::run_items, py::arg("param_groups"), py::arg("items"), py::arg("grad_factor"),
              py::arg("dry_run"), py::arg("scaling") = py::none())
+        .def("finish_step", &TorchPlan::finish_step, py::arg("param_groups"))
         .def("set_pending", &TorchPlan::set_pending, py::arg("flags"))
         .def_readwrite("state_exposed", &TorchPlan::state_exposed)
         .def("is_dense", &TorchPlan::is_dense, py::arg("tensor"));

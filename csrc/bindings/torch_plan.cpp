@@ -337,6 +337,7 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     cache.extras = averaged_ ? averaged_->extras() : 0;
     cache.averages.clear();
     cache.hypers.read(rule_, param_groups);
+    cache.hypers.require_steps(rule_);
     const bool everything_left_out = prepared != nullptr && prepared->everything_left_out;
     if (!everything_left_out && !PyDict_Check(state.ptr())) return py::bool_(false);
     Scan scan{cache, States(state.ptr()), zero_grad, prepared};
@@ -388,7 +389,15 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
         std::swap(cache.irregular, scan.found->left_out);
         cache.group_starts = starts_of(param_groups);
     }
+    if (prepared == nullptr) cache.hypers.finish_step(rule_, param_groups);
     return py::bool_(true);
+}
+
+void TorchPlan::finish_step(const py::object& groups) {
+    const py::list param_groups = list_of(groups);
+    const Lease lease(*this);
+    (*lease).hypers.read(rule_, param_groups);
+    (*lease).hypers.finish_step(rule_, param_groups);
 }
 
 bool TorchPlan::is_still_irregular(Scan& scan, const py::list& param_groups) {

@@ -54,6 +54,10 @@ class TorchPlan {
     /// profiler included.
     py::object run_unobserved(const py::object& groups, const py::object& state, bool zero_grad);
 
+    /// Writes the rule's counts and sums to the groups, after a step that `run_prepared` has taken. The other steps do
+    /// so themselves.
+    void finish_step(const py::object& groups);
+
     /// `run` together with what Python code has prepared:
     ///
     /// - `left_out`: the sorted positions of the parameters that the step leaves alone; None for all of them.

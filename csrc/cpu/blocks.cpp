@@ -38,8 +38,12 @@ class Blocks {
             if (choice_.uses[state] == Use::none) continue;
             const DType dtype = tensor_.state_dtypes[state];
             states[state] = is_staged(dtype) ? staging.states[state] : stored(state, start);
-            if (choice_.starts != nullptr && choice_.starts[state] == Start::zeros) {
-                std::memset(states[state], 0, static_cast<std::size_t>(bytes_of(compute(), count)));
+            const Start begins = choice_.starts == nullptr ? Start::nothing : choice_.starts[state];
+            const auto bytes = static_cast<std::size_t>(bytes_of(compute(), count));
+            if (begins == Start::zeros) {
+                std::memset(states[state], 0, bytes);
+            } else if (begins == Start::parameter) {
+                std::memcpy(states[state], stages_param ? staging.param : param, bytes);
             } else if (is_staged(dtype) && choice_.uses[state] == Use::update) {
                 decode(dtype, stored(state, start), count, states[state]);
             }

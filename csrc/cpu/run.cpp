@@ -76,7 +76,7 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     // The kernel gets a gradient that is changed in the compute type.
     const DType compute = wide ? DType::float64 : DType::float32;
     const DType grad = options.changes_grads() ? compute : tensor.grad_dtype;
-    const bool fills = starting<R, Start::zeros> != 0 && tensor.first_step;
+    const bool fills = (starting<R, Start::zeros> | starting<R, Start::parameter>) != 0 && tensor.first_step;
     const int direct = alike && !fills ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
     const int variant = hyper.variant(tensor.first_step);
     const Use* const uses = uses_of<R>.of[variant];

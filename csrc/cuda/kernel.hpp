@@ -64,7 +64,9 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
             Use use = R::use(R::variants[decltype(index)::value], state);
             // What is not read counts as zero.
             const bool is_zero = first_step && (starting<R, Start::zeros> >> state & 1) != 0;
-            if (is_zero && use == Use::update) use = Use::write;
+            const bool is_param = first_step && (starting<R, Start::parameter> >> state & 1) != 0;
+            if ((is_zero || is_param) && use == Use::update) use = Use::write;
+            work.from_param[state] = is_param;
             work.uses[state] = use;
         }
     });

@@ -62,7 +62,7 @@ struct alignas(16) DeviceHyper {
     Values values;
     DeviceScalars scalars;
 };
-static_assert(sizeof(DeviceHyper) == 96 && max_hypers == 8 && max_device_hypers == 2);
+static_assert(sizeof(DeviceHyper) == 128 && max_hypers == 12 && max_device_hypers == 2);
 
 /// The kernel's argument.
 struct Launch {

@@ -36,6 +36,7 @@ struct Work {
     std::int32_t count, head, axis_count, variant;
     Path path;
     Use uses[state_count<R>];  // of this chunk: `write` also for a variant that would read a state, which is zero then
+    bool from_param[state_count<R>];  // a state that is not read counts as the parameter instead of zero
     bool grad_in_vectors, zero_grad, scaled, clipped, in_float64;
     DType param_dtype, grad_dtype, state_dtypes[state_count<R>];
     double factor, clip_value;
@@ -108,6 +109,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work<R>& work, i
     C s[states] = {};
     SGDCORE_UNROLL
     for (int state = 0; state < states; ++state) {
+        if (starting<R, Start::parameter> != 0 && work.from_param[state]) s[state] = p;
         if (work.uses[state] != Use::update) continue;
         s[state] = load_as<C>(work.state_dtypes[state], in_device_memory(work.states[state]), index);
     }
@@ -242,6 +244,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int t
             SGDCORE_UNROLL
             for (int state = 0; state < states; ++state) {
                 s[i][state] = static_cast<C>(State::decode(s_stored[state][i / lanes].word(i % lanes)));
+                if (starting<R, Start::parameter> != 0 && work.from_param[state]) s[i][state] = p[i];
             }
         }
         if (work.scaled) {

@@ -10,6 +10,7 @@ namespace {
 template <class R>
 Hyper hyper(const Values& values) {
     Hyper result{values};
+    if constexpr (requires { R::schedule(result.values); }) R::schedule(result.values);
     for (const bool first_step : {false, true}) {
         result.variants[first_step] = static_cast<std::uint8_t>(R::variant(values, first_step));
     }
@@ -20,9 +21,26 @@ Hyper hyper(const Values& values) {
     return result;
 }
 
+template <class R>
+constexpr auto refusal_of() -> const char* (*)(const Values&) {
+    if constexpr (requires(const Values& values) { R::refusal(values); }) {
+        return R::refusal;
+    } else {
+        return nullptr;
+    }
+}
+
+template <class R>
+constexpr bool counts() {
+    for (const HyperSpec& spec : R::hypers) {
+        if (spec.kind == HyperSpec::count || spec.kind == HyperSpec::sum) return true;
+    }
+    return false;
+}
+
 template <class... R>
 std::span<const RuleInfo> list(RuleList<R...>) {
-    static constexpr RuleInfo infos[] = {{R::name, R::hypers, R::states, hyper<R>}...};
+    static constexpr RuleInfo infos[] = {{R::name, R::hypers, R::states, hyper<R>, refusal_of<R>(), counts<R>()}...};
     return infos;
 }
 

@@ -14,8 +14,11 @@ struct RuleInfo {
     const char* name;
     std::span<const HyperSpec> hypers;
     std::span<const StateSpec> states;
-    /// Makes a group's Hyper of its values.
+    /// Makes a group's Hyper of its values. Counts and sums in it are those after the step.
     Hyper (*hyper)(const Values& values);
+    /// Why a group's values allow no step: null if they do. The function is null if they always do.
+    const char* (*refusal)(const Values& values);
+    bool counts;  // the rule has counts or sums
 };
 
 /// The states that options add to any rule's own, numbered from `max_states` on.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lion.hpp"
+#include "schedule_free_sgd.hpp"
 #include "sgd.hpp"
 #include "sgdw.hpp"
 #include "signum.hpp"
@@ -13,7 +14,7 @@ struct RuleList {
     static constexpr int size = sizeof...(R);
 };
 
-using Rules = RuleList<Sgd, SgdW, Signum, Lion>;
+using Rules = RuleList<Sgd, SgdW, Signum, Lion, ScheduleFreeSgd>;
 
 /// Names a rule in the argument of a function.
 template <class R>

@@ -13,7 +13,7 @@
 
 namespace sgdcore {
 
-inline constexpr int max_hypers = 8;         // of a rule
+inline constexpr int max_hypers = 12;        // of a rule
 inline constexpr int max_device_hypers = 2;  // of these, numbers that a device may read from its own memory
 inline constexpr int max_states = 3;         // of a rule: arrays of the parameter's shape that the optimizer keeps
 inline constexpr int max_extras = 2;         // states that options add to any rule's own; engine/catalog.hpp lists them
@@ -25,14 +25,17 @@ inline constexpr int average_slot = max_states;
 
 /// A hyperparameter: its key in a parameter group, and the kind of its values.
 struct HyperSpec {
-    enum Kind : std::uint8_t { number, flag } kind;
+    /// `mode` is a flag that the optimizer's methods set. A `count` and a `sum` are numbers that each step changes: the
+    /// engine writes them to the group after the step, a count as an integer.
+    enum Kind : std::uint8_t { number, flag, mode, count, sum } kind;
     const char* key;
     bool on_device = false;  // a device may read the number from its own memory
 };
 
 /// What a state holds before a tensor's first step. `nothing`: the rule has variants for the first step, which write
-/// the state without reading it. `zeros`: the engine puts zeros there, so that the rule needs no such variants.
-enum class Start : std::uint8_t { nothing, zeros };
+/// the state without reading it. `zeros`, `parameter`: the engine puts zeros there, or the parameter's elements, so
+/// that the rule needs no such variants.
+enum class Start : std::uint8_t { nothing, zeros, parameter };
 
 /// A state: its key in the state of a parameter, and the key of a parameter group that names the storage type of new
 /// states. Where a group lacks that key, or its value is None, they have the parameter's type.
@@ -109,6 +112,9 @@ inline constexpr int device_hyper = detail::device_hyper<R>(number);
 ///   of one for a group's values and for a tensor's first or later step.
 /// - `use` tells what a variant does with a state. Whether a state takes part (not `none`) depends on the values alone.
 /// - `skips_zero_grads` is true if a step leaves an element whose gradient is zero as it is, and so its states.
+/// - A rule may have `schedule`, which computes on the host, once a step, what the step needs of a group's values: it
+///   changes the values, among them each count and sum to what it is after the step. It may have `refusal`, which tells
+///   why a group's values allow no step; null if they do.
 /// - `Coefficients<C>` are the hyperparameters in the compute type C, as the update of one element uses them. `flip` is
 ///   the sign bit if the gradient's sign is flipped, else zero. `has_nan` is true if a coefficient is a NaN.
 template <class R>

@@ -23,6 +23,7 @@ from sgdcore.lion import Lion
 from sgdcore.optimizer import Optimizer
 from sgdcore.parameter import Parameter, ParameterBuffer
 from sgdcore.runtime import build_info, get_isa, get_num_threads, set_isa, set_num_threads
+from sgdcore.schedule_free_sgd import ScheduleFreeSGD
 from sgdcore.sgd import SGD
 from sgdcore.sgdw import SGDW
 from sgdcore.signum import Signum
@@ -57,6 +58,7 @@ __all__ = [
     "Parameter",
     "ParameterBuffer",
     "Polyak",
+    "ScheduleFreeSGD",
     "Signum",
     "__version__",
     "build_info",

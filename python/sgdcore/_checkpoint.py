@@ -52,7 +52,13 @@ def refuse_other_optimizers(state_dict: Mapping[str, Any], name: str, rule: Rule
     Raises:
         ValueError: naming the keys that the optimizer does not have.
     """
-    own = {*rule.numbers, *rule.flags, *(state.key for state in rule.states)}
+    own = {
+        *rule.numbers,
+        *rule.flags,
+        *rule.modes,
+        *rule.counts,
+        *(state.key for state in rule.states),
+    }
     keys = ", ".join(state.key for state in rule.states)
     for i, group in enumerate(state_dict["param_groups"]):
         others = sorted(_OTHER_HYPERPARAMETERS.intersection(group) - own)

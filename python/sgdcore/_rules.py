@@ -33,12 +33,16 @@ class Rule(NamedTuple):
         numbers: the keys of its hyperparameters that are numbers.
         flags: the keys of its hyperparameters that are true or false.
         states: its states.
+        modes: the keys of flags that the optimizer's methods set.
+        counts: the keys of numbers that a step changes.
     """
 
     name: str
     numbers: tuple[str, ...]
     flags: tuple[str, ...]
     states: tuple[State, ...]
+    modes: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
 
     def states_in(self, group: Mapping[str, Any]) -> tuple[list[State], bool]:
         """Return the states that take part in a group's steps, and whether steps skip elements whose gradient is zero.
@@ -59,7 +63,9 @@ def rule_of(name: str) -> Rule:
     hypers, states = _core.declaration(name)
     return Rule(
         name,
-        numbers=tuple(key for key, is_flag in hypers if not is_flag),
-        flags=tuple(key for key, is_flag in hypers if is_flag),
+        numbers=tuple(key for key, kind in hypers if kind == "number"),
+        flags=tuple(key for key, kind in hypers if kind == "flag"),
         states=tuple(State(i, *keys) for i, keys in enumerate(states)),
+        modes=tuple(key for key, kind in hypers if kind == "mode"),
+        counts=tuple(key for key, kind in hypers if kind in ("count", "sum")),
     )

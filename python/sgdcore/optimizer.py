@@ -297,6 +297,8 @@ class Optimizer(HasOptions):
         hooks = self._step_pre_hooks.values()
         args, kwargs = call_pre_hooks(hooks, self, args, kwargs, "a step pre-hook")
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:  # it may change gradients
+            _core.require_steps(self.rule, self.param_groups)
         loss = None if closure is None else closure()
         self._run(kwargs.get("grads"), kwargs.get("zero_grad", False))
         for hook in self._step_post_hooks.values():

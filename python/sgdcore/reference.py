@@ -27,11 +27,15 @@ __all__ = [
     "join_kahan",
     "join_split",
     "lion_update",
+    "moved_toward",
     "part_kahan",
     "part_split",
     "polyak_update",
+    "progress",
     "random_bits",
     "round_stochastically",
+    "schedule_free_numbers",
+    "schedule_free_sgd_update",
     "sgd_update",
     "sgdw_update",
     "signum_update",
@@ -327,13 +331,180 @@ def lion_update(
         return _step_by_sign(param, direction, lr, weight_decay), _round_to(exp_avg.dtype, m)
 
 
+def schedule_free_numbers(
+    *,
+    lr: float,
+    warmup_steps: float = 0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    k: int = 0,
+    weight_sum: float = 0.0,
+    lr_max: float = -1.0,
+    **_: Any,
+) -> dict[str, Any]:
+    """The numbers of one step of schedule-free SGD, in float64.
+
+    Equations::
+
+        lr = lr * (k + 1) / warmup_steps  if k + 1 < warmup_steps
+        lr_max = max(lr_max, lr)
+        weight = (k + 1)**r * lr_max**weight_lr_power
+        weight_sum = weight_sum + weight
+        c = weight / weight_sum           0 if weight_sum is 0
+        k = k + 1
+
+    Args:
+        lr: learning rate.
+        warmup_steps: the number of steps over which the learning rate grows. Default 0.
+        r: the power of the step's number in its weight. Default 0.
+        weight_lr_power: the power of the largest learning rate so far. Default 2.
+        k: the number of steps before this one. Default 0.
+        weight_sum: the sum of the weights before this step. Default 0.
+        lr_max: the largest learning rate before this step. Default -1.
+        **_: other hyperparameters, which have no effect.
+
+    Returns:
+        ``lr``, the learning rate of the step; ``c``; and ``k``, ``weight_sum`` and ``lr_max`` after the step.
+
+    Example:
+        >>> schedule_free_numbers(lr=2.0, warmup_steps=4)
+        {'lr': 0.5, 'c': 1.0, 'k': 1, 'weight_sum': 0.25, 'lr_max': 0.5}
+
+    Source: the package schedulefree.
+    """
+    lr = float(lr)
+    if k + 1 < warmup_steps:
+        lr *= (k + 1) / warmup_steps
+    lr_max = max(lr_max, lr)
+    weight = _power(float(k + 1), r) * _power(lr_max, weight_lr_power)
+    weight_sum += weight
+    c = weight / weight_sum if weight_sum != 0 else 0.0
+    return {"lr": lr, "c": c, "k": k + 1, "weight_sum": weight_sum, "lr_max": lr_max}
+
+
+def schedule_free_sgd_update(
+    param: Array,
+    grad: Array,
+    z: Array | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    z_dtype: DTypeLike | None = None,
+    **numbers: Any,
+) -> tuple[Array, Array]:
+    """One step of schedule-free SGD on one tensor: its new values, its new iterate.
+
+    Equations, with lr and c as `schedule_free_numbers` gives them, for each element with parameter y, gradient g and
+    iterate z::
+
+        g = -g                                        if maximize
+        g = fma(weight_decay, y, g)                   if weight_decay != 0
+        y = fma(c, round(z - y), y)                   if c < 0.5
+        y = fma(c - 1, round(z - y), z)               if c >= 0.5
+        y = fma(lr * (momentum * (1 - c) - 1), g, y)
+        z = fma(-lr, g, z)
+
+    with the roundings of `sgd_update`.
+
+    Args:
+        param: as in `sgd_update`, as is `grad`.
+        grad: see `param`.
+        z: array of param's shape and any storage dtype, or None, which stands for the parameter. Default None.
+        lr: learning rate.
+        momentum: where between z and the average gradients are taken. Default 0.9.
+        weight_decay: coefficient of the L2 penalty. Default 0.
+        maximize: ascend instead of descend. Default False.
+        z_dtype: dtype of a z made by the first step. Default None: param's dtype.
+        **numbers: the other keyword arguments of `schedule_free_numbers`.
+
+    Returns:
+        The new parameter and the new iterate. They are new arrays; the inputs are untouched.
+
+    Raises:
+        TypeError: as `sgd_update`.
+        ValueError: grad or z has another shape than param.
+
+    Example:
+        >>> y, z = schedule_free_sgd_update(np.array([1.0]), np.array([0.5]), lr=0.5)
+        >>> y, z
+        (array([0.75]), array([0.75]))
+        >>> schedule_free_sgd_update(y, np.array([0.5]), z, lr=0.5, k=1, weight_sum=0.25, lr_max=0.5)
+        (array([0.6125]), array([0.5]))
+
+    Source: Defazio et al. (2024), "The Road Less Scheduled", in the form of the package
+    schedulefree, which rounds more often.
+    """
+    _require_shape("grad", grad, param)
+    if z is None:
+        dtype = np.dtype(param.dtype if z_dtype is None else z_dtype)
+    else:
+        _require_shape("z", z, param)
+        dtype = z.dtype
+    compute = compute_dtype(param.dtype, grad.dtype, dtype)
+    step = schedule_free_numbers(lr=lr, **numbers)
+    lr, c = step["lr"], step["c"]
+    with np.errstate(all="ignore"):
+        g = grad.astype(compute)
+        y = param.astype(compute)
+        iterate = y if z is None else z.astype(compute)
+        if maximize:
+            g = -g
+        if weight_decay != 0:
+            g = fma(compute.type(weight_decay), y, g)
+        if c < 0.5:
+            y = fma(compute.type(c), iterate - y, y)
+        else:
+            y = fma(compute.type(c - 1.0), iterate - y, iterate)
+        y = fma(compute.type(lr * (float(momentum) * (1.0 - c) - 1.0)), g, y)
+        iterate = fma(compute.type(-lr), g, iterate)
+        return _round_to(param.dtype, y), _round_to(dtype, iterate)
+
+
+def moved_toward(start: Array, end: Array, weight: float) -> Array:
+    """An array that has moved to another one, by a part of the distance: schedule-free SGD's x from y, y from x.
+
+    Equation, in the compute dtype of the two, and at the end rounded to the dtype of `start`::
+
+        round(start + round(weight * round(end - start)))
+
+    Args:
+        start: array of any storage dtype.
+        end: array of the same shape and any storage dtype.
+        weight: the part of the distance; rounded to the compute dtype.
+
+    Example:
+        >>> moved_toward(np.array([1.0]), np.array([2.0]), 0.25)
+        array([1.25])
+
+    Source: sgdcore's own rule.
+    """
+    compute = compute_dtype(start.dtype, end.dtype)
+    with np.errstate(all="ignore"):
+        a = start.astype(compute)
+        return _round_to(start.dtype, a + (end.astype(compute) - a) * compute.type(weight))
+
+
+#: What a step makes of the numbers that a group counts, by the rule's name, for rules that count:
+#: ``(**hyperparameters) -> numbers``, among which are the counted ones by their keys.
+progress: dict[str, Callable[..., dict[str, Any]]] = {"schedule_free_sgd": schedule_free_numbers}
+
 #: The oracle of each rule by the rule's name: ``(param, grad, *states, **hyperparameters) -> (param, *states)``.
 updates: dict[str, Callable[..., tuple[Array | None, ...]]] = {
     "sgd": sgd_update,
     "sgdw": sgdw_update,
     "signum": signum_update,
     "lion": lion_update,
+    "schedule_free_sgd": schedule_free_sgd_update,
 }
+
+
+def _power(base: float, exponent: float) -> float:
+    """base**exponent, exactly rounded for the usual exponents 0 and 2."""
+    if exponent == 0:
+        return 1.0
+    return base * base if exponent == 2 else float(base**exponent)
 
 
 def _require_shape(name: str, array: Array, param: Array) -> None:

@@ -54,7 +54,9 @@ def rule_in(hyper: str) -> str:
 def states_in(hyper: str) -> int:
     """Return how many states take part in a step with a name in HYPERS."""
     rule = rule_of(rule_in(hyper))
-    group = dict.fromkeys((*rule.numbers, *rule.flags), 0) | HYPERS[hyper]
+    group = (
+        dict.fromkeys((*rule.numbers, *rule.flags, *rule.modes, *rule.counts), 0) | HYPERS[hyper]
+    )
     return len(rule.states_in(group)[0])
 
 

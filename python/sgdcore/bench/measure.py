@@ -29,7 +29,7 @@ from sgdcore.bench import training
 from sgdcore.bench.cases import DTYPES, HYPERS, Case
 from sgdcore.bench.contenders import CONTENDERS, Problem, Unsuitable
 from sgdcore.bench.stats import Ratio, ratio, spread
-from sgdcore.reference import updates
+from sgdcore.reference import progress, updates
 
 __all__ = ["Extent", "Measured", "Result", "fitting", "run"]
 
@@ -334,9 +334,13 @@ def _expected(problem: Problem, picks: Sequence[Array]) -> Array:
 
 def _after_steps(param: Array, gradients: Iterable[Array], case: Case) -> Array:
     """Return an array after the oracle's steps with these gradients."""
-    values: Sequence[Any] = [param] + [None] * len(rule_of(case.rule).states)
+    rule, hyper = rule_of(case.rule), dict(HYPERS[case.hyper])
+    values: Sequence[Any] = [param] + [None] * len(rule.states)
     for gradient in gradients:
-        values = updates[case.rule](values[0], gradient, *values[1:], **HYPERS[case.hyper])
+        values = updates[case.rule](values[0], gradient, *values[1:], **hyper)
+        if rule.counts:
+            numbers = progress[case.rule](**hyper)
+            hyper |= {key: numbers[key] for key in rule.counts}
     found: Array = values[0]
     return found
 

@@ -21,6 +21,7 @@ except ImportError as error:
 
 from sgdcore.torch.backward import StepInBackward, step_in_backward
 from sgdcore.torch.lion import Lion
+from sgdcore.torch.schedule_free_sgd import ScheduleFreeSGD
 from sgdcore.torch.sgd import SGD
 from sgdcore.torch.sgdw import SGDW
 from sgdcore.torch.signum import Signum
@@ -30,6 +31,7 @@ __all__ = [
     "SGD",
     "SGDW",
     "Lion",
+    "ScheduleFreeSGD",
     "Signum",
     "StepInBackward",
     "Verification",

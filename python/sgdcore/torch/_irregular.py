@@ -396,11 +396,15 @@ def step(
             work.prepare([*irregular, *overlapping])
             work.make_states(lacking)
         if not any(update.by_torch for update in work.updates.values()):
-            return work.finish(overlapping, zero_grad)
+            cleared = work.finish(overlapping, zero_grad)
+            updater.plan.finish_step(groups)
+            return cleared
     # First, so that an operation that a subclass lacks is found before anything else is changed.
     work.step_by_torch()
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        return work.finish(overlapping, zero_grad)
+        cleared = work.finish(overlapping, zero_grad)
+        updater.plan.finish_step(groups)
+        return cleared
 
 
 def _step_by_torch(

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 
 from torch import Tensor
 
+from sgdcore._rules import rule_of
 from sgdcore.torch._averaged import averaged_parameters, is_sharded, watch_wrappers
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import exchange_api, new_plan
@@ -330,10 +331,11 @@ def step_in_backward(optimizer: Optimizer) -> StepInBackward:
 
     Raises:
         TypeError: if the optimizer is none of sgdcore.torch.
-        ValueError: if it is differentiable, has averages, or already steps in the backward pass, or a gradient is
-            pending, or DistributedDataParallel, FullyShardedDataParallel or another optimizer's step_in_backward has
-            one of the parameters, or a wrapper of `sgdcore.distributed` that cannot go with it has the optimizer.
-            DistributedDataParallel raises it, too, when it is to wrap one of the parameters afterwards.
+        ValueError: if it is differentiable, has averages, counts whole steps as ScheduleFreeSGD does, or already steps
+            in the backward pass, or a gradient is pending, or DistributedDataParallel, FullyShardedDataParallel or
+            another optimizer's step_in_backward has one of the parameters, or a wrapper of `sgdcore.distributed` that
+            cannot go with it has the optimizer. DistributedDataParallel raises it, too, when it is to wrap one of the
+            parameters afterwards.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected an optimizer of sgdcore.torch, got {type(optimizer)}")
@@ -341,6 +343,10 @@ def step_in_backward(optimizer: Optimizer) -> StepInBackward:
         raise ValueError("optimizer: it already steps in the backward pass")
     if optimizer.average is not None:
         raise ValueError("optimizer: average= cannot go with step_in_backward")
+    if rule_of(optimizer.rule).counts:
+        raise ValueError(
+            f"step_in_backward: {type(optimizer).__name__} counts whole steps, of all parameters of a group at once"
+        )
     wrapper = getattr(optimizer, "_wrapper", lambda: None)()  # a wrapper of sgdcore.distributed
     if wrapper is not None:
         wrapper.check_step_in_backward()

@@ -309,6 +309,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         """Step without hooks."""
         loss = None
         if closure is not None:
+            _core.require_steps(self.rule, list(self.param_groups))  # it may change gradients
             with torch.enable_grad():
                 loss = closure()
         self._update(zero_grad)
@@ -321,7 +322,9 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         if self._step_attributes:
             found_inf = self._step_attributes.get("found_inf")
             scale = self._step_attributes.get("grad_scale")
-            scaling = _scaling_on_device(found_inf, scale)
+            # What the host counts, it counts only in steps that happen.
+            if not rule_of(self.rule).counts:
+                scaling = _scaling_on_device(found_inf, scale)
             if scaling is None:
                 if found_inf is not None and float(found_inf) != 0:
                     if zero_grad:
@@ -485,8 +488,9 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
                     )
         super().__setstate__(state)
         for group in self.param_groups:
-            for key in rule_of(self.rule).flags:  # checkpoints of other optimizers may lack these
-                if key not in group:
+            rule = rule_of(self.rule)
+            for key in (*rule.flags, *rule.modes, *rule.counts):
+                if key not in group:  # checkpoints of other optimizers may lack these
                     group[key] = defaults.get(key, False)
         if "state" in state:
             self._state = self.__dict__.pop("state")  # torch has put the state there
