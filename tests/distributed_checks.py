@@ -456,6 +456,55 @@ def momentum_kept_averaged_reset(context: Context, kind: str) -> None:
             assert_equal_on_all(context, momenta_of(optimizer))
 
 
+def averages_of(optimizer: Any) -> list[Any]:
+    return [as_array(optimizer.state[p]["average"]) for p in params_of(optimizer)]
+
+
+@check(cases=KINDS)
+def averages_of_parameters_are_averaged_with_them(context: Context, kind: str) -> None:
+    """At a round's end a rank's averages become the mean of the ranks', whatever becomes of momentum."""
+    ema = sgdcore.EMA(0.75)
+    for mode in ("keep", "average", "reset"):
+        optimizer = make(kind, **HYPER, average=ema)
+        local = LocalSGD(optimizer, sync_every=3, momentum_sync=mode)
+        train(context, local, 3)
+        assert_equal_on_all(context, averages_of(optimizer))
+        train(context, local, 2, 3)
+        put_gradients(optimizer, np.random.default_rng([context.rank, 5]))
+        params = [as_array(p).copy() for p in params_of(optimizer)]
+        twin = sgdcore.SGD(params, **HYPER, average=ema)
+        twin.load_state_dict(optimizer.state_dict())
+        twin.step(grads=[as_array(p.grad).copy() for p in params_of(optimizer)])
+        local.step()
+        for ours, own in zip(averages_of(optimizer), averages_of(twin), strict=True):
+            mean = np.ascontiguousarray(own)
+            context.group.all_reduce(mean).wait()
+            close(ours, mean / context.size, 4)
+        assert_equal_on_all(context, averages_of(optimizer))
+        before = [as_array(p).copy() for p in params_of(optimizer)]
+        with local.averaged():
+            for p, average in zip(params_of(optimizer), averages_of(twin), strict=True):
+                assert as_array(p).shape == average.shape
+            assert_equal_on_all(context, params_of(optimizer))
+        for p, old in zip(params_of(optimizer), before, strict=True):
+            assert same_bits(as_array(p), old)
+
+
+@check(cases=KINDS)
+def averages_under_data_parallel_are_equal_on_all_ranks(context: Context, kind: str) -> None:
+    optimizer = make(kind, **HYPER, average=sgdcore.EMA(0.75))
+    data = DataParallel(optimizer)
+    expected: list[Any] = [None] * len(params_of(optimizer))
+    for step in range(4):
+        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
+        data.step()
+        for i, p in enumerate(params_of(optimizer)):
+            expected[i] = sgdcore.reference.ema_update(expected[i], as_array(p), decay=0.75)
+    for ours, average in zip(averages_of(optimizer), expected, strict=True):
+        assert same_bits(ours, average)
+    assert_equal_on_all(context, averages_of(optimizer))
+
+
 @check(cases=KINDS)
 def momentum_that_some_ranks_lack(context: Context, kind: str) -> None:
     optimizer = make(kind)

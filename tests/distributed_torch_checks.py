@@ -19,6 +19,8 @@ from distributed_checks import (
     addresses_of,
     as_array,
     assert_equal_on_all,
+    averages_of_parameters_are_averaged_with_them,
+    averages_under_data_parallel_are_equal_on_all_ranks,
     averaging,
     check,
     chunks_of,
@@ -56,6 +58,11 @@ for each in (
     data_parallel_mean,
 ):
     check(TORCH, cases=KINDS)(each)
+for each in (
+    averages_of_parameters_are_averaged_with_them,
+    averages_under_data_parallel_are_equal_on_all_ranks,
+):
+    check(TORCH, cases={"sgdcore.torch": {"kind": "sgdcore.torch"}})(each)
 
 
 def network(seed: int = 0) -> nn.Module:

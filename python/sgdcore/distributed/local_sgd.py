@@ -277,7 +277,7 @@ class LocalSGD(Wrapper):
         def prepare() -> dict[str, Any]:
             self._make_sure_of_anchor()
             own, values = self._options, (*self._parameters.flats, *self._buffers.floats)
-            states = self._parameters.states() if own.momentum_sync == "average" else {}
+            states = self._parameters.states(own.momentum_sync == "average")
             return {
                 "ending": ending,
                 "active": self._round.active,
@@ -325,10 +325,8 @@ class LocalSGD(Wrapper):
         return all(each >= max(_SYNCING, ending if whole else 0) for each in headers["ending"])
 
     def _average_parameters(self, group: ProcessGroup, factor: float, whole: bool) -> None:
-        wire, look = (
-            self._options.wire_dtype if whole else None,
-            not self._options.exclude_nonfinite,
-        )
+        wire = self._options.wire_dtype if whole else None
+        look = not self._options.exclude_nonfinite
         feedback, parameters = self._feedback if wire else None, self._parameters
         averager = parameters.averager(wire)
         bad = averager.average(group, parameters.flats, factor, feedback=feedback, look=look)
@@ -345,8 +343,7 @@ class LocalSGD(Wrapper):
         group, parameters, steps = self.group, self._parameters, max(headers["active"])
         if group.size > 1:
             for key in headers["missing"][0]:
-                missing = [each[key] for each in headers["missing"]]
-                wanted = anywhere(missing, len(parameters.all))
+                wanted = anywhere([each[key] for each in headers["missing"]], len(parameters.all))
                 parameters.average_state(key, group, wanted, factor)
             self._buffers.average(group, factor, headers["nonfinite"].index(False))
             # What follows is for each rank by itself.

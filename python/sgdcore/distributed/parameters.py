@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sgdcore._averages import AVERAGE
 from sgdcore._rules import rule_of
 from sgdcore.distributed import _flat
 from sgdcore.distributed._flat import dtype_name, flat, is_torch, strides_of, wire_name
@@ -38,8 +39,7 @@ class Parameters:
 
     def _read(self) -> None:
         """List the parameters and look where they are; raise where that cannot be averaged, and change nothing."""
-        all_: list[Any] = []
-        group_of, labels = [], []
+        all_, group_of, labels = list[Any](), list[int](), list[str]()
         for i, group in enumerate(self._optimizer.param_groups):
             given = group.get("param_names") or ()
             for j, parameter in enumerate(group["params"]):
@@ -99,25 +99,28 @@ class Parameters:
             self._averagers[wire, key] = Averager(self.flats, self.runs, wires)
         return self._averagers[wire, key]
 
-    # The rule's states, such as momentum
+    # The states, such as momentum
 
     @property
     def _declared(self) -> dict[str, str]:
-        """The rule's states, by the keys of their dtypes in a group; torch.optim's optimizers count as SGD."""
+        """The states, by the keys of their dtypes; torch.optim's optimizers count as SGD."""
         rule = rule_of(getattr(self._optimizer, "rule", SGD.rule))
-        return {state.key: state.dtype_key for state in rule.states}
+        averages = (AVERAGE,) if getattr(self._optimizer, "average", None) else ()
+        return {state.key: state.dtype_key for state in (*rule.states, *averages)}
 
-    def states(self) -> dict[str, list[Any]]:
-        """Return the rule's states by key, for each parameter, or None."""
+    def states(self, rules: bool = True, averages: bool = True) -> dict[str, list[Any]]:
+        """Return the rule's states and the averages by key, for each parameter, or None."""
         state = self._optimizer.state
         return {
             key: [state[p].get(key) if p in state else None for p in self.all]
             for key in self._declared
+            if (averages if key == AVERAGE.key else rules)
         }
 
     def arrays_of_states(self) -> list[Any]:
         """Return all that there is of the rule's states."""
-        return [each for values in self.states().values() for each in values if each is not None]
+        found = self.states(averages=False).values()
+        return [each for values in found for each in values if each is not None]
 
     def restore_states(self, states: Mapping[str, Sequence[Any]]) -> None:
         """Set states to what `states` returned before, None included."""
@@ -129,23 +132,25 @@ class Parameters:
                     self._optimizer.state[self.all[i]].pop(key, None)
 
     def state(self, key: str, i: int) -> Any:
-        """Return a parameter's state in the parameter's order in memory; new zeros where there was none."""
+        """Return a parameter's state in its order in memory; where there was none, zeros, as average its values."""
         state, data = self._optimizer.state[self.all[i]], self.data[i]
-        value = state.get(key)
-        if value is None:
+        if (value := state.get(key)) is None:
             state[key] = _flat.zeros_like(data, self._dtype(key, i))
+            state[key][...] = data if key == AVERAGE.key else 0
         elif (ordered := _flat.laid_out(value, data)) is not value:
             state[key] = ordered
         return state[key]  # the optimizer may keep it in memory of its own
 
     def _dtype(self, key: str, i: int) -> Any:
         """Return what the options say, since a loaded state's dtype may be its own."""
+        if key == AVERAGE.key:
+            return self._optimizer._averages.dtype
         return self._optimizer.param_groups[self.group_of[i]].get(self._declared[key])
 
     def average_state(
         self, key: str, group: ProcessGroup, wanted: Sequence[bool], factor: float
     ) -> None:
-        """Average a state where it is wanted, the same on all ranks; zeros take the place of those missing here."""
+        """Average a state where it is wanted, the same on all ranks; see `state` where one is missing."""
         views = [
             flat(self.state(key, i), f"{key} of {label}") if wanted[i] else None
             for i, label in enumerate(self.labels)
@@ -158,9 +163,7 @@ class Buffers:
 
     def __init__(self, buffers: Any) -> None:
         named = buffers if isinstance(buffers, Mapping) else dict(enumerate(buffers or ()))
-        self.layout = ""
-        self.floats: list[Any] = []
-        self._integers: list[Any] = []
+        self.floats, self._integers, self.layout = list[Any](), list[Any](), ""
         for name, array in named.items():
             label = f"buffers[{name!r}]"
             view = flat(array, label)

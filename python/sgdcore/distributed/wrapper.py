@@ -68,6 +68,7 @@ class Wrapper:
     defaults = _Inner()
     add_param_group = _Inner()
     zero_grad = _Inner()
+    averaged = _Inner()
     state_dict = _Inner()
     register_step_pre_hook = _Inner()
     register_step_post_hook = _Inner()
