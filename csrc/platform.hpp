@@ -105,6 +105,13 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE double fused_multiply_add(double a, double b,
     return __builtin_fma(a, b, c);
 }
 
+/// Whether the target has that instruction.
+#if defined(__FMA__) || defined(__aarch64__)
+inline constexpr bool has_fused_multiply_add = true;
+#else
+inline constexpr bool has_fused_multiply_add = false;
+#endif
+
 /// Conversions of `float16_lanes` float16 to float32 and back, rounding to nearest even, where the machine has them:
 /// the bits of storage::Float16, in a fraction of the instructions.
 #if defined(__AVX512F__)

@@ -108,11 +108,13 @@ struct StepOptions {
     double grad_factor = 1;  // multiplies every gradient, rounded to the compute type; undoes a loss's scaling
     /// Each element of a gradient, once multiplied, is limited to [-clip_value, clip_value]; a NaN stays a NaN.
     double clip_value = std::numeric_limits<double>::infinity();
+    double clip_factor = 1;  // then multiplies every gradient, rounded to the compute type; limits the gradients' norm
     double average_weight = 0;            // of the parameter as it is after the step, in the average
     bool average_weight_changes = false;  // from step to step
 
+    bool limits_grads() const { return clip_value != std::numeric_limits<double>::infinity(); }
     /// True if a kernel gets other gradients than those in memory.
-    bool changes_grads() const { return grad_factor != 1 || clip_value != std::numeric_limits<double>::infinity(); }
+    bool changes_grads() const { return grad_factor != 1 || limits_grads() || clip_factor != 1; }
 };
 
 }  // namespace sgdcore

@@ -601,3 +601,36 @@ def test_child_steps_while_another_thread_of_the_parent_steps_on_the_device(
     with stepping(optimizer.step):
         for _ in range(20):
             assert in_fork(child) == [-1, -1]
+
+
+def test_the_norm_of_arrays_on_a_device(device: Simulated) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(3, 4), (9000,), (1,)]
+    values = {
+        str(i): rng.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)
+    }
+    options = {"lr": 0.1, "momentum": 0.9, "max_grad_norm": 2.0, "skip_nonfinite": True}
+    buffers = [
+        sgdcore.ParameterBuffer(values, device="cuda"),
+        sgdcore.ParameterBuffer(values),
+    ]
+    optimizers = [sgdcore.SGD(buffer, **options) for buffer in buffers]
+    assert optimizers[0].grad_norm is None
+    for step, bad in enumerate([True, False, False, True]):
+        grads = {
+            name: rng.standard_normal(v.shape).astype(np.float32) for name, v in values.items()
+        }
+        if bad:
+            grads["1"][8000] = np.nan
+        for buffer, optimizer in zip(buffers, optimizers, strict=True):
+            for name, grad in grads.items():
+                buffer[name].grad = grad
+            optimizer.step(zero_grad=step == 2)
+        on_device, on_cpu = optimizers
+        np.testing.assert_array_equal(on_device.grad_norm, on_cpu.grad_norm)
+        assert on_device.skipped_steps == on_cpu.skipped_steps
+        for name in values:
+            pair = [buffer[name] for buffer in buffers]
+            np.testing.assert_array_equal(pair[0].data.numpy(), pair[1].data)
+            np.testing.assert_array_equal(pair[0].grad.numpy(), pair[1].grad)
+    assert on_device.skipped_steps == 2

@@ -408,3 +408,124 @@ def test_without_cuda_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> No
         assert "CUDA cannot be used: " + reason in str(caught.value)
         assert "param_groups[0]['params'][0]" in str(caught.value)
     assert_same_bits(p.detach(), before)
+
+
+# --- The norm of the gradients ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def norm_device(device: Simulated, monkeypatch: pytest.MonkeyPatch) -> Simulated:
+    monkeypatch.setattr(_interface, "new_result", lambda _: torch.zeros(4, dtype=torch.float64))
+    return device
+
+
+ON_DEVICE = [(3, 4), (7,), (2, 3, 3, 3), (9000,), (0, 4), (1,), (30_000, 2)]
+
+
+def beside_the_cpu(
+    dtype: torch.dtype, **options: Any
+) -> tuple[list[Tensor], Any, list[Tensor], Any]:
+    """Return parameters on a device and the same ones on the CPU, each with an optimizer."""
+    tensors = [random(i, *shape, dtype=dtype) for i, shape in enumerate(ON_DEVICE)]
+    ours = [parameter(t.clone()) for t in tensors]
+    others = [parameter(torch.empty(t.numel(), 5, dtype=dtype)) for t in tensors]  # on the CPU
+    for other, t in zip(others, tensors, strict=True):
+        other.data = torch.zeros(t.numel(), 5, dtype=dtype)
+        other.data[:, 0] = t.flatten()
+    return (
+        ours,
+        sgdcore.torch.SGD(ours, **options),
+        others,
+        sgdcore.torch.SGD(others, **options),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("clip_value", [None, 0.7])
+@pytest.mark.parametrize("max_norm", [float("inf"), 1e6, 3.0])
+def test_the_norm_and_the_step_have_the_bits_of_the_cpu(
+    norm_device: Simulated, max_norm: float, clip_value: float | None, dtype: torch.dtype
+) -> None:
+    options = {"max_grad_norm": max_norm, "clip_value": clip_value, "lr": 0.1, "momentum": 0.9}
+    ours, on_device, others, on_cpu = beside_the_cpu(dtype, **options)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(ours, others, strict=True)):
+            p.grad = random(100 * step + i, *p.shape, dtype=dtype)
+            if step == 3 and i == 3:
+                p.grad[17] = float("inf")
+            q.grad = torch.zeros_like(q)
+            q.grad[:, 0] = p.grad.flatten()
+        before = norm_device["launches"]
+        on_device.step()
+        assert norm_device["launches"] == before + 3
+        on_cpu.step()
+        norm = on_device.grad_norm
+        assert isinstance(norm, Tensor)
+        assert norm.item() == on_cpu.grad_norm
+        for p, q in zip(ours, others, strict=True):
+            assert_same_bits(p.detach().flatten(), q.detach()[:, 0])
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_steps_are_left_out_on_the_device(norm_device: Simulated, zero_grad: bool) -> None:
+    options = {"skip_nonfinite": True, "lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    ours, on_device, others, on_cpu = beside_the_cpu(torch.float32, **options)
+    skipped = 0
+    for step, bad in enumerate([True, False, True, False]):  # also the first one
+        grads = [random(100 * step + i, *p.shape) for i, p in enumerate(ours)]
+        if bad:
+            grads[3][8999] = float("nan")
+        for p, q, grad in zip(ours, others, grads, strict=True):
+            p.grad, q.grad = grad.clone(), torch.zeros_like(q)
+            q.grad[:, 0] = grad.flatten()
+        on_device.step(zero_grad=zero_grad)
+        on_cpu.step(zero_grad=zero_grad)
+        skipped += bad
+        assert on_device.skipped_steps == on_cpu.skipped_steps == skipped
+        for p, q, grad in zip(ours, others, grads, strict=True):
+            assert_same_bits(p.detach().flatten(), q.detach()[:, 0])
+            assert p.grad is not None
+            assert_same_bits(p.grad, torch.zeros_like(grad) if zero_grad else grad)
+    for p, q in zip(ours, others, strict=True):
+        momentum = momentum_of(on_device, p)
+        other = momentum_of(on_cpu, q)
+        assert momentum is not None
+        assert other is not None
+        assert_same_bits(momentum.flatten(), other[:, 0])
+
+
+def test_nothing_is_uploaded_for_the_norm_while_nothing_changes(norm_device: Simulated) -> None:
+    p = parameter(random(1, 100), random(2, 100))
+    optimizer = sgdcore.torch.SGD([p], lr=0.1, momentum=0.9, max_grad_norm=1.0)
+    for _ in range(3):
+        optimizer.step()
+    before = {what: norm_device[what] for what in ("copies", "allocations", "launches")}
+    for _ in range(5):
+        optimizer.step()
+    assert norm_device["copies"] == before["copies"]
+    assert norm_device["allocations"] == before["allocations"]
+    assert norm_device["launches"] == before["launches"] + 15
+
+
+def test_the_norm_of_unscaled_gradients_on_the_device(norm_device: Simulated) -> None:
+    p = parameter(torch.zeros(2), torch.tensor([30.0, -40.0]))
+    optimizer = sgdcore.torch.SGD([p], lr=1.0, max_grad_norm=1.0)
+    for found_inf, expected in [(0.0, 5.0), (1.0, 5.0)]:
+        optimizer.grad_scale = torch.tensor([10.0])
+        optimizer.found_inf = torch.tensor([found_inf])
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        assert optimizer.grad_norm.item() == pytest.approx(expected, rel=1e-6)
+        assert p[0].item() == pytest.approx(-0.6, rel=1e-5)
+        assert p.grad is not None
+        p.grad.mul_(2)
+
+
+def test_gradients_on_several_devices_have_no_norm(norm_device: Simulated) -> None:
+    params = [parameter(torch.zeros(n), torch.ones(n)) for n in (4, 6)]
+    optimizer = sgdcore.torch.SGD(params, lr=1.0, max_grad_norm=1.0)
+    with pytest.raises(
+        ValueError, match="max_grad_norm, skip_nonfinite: expected all gradients on one device"
+    ):
+        optimizer.step()
+    assert not params[0].any()

@@ -51,6 +51,18 @@ cuda::CudaError after_stepping(std::span<const DevicePart> stepped, const cuda::
     return cuda::CudaError(text);
 }
 
+cuda::LaunchOptions launch_options(int device, const DeviceCallbacks& callbacks) {
+    cuda::LaunchOptions options;
+    options.stream = pointer_of<void>(py::cast<std::uintptr_t>(call(callbacks.stream, py::make_tuple(device))));
+    options.norm = callbacks.norm;
+    if (callbacks.scaling.is_none()) return options;
+    const auto [found_inf, grad_scale] =
+        py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(call(callbacks.scaling, py::make_tuple(device)));
+    options.found_inf = pointer_of<const float>(found_inf);
+    options.grad_scale = pointer_of<const float>(grad_scale);
+    return options;
+}
+
 void load_runtime() {
     try {
         call(python_functions().load_runtime);
@@ -115,17 +127,10 @@ void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param
             continue;
         }
         cuda::check_for_device(part.tensors, host_hypers, options.zero_grad);
-        part.options.stream =
-            pointer_of<void>(py::cast<std::uintptr_t>(call(callbacks.stream, py::make_tuple(device))));
+        part.options = launch_options(device, callbacks);
         if (rules()[static_cast<std::size_t>(options.rule)].counts &&
             device_runtime().capturing(device, part.options.stream)) {
             throw std::runtime_error("a step of this rule cannot be captured: a graph would repeat one step's numbers");
-        }
-        if (!callbacks.scaling.is_none()) {
-            const auto [found_inf, grad_scale] =
-                py::cast<std::pair<std::uintptr_t, std::uintptr_t>>(call(callbacks.scaling, py::make_tuple(device)));
-            part.options.found_inf = pointer_of<const float>(found_inf);
-            part.options.grad_scale = pointer_of<const float>(grad_scale);
         }
         stepper(device);
     }
@@ -145,6 +150,20 @@ void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param
     }
     const auto cpu = parts.find(cpu_device);
     if (cpu != parts.end() && !cpu_left_out) sgdcore::step(cpu->second.tensors, host_hypers, options);
+}
+
+void DeviceSteps::find_norm(std::span<const TensorRef> tensors, const py::list& param_groups, const GroupHypers& hypers,
+                            const StepOptions& options, const DeviceCallbacks& callbacks,
+                            const cuda::NormOptions& norm_options) {
+    const int device = tensors.front().device;
+    const bool on_host = std::ranges::any_of(
+        tensors, [&](const TensorRef& tensor) { return needs_scalars_on_host(tensor, hypers.on_device()); });
+    const std::vector<Hyper> host_hypers = on_host ? read_hypers_on_host(options.rule, param_groups) : hypers.all();
+    cuda::check_for_device(tensors, host_hypers, options.zero_grad);
+    const cuda::LaunchOptions launch = launch_options(device, callbacks);
+    cuda::Stepper& of_device = stepper(device);
+    const GilRelease release;
+    of_device.find_norm(tensors, host_hypers, hypers.on_device(), options, launch, norm_options);
 }
 
 }  // namespace sgdcore::bindings

@@ -39,6 +39,8 @@ struct DeviceCallbacks {
     /// scaling(device) -> (found_inf, grad_scale), each the address of a float32 on the device, or 0. For `cpu_device`:
     /// (whether the step is skipped, the factor of the gradients). None if gradients are not scaled.
     py::object scaling = py::none();
+    /// On the tensors' device: where `find_norm` writes, and the step reads. Null where no norm is asked for.
+    cuda::NormResult* norm = nullptr;
 };
 
 class DeviceSteps {
@@ -50,6 +52,11 @@ class DeviceSteps {
     /// The step waits for a device only where tensors elsewhere need a hyperparameter that is on that device.
     void step(std::span<const TensorRef> tensors, const py::list& param_groups, const GroupHypers& hypers,
               StepOptions options, const DeviceCallbacks& callbacks);
+
+    /// Finds the norm of the gradients of a step, whose tensors are on one device, before that step. Throws as `step`
+    /// does.
+    void find_norm(std::span<const TensorRef> tensors, const py::list& param_groups, const GroupHypers& hypers,
+                   const StepOptions& options, const DeviceCallbacks& callbacks, const cuda::NormOptions& norm_options);
 
   private:
     /// Keeps a stepper that a fork copied: a thread of the parent may have been changing it.

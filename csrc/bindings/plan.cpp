@@ -267,9 +267,17 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
     if (!given && !listed.any_grad) require_reachable_grads();
     check_memory(listed, given, zero_grad);
     StepOptions options{.rule = rule_, .zero_grad = zero_grad};
-    if (clipping) clipping->apply_to(options);
     if (averaged) averaged->apply_to(options);
+    if (clipping) {
+        clipping->apply_to(options);
+        if (clipping->asks_for_norm() && !measure(param_groups, listed, options)) return true;
+    }
     update(param_groups, listed, options);
+    // Only a device knows whether its step was left out, and is asked where that matters.
+    if (!first_steps_.empty() && clipping && clipping->skip_nonfinite && clipping->on_device &&
+        py::cast<bool>(call(clipping->left_out, py::make_tuple(clipping->result)))) {
+        return true;
+    }
     note_first_steps();
     if (averaged) ++averaged->taken;
     hypers_.finish_step(rule_, param_groups);
@@ -358,6 +366,20 @@ void Plan::check_grads_against_writes(bool given) {
     }
 }
 
+bool Plan::measure(const py::list& param_groups, const Listed& listed, StepOptions& options) {
+    const int device = Clipping::device_of(tensors());
+    if (device != cpu_device) {
+        clipping->require_uncounted(averaged != nullptr || rules()[static_cast<std::size_t>(rule_)].counts);
+        // The step reads what is found.
+        const DeviceCallbacks callbacks{.stream = stream_function(), .norm = clipping->result_on(device)};
+        device_steps_.find_norm(tensors(), param_groups, hypers_, options, callbacks, clipping->norm_options());
+        return true;
+    }
+    if (clipping->measure(tensors(), listed.elements, hypers_.all(), options)) return true;
+    if (options.zero_grad) cpu::clear_grads(tensors());
+    return false;
+}
+
 void Plan::update(const py::list& param_groups, const Listed& listed, const StepOptions& options) {
     if (listed.on_device) {
         update_on_devices(param_groups, options);
@@ -374,7 +396,7 @@ void Plan::note_first_steps() {
     }
 }
 
-void Plan::update_on_devices(const py::list& param_groups, const StepOptions& options) {
+py::object Plan::stream_function() {
     const auto stream = [this](int device) {
         for (std::size_t i = 0; i < entries_.size(); ++i) {
             const ArrayRef& data = entries_[i].parameter->data();
@@ -383,7 +405,17 @@ void Plan::update_on_devices(const py::list& param_groups, const StepOptions& op
         }
         return py::object(py::int_(0));
     };
-    device_steps_.step(tensors(), param_groups, hypers_, options, {.stream = py::cpp_function(stream)});
+    return py::cpp_function(stream);
+}
+
+void Plan::update_on_devices(const py::list& param_groups, const StepOptions& options) {
+    DeviceCallbacks callbacks{.stream = stream_function()};
+    if (clipping && clipping->asks_for_norm()) {
+        if (const int device = Clipping::device_of(tensors()); device != cpu_device) {
+            callbacks.norm = clipping->result_on(device);
+        }
+    }
+    device_steps_.step(tensors(), param_groups, hypers_, options, callbacks);
 }
 
 void Plan::hold_arrays() {

@@ -59,7 +59,7 @@ class Plan final : private Dependent {
     void outdate();
 
     /// What is done to the gradients; null if nothing.
-    std::shared_ptr<const Clipping> clipping;
+    std::shared_ptr<Clipping> clipping;
     /// How the parameters are averaged; null if they are not.
     std::shared_ptr<AveragedSteps> averaged;
 
@@ -131,6 +131,10 @@ class Plan final : private Dependent {
     /// not checked before.
     void check_memory(const Listed& listed, bool given, bool zero_grad);
     void check_grads_against_writes(bool given);
+    /// Finds the norm of the gradients. Returns false if the step is left out; it has then cleared the gradients, if
+    /// asked.
+    bool measure(const py::list& param_groups, const Listed& listed, StepOptions& options);
+    py::object stream_function();
     void update(const py::list& param_groups, const Listed& listed, const StepOptions& options);
     void note_first_steps();
     void update_on_devices(const py::list& param_groups, const StepOptions& options);

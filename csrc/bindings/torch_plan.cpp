@@ -308,7 +308,69 @@ py::object TorchPlan::run(const py::object& groups, const py::object& state, boo
 
 py::object TorchPlan::run_unobserved(const py::object& groups, const py::object& state, bool zero_grad) {
     if (in_backward || observers.any() || reader_.profiler_is_enabled()) return py::none();
-    return attempt(groups, state, zero_grad, 1.0, py::none(), nullptr);
+    py::object result = attempt(groups, state, zero_grad, 1.0, py::none(), nullptr);
+    return result.is_none() ? py::bool_(true) : result;
+}
+
+StepOptions TorchPlan::step_options(double grad_factor) const {
+    StepOptions options{.rule = rule_, .grad_factor = grad_factor};
+    if (clipping) clipping->apply_to(options);
+    if (averaged_) averaged_->apply_to(options);
+    return options;
+}
+
+DeviceCallbacks TorchPlan::callbacks(std::span<const TensorRef> tensors, const py::object& scaling) const {
+    DeviceCallbacks callbacks{.stream = reader_.current_stream(), .scaling = scaling};
+    if (asks_for_norm()) {
+        if (const int device = Clipping::device_of(tensors); device != cpu_device) {
+            callbacks.norm = clipping->result_on(device);
+        }
+    }
+    return callbacks;
+}
+
+bool TorchPlan::measure(Scan& scan, const py::list& param_groups, StepOptions& options, const py::object& scaling) {
+    const Cache& cache = scan.cache;
+    const TorchListing& listing = cache.listing;
+    std::int64_t elements = listing.elements();
+    std::span<const TensorRef> tensors = listing.tensors();
+    // Mostly all gradients are in the listing.
+    std::vector<TensorRef> all;
+    if (scan.prepared != nullptr || scan.found) {
+        all.assign(tensors.begin(), tensors.end());
+        const auto add = [&](std::span<const TensorRef> more, std::int64_t count) {
+            all.insert(all.end(), more.begin(), more.end());
+            elements += count;
+        };
+        if (scan.found) add(scan.found->rows.tensors(), scan.found->rows.elements());
+        if (scan.prepared != nullptr) {
+            for (const TorchListing* each : {&scan.prepared->listing, &scan.prepared->apart}) {
+                add(each->tensors(), each->elements());
+            }
+        }
+        tensors = all;
+    }
+    if (Clipping::device_of(tensors) != cpu_device) {
+        clipping->require_uncounted(averaged_ != nullptr || rules()[static_cast<std::size_t>(rule_)].counts);
+        // With the listing's flags the step's tables are those of the search for the norm.
+        std::vector<TensorRef> listed(tensors.begin(), tensors.end());
+        const std::vector<std::uint8_t*> pending = pending_of(cache);
+        for (std::size_t i = 0; i < pending.size(); ++i) listed[i].pending = pending[i];
+        const bool zero_grad = std::exchange(options.zero_grad, false);
+        device_steps_.find_norm(listed, param_groups, cache.hypers, options, callbacks(listed, scaling),
+                                clipping->norm_options());
+        options.zero_grad = zero_grad;
+        return true;
+    }
+    if (!scaling.is_none()) {  // the step waits for the numbers, too
+        bool left_out = false;
+        std::tie(left_out, options.grad_factor) =
+            py::cast<std::pair<bool, double>>(call(scaling, py::make_tuple(cpu_device)));
+        if (left_out) return true;  // by the step
+    }
+    if (clipping->measure(tensors, elements, cache.hypers.all(), options)) return true;
+    if (options.zero_grad) cpu::clear_grads(listing.tensors());
+    return false;
 }
 
 py::object TorchPlan::run_prepared(const py::object& groups, const py::object& state, bool zero_grad,
@@ -362,6 +424,12 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     if (zero_grad && !listing.can_clear()) return scan.report(false);
 
     StepOptions options = step_options(grad_factor);
+    options.zero_grad = zero_grad;
+    if (asks_for_norm() && !measure(scan, param_groups, options, scaling)) {
+        if (zero_grad) increment_versions(cache.held, false, false, true);
+        return py::none();
+    }
+    options.zero_grad = false;
     if (prepared != nullptr && !prepared->listing.tensors().empty()) {
         update(cache, prepared->listing.tensors(), prepared->listing.elements(), prepared->listing.on_device(),
                param_groups, options, scaling, prepared->pending);
@@ -381,7 +449,7 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     }
     if (!cache.averages.empty()) move_averages(cache, param_groups, options, scaling);
     if (averaged_) ++averaged_->taken;
-    increment_versions(cache.held, state_exposed, zero_grad);
+    increment_versions(cache.held, true, state_exposed, zero_grad);
     const bool any_apart =
         prepared != nullptr && std::ranges::find(prepared->is_apart, true) != prepared->is_apart.end();
     cache.irregular.clear();
@@ -501,9 +569,9 @@ bool TorchPlan::find_overlaps(Scan& scan, const py::list& param_groups) const {
     return found;
 }
 
-void TorchPlan::increment_versions(const References& held, bool with_states, bool with_grads) const {
+void TorchPlan::increment_versions(const References& held, bool with_params, bool with_states, bool with_grads) const {
     const std::pair<const std::vector<PyObject*>&, bool> parts[] = {
-        {held.params, true}, {held.states, with_states}, {held.grads, with_grads}};
+        {held.params, with_params}, {held.states, with_states}, {held.grads, with_grads}};
     const auto bump = [&](const auto& part) { return !part.second || reader_.bump_versions(part.first); };
     if (std::ranges::all_of(parts, bump)) return;
     py::list tensors;
@@ -590,7 +658,9 @@ TorchPlan::Outcome TorchPlan::list_parameter(Scan& scan, PyObject* parameter, Py
             return list_dense(scan, parameter, grad, kind);
         return reader_.is_sparse_coo(grad) ? list_rows(scan, parameter, grad, group) : Outcome::irregular;
     }
-    if (kind != TensorKind::distributed || Py_TYPE(grad) != Py_TYPE(parameter) || !pending_.empty()) {
+    // The norm of a DTensor needs all of its parts, which Python code says.
+    if (kind != TensorKind::distributed || asks_for_norm() || Py_TYPE(grad) != Py_TYPE(parameter) ||
+        !pending_.empty()) {
         return Outcome::irregular;
     }
     PyObject* const part = reader_.local_part(grad);
@@ -810,8 +880,7 @@ void TorchPlan::update(const Cache& cache, std::span<const TensorRef> work, std:
     if (on_device || !cache.hypers.on_device().empty() || !scaling.is_none()) {
         std::vector<TensorRef> tensors(work.begin(), work.end());
         for (std::size_t i = 0; i < pending.size(); ++i) tensors[i].pending = pending[i];
-        const DeviceCallbacks callbacks{.stream = reader_.current_stream(), .scaling = scaling};
-        device_steps_.step(tensors, param_groups, cache.hypers, options, callbacks);
+        device_steps_.step(tensors, param_groups, cache.hypers, options, callbacks(tensors, scaling));
     } else {
         step_on_cpu(work, elements, cache.hypers.all(), options);
     }
@@ -840,8 +909,10 @@ bool TorchPlan::run_items(const py::object& groups, const py::list& items, doubl
     cache.listing.finish();
     if (!cache.listing.overlapping().empty()) return false;
     if (!dry_run) {
+        StepOptions options = step_options(grad_factor);
+        if (asks_for_norm()) options.clip_factor = clipping->factor;  // the items were in the norm of `run_prepared`
         update(cache, cache.listing.tensors(), cache.listing.elements(), cache.listing.on_device(), param_groups,
-               step_options(grad_factor), scaling, pending);
+               options, scaling, pending);
     }
     return true;
 }

@@ -46,12 +46,13 @@ class TorchPlan {
     /// states, and that overlap others in memory. The fourth is the list of `run_prepared`, empty here. The fifth tells
     /// whether the gradients can be cleared, which they cannot where they overlap.
     ///
-    /// Returns False if the groups themselves are irregular.
+    /// Returns False if the groups themselves are irregular, and None if `clipping` leaves the step out, which has then
+    /// cleared the regular parameters' gradients if `zero_grad`.
     py::object run(const py::object& groups, const py::object& state, bool zero_grad, double grad_factor,
                    const py::object& scaling);
 
-    /// `run` without factor and scaling. Returns None, with nothing changed, if anything observes the step, torch's
-    /// profiler included.
+    /// `run` without factor and scaling; True also for a step that was left out. Returns None, with nothing changed, if
+    /// anything observes the step, torch's profiler included.
     py::object run_unobserved(const py::object& groups, const py::object& state, bool zero_grad);
 
     /// Writes the rule's counts and sums to the groups, after a step that `run_prepared` has taken. The other steps do
@@ -102,7 +103,7 @@ class TorchPlan {
     bool in_backward = false;
 
     /// What is done to the gradients; null if nothing.
-    std::shared_ptr<const Clipping> clipping;
+    std::shared_ptr<Clipping> clipping;
 
     int traverse(visitproc visit, void* arg) const;
     void clear();
@@ -187,12 +188,12 @@ class TorchPlan {
     CachedTensor* cached_states(Cache& cache, std::size_t position) const {
         return cache.states.data() + position * state_count();
     }
-    StepOptions step_options(double grad_factor) const {
-        StepOptions options{.rule = rule_, .grad_factor = grad_factor};
-        if (clipping) clipping->apply_to(options);
-        if (averaged_) averaged_->apply_to(options);
-        return options;
-    }
+    bool asks_for_norm() const { return clipping && clipping->asks_for_norm(); }
+    StepOptions step_options(double grad_factor) const;
+    /// Finds the norm of all gradients of a step. Returns false if the step is left out; it has then cleared the
+    /// gradients of the listing, if asked.
+    bool measure(Scan& scan, const py::list& param_groups, StepOptions& options, const py::object& scaling);
+    DeviceCallbacks callbacks(std::span<const TensorRef> tensors, const py::object& scaling) const;
     std::size_t state_count() const { return state_keys_.size(); }
     /// Reads a tensor, or this process's part of a DTensor. Returns false if the core cannot read it.
     bool read(PyObject* tensor, TensorKind kind, References& held, CachedTensor& cached, TorchView& view,
@@ -207,7 +208,7 @@ class TorchPlan {
     /// overlap. Returns true if there are any. Dense parameters are compared with each other by the listing.
     bool find_overlaps(Scan& scan, const py::list& param_groups) const;
     /// Tells autograd which tensors a step has written.
-    void increment_versions(const References& held, bool with_states, bool with_grads) const;
+    void increment_versions(const References& held, bool with_params, bool with_states, bool with_grads) const;
     void update(const Cache& cache, std::span<const TensorRef> tensors, std::int64_t elements, bool on_device,
                 const py::list& param_groups, const StepOptions& options, const py::object& scaling,
                 const std::vector<std::uint8_t*>& pending);

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <memory>
 
 #include "strided.hpp"
@@ -105,8 +104,12 @@ class Blocks {
             table_.scale[choice_.wide](grad, count, options_.grad_factor, staging.grad);
             grad = staging.grad;
         }
-        if (options_.clip_value != std::numeric_limits<double>::infinity()) {
+        if (options_.limits_grads()) {
             table_.clamp[choice_.wide](grad, count, options_.clip_value, staging.grad);
+            grad = staging.grad;
+        }
+        if (options_.clip_factor != 1) {
+            table_.scale[choice_.wide](grad, count, options_.clip_factor, staging.grad);
             grad = staging.grad;
         }
         return grad;

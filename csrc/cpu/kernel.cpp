@@ -278,11 +278,51 @@ SGDCORE_WIDE_VECTORS void encode(const std::byte* SGDCORE_RESTRICT from, std::in
     for (; i < size; ++i) storage::store<Storage>(to, i, elements[i]);
 }
 
+/// An element's bits without the sign, which order as the magnitudes do.
+template <class Storage>
+using Magnitude =
+    std::conditional_t<sizeof(typename Storage::Word) == 8, std::uint64_t,
+                       std::conditional_t<sizeof(typename Storage::Word) == 4, std::uint32_t, std::uint16_t>>;
+template <class Storage>
+constexpr int fraction_bits = Storage::dtype == DType::float64   ? 52
+                              : Storage::dtype == DType::float32 ? 23
+                              : Storage::dtype == DType::float16 ? 10
+                                                                 : 7;
+
+template <class Storage>
+SGDCORE_INLINE Magnitude<Storage> largest_magnitude(const std::byte* elements, std::int64_t size) {
+    using Bits = Magnitude<Storage>;
+    constexpr Bits mask = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
+    Bits largest = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+        const auto word = reinterpret_cast<const Unaligned<Bits>*>(elements)[i].value;
+        const Bits magnitude = static_cast<Bits>(word & mask);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+template <class Storage>
+SGDCORE_INLINE bool is_finite_magnitude(Magnitude<Storage> magnitude) {
+    constexpr auto mask = static_cast<Magnitude<Storage>>(static_cast<Magnitude<Storage>>(~Magnitude<Storage>{0}) >> 1);
+    return (magnitude >> fraction_bits<Storage>) < (mask >> fraction_bits<Storage>);
+}
+
+/// The exponent of a finite magnitude; that of the smallest normal number less one for a subnormal one.
+template <class Storage>
+SGDCORE_INLINE int exponent_of(Magnitude<Storage> magnitude) {
+    constexpr int exponent_bits = 8 * static_cast<int>(sizeof magnitude) - 1 - fraction_bits<Storage>;
+    return static_cast<int>(magnitude >> fraction_bits<Storage>) - ((1 << (exponent_bits - 1)) - 1);
+}
+
+template <class C>
+using StorageOf = storage::Of<sizeof(C) == sizeof(double) ? DType::float64 : DType::float32>;
+
 /// to[i] = function(from[i]) for elements of the compute type. The loop over equal pointers is one of its own: the
 /// compiler's test for overlap would take them for overlapping.
 template <class C, class Function>
 SGDCORE_INLINE void map(const std::byte* from, std::int64_t size, std::byte* to, Function function) {
-    using Storage = storage::Of<sizeof(C) == sizeof(double) ? DType::float64 : DType::float32>;
+    using Storage = StorageOf<C>;
     if (from == to) {
         for (std::int64_t i = 0; i < size; ++i)
             storage::store<Storage>(to, i, function(storage::load<Storage, C>(to, i)));
@@ -438,9 +478,98 @@ void scale(const std::byte* from, std::int64_t size, double factor, std::byte* t
 }
 
 template <class C>
-void clamp(const std::byte* from, std::int64_t size, double limit, std::byte* to) {
+bool clamp(const std::byte* from, std::int64_t size, double limit, std::byte* to) {
     const C rounded = static_cast<C>(limit);
+    const bool finite = is_finite_magnitude<StorageOf<C>>(largest_magnitude<StorageOf<C>>(from, size));
     map<C>(from, size, to, [rounded](C value) SGDCORE_INLINE_LAMBDA { return clamped(value, rounded); });
+    return finite;
+}
+
+// Sums of squares
+//
+// A block's largest magnitude tells a power of two, `base`, in whose binade every lane's sum stays when it begins
+// there. So the difference of two sums is exact, and so is the part of a square that a sum leaves out (Fast2Sum), which
+// a second sum takes. Squares of types shorter than float64 are exact in float64.
+
+template <class Storage>
+SGDCORE_WIDE_VECTORS bool add_squares(const std::byte* SGDCORE_RESTRICT elements, std::int64_t size,
+                                      SquareSums& SGDCORE_RESTRICT sums) {
+    constexpr bool wide = Storage::dtype == DType::float64;
+    constexpr int bias = 1023;
+    const auto power_of_two = [](int exponent) {
+        return bits_as<double>(static_cast<std::uint64_t>(exponent + bias) << 52);
+    };
+    const auto largest = largest_magnitude<Storage>(elements, size);
+    if (!is_finite_magnitude<Storage>(largest)) {
+        double sum = 0;  // infinite or NaN
+        for (std::int64_t i = 0; i < size; ++i) {
+            const double value = storage::load<Storage, double>(elements, i);
+            sum += value * value;
+        }
+        sums.high[0] += sum;
+        return false;
+    }
+    if (largest == 0) return true;
+    // All magnitudes are less than 2^(exponent + 1).
+    int exponent = exponent_of<Storage>(largest);
+    // Squares of float64 could overflow or vanish, so they are taken of multiples near 1.
+    int shift = 0;
+    if constexpr (wide) {
+        shift = exponent < -1000 ? -1000 : exponent > 1000 ? 1000 : exponent;
+        exponent -= shift;
+    }
+    const double factor = power_of_two(-shift);
+    static_assert(squares_block / squares_lanes == 64);
+    const double base = power_of_two(2 * (exponent + 1) + 7);
+    double high[squares_lanes], low[squares_lanes];
+    for (int lane = 0; lane < squares_lanes; ++lane) {
+        high[lane] = base;
+        low[lane] = 0;
+    }
+    const auto add = [&](int lane, double value) SGDCORE_INLINE_LAMBDA {
+        if constexpr (wide) {
+            value *= factor;
+            const double square = value * value, rest = fused_multiply_add(value, value, -square);
+            const double sum = high[lane] + square;
+            low[lane] += (square - (sum - high[lane])) + rest;
+            high[lane] = sum;
+        } else if constexpr (has_fused_multiply_add) {
+            const double sum = fused_multiply_add(value, value, high[lane]);
+            low[lane] += fused_multiply_add(value, value, high[lane] - sum);
+            high[lane] = sum;
+        } else {
+            const double square = value * value, sum = high[lane] + square;
+            low[lane] += square - (sum - high[lane]);
+            high[lane] = sum;
+        }
+    };
+    std::int64_t i = 0;
+    for (; i + squares_lanes <= size; i += squares_lanes) {
+        if constexpr (converts_float16 && Storage::dtype == DType::float16) {
+            float values[squares_lanes];
+            for (std::int64_t at = 0; at < squares_lanes; at += lanes) {
+                load_lanes<Storage>(elements, i + at, values + at);
+            }
+            for (int lane = 0; lane < squares_lanes; ++lane) add(lane, static_cast<double>(values[lane]));
+        } else {
+            for (int lane = 0; lane < squares_lanes; ++lane) {
+                add(lane, storage::load<Storage, double>(elements, i + lane));
+            }
+        }
+    }
+    for (int lane = 0; i + lane < size; ++lane) add(lane, storage::load<Storage, double>(elements, i + lane));
+    const double back = power_of_two(shift);
+    for (int lane = 0; lane < squares_lanes; ++lane) {
+        double value = high[lane] - base, rest = low[lane];
+        if constexpr (wide) {
+            value = value * back * back;
+            rest = rest * back * back;
+        }
+        const double sum = sums.high[lane] + value, part = sum - sums.high[lane];
+        sums.low[lane] += ((sums.high[lane] - (sum - part)) + (value - part)) + rest;
+        sums.high[lane] = sum;
+    }
+    return true;
 }
 
 // Averages
@@ -549,6 +678,7 @@ constexpr KernelTable make_table(RuleList<R...>) {
          {nullptr, AveragingLoop<Float32, Float32>::narrow},
          {},
          {nullptr, AveragingLoop<BFloat16, Float32>::wide, nullptr, AveragingLoop<BFloat16, BFloat16>::wide}},
+        {add_squares<Float64>, add_squares<Float32>, add_squares<Float16>, add_squares<BFloat16>},
         memory_pass,
     };
 }

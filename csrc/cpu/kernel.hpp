@@ -39,8 +39,24 @@ using StochasticConversion = void (*)(const std::byte* from, std::int64_t size, 
 /// same, or do not overlap.
 using Scaling = void (*)(const std::byte* from, std::int64_t size, double factor, std::byte* to);
 
-/// The same, with each element limited to [-limit, limit], rounded to that type. A NaN stays as it is.
-using Clamping = void (*)(const std::byte* from, std::int64_t size, double limit, std::byte* to);
+/// The same, with each element limited to [-limit, limit], rounded to that type. A NaN stays as it is. Returns true if
+/// all elements in `from` are finite.
+using Clamping = bool (*)(const std::byte* from, std::int64_t size, double limit, std::byte* to);
+
+constexpr std::int64_t squares_block = 1024;  // elements
+constexpr int squares_lanes = 16;
+
+/// Sums of squares. The sum of a lane is that of its two numbers, of which the second is small.
+struct SquareSums {
+    double high[squares_lanes], low[squares_lanes];
+};
+
+/// Adds the squares of at most `squares_block` elements of a storage type to the sums; the i-th to lane i modulo
+/// `squares_lanes`. Returns true if all elements are finite. If one is not, a sum becomes infinite, or NaN where an
+/// element is one.
+///
+/// The bits are those of all instruction sets and of both compute types.
+using AddSquares = bool (*)(const std::byte* elements, std::int64_t size, SquareSums& sums);
 
 /// Moves `size` elements of an average towards a parameter: `weight`, rounded to the compute type, is the part of the
 /// distance. The arrays may have any alignment and must not overlap.
@@ -117,6 +133,7 @@ struct KernelTable {
     StochasticConversion encode_stochastic[dtype_count];
     // By the types of parameter and average. Null where they are converted.
     Averaging average[dtype_count][dtype_count];
+    AddSquares add_squares[dtype_count];
     MemoryPass memory_pass;
 };
 

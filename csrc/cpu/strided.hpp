@@ -32,6 +32,14 @@ class StridedGradient {
         });
     }
 
+    /// Copies the next `count` elements from `source`.
+    void scatter(const std::byte* source, std::int64_t count) {
+        walk(count, [&](std::byte* element) {
+            std::memcpy(element, source, item_);
+            source += item_;
+        });
+    }
+
     /// Zeroes the next `count` elements.
     void clear(std::int64_t count) {
         walk(count, [&](std::byte* element) { std::memset(element, 0, item_); });

@@ -164,6 +164,11 @@ class CudaRuntime final : public Runtime {
         require(start_kernel(blocks, launch, stream_of(stream)), "cudaLaunchKernel", device);
     }
 
+    void find_norm(int device, const NormLaunch& launch, Stream stream) override {
+        const CurrentDevice current(device);
+        require(start_norm(launch, stream_of(stream)), "cudaLaunchKernel", device);
+    }
+
     void memory_pass(int device, std::int64_t blocks, const MemoryPassArrays& arrays, Stream stream) override {
         const CurrentDevice current(device);
         require(start_memory_pass(blocks, arrays, stream_of(stream)), "cudaLaunchKernel", device);

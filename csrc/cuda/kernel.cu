@@ -6,6 +6,7 @@
 
 #include "cudart.hpp"
 #include "memory_pass.hpp"
+#include "norm.hpp"
 
 namespace sgdcore::cuda {
 namespace {
@@ -41,7 +42,30 @@ __global__ void __launch_bounds__(block_threads, resident_blocks) memory_pass_ke
     memory_pass(arrays, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x, std::int64_t{gridDim.x} * blockDim.x);
 }
 
+__global__ void __launch_bounds__(block_threads) norm_kernel(const __grid_constant__ NormLaunch launch) {
+    __shared__ NormPartial sums[block_threads];
+    DeviceBlock block;
+    sum_squares(launch, block, sums);
+}
+
+__global__ void __launch_bounds__(block_threads) finish_norm_kernel(const __grid_constant__ NormLaunch launch) {
+    __shared__ NormPartial sums[block_threads];
+    DeviceBlock block;
+    finish_norm(launch, block, sums);
+}
+
 }  // namespace
+
+cudaError_t start_norm(const NormLaunch& launch, cudaStream_t stream) {
+    NormLaunch argument = launch;
+    void* arguments[] = {&argument};
+    const cudaError_t status =
+        cudaLaunchKernel(reinterpret_cast<const void*>(norm_kernel), dim3(static_cast<unsigned>(launch.partial_count)),
+                         dim3(block_threads), arguments, 0, stream);
+    if (status != cudaSuccess) return status;
+    return cudaLaunchKernel(reinterpret_cast<const void*>(finish_norm_kernel), dim3(1), dim3(block_threads), arguments,
+                            0, stream);
+}
 
 cudaError_t start_memory_pass(std::int64_t blocks, const MemoryPassArrays& arrays, cudaStream_t stream) {
     MemoryPassArrays argument = arrays;

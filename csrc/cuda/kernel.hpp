@@ -22,6 +22,11 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void read_on_device(const DeviceHyper& group,
     }
 }
 
+/// True if the pass over all gradients found one that is not finite.
+SGDCORE_HOST_DEVICE SGDCORE_INLINE bool left_out(const Launch& launch) {
+    return launch.norm != nullptr && launch.norm->left_out != 0;
+}
+
 /// Puts together the work of one chunk.
 template <class R>
 SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t number, Work<R>& work) {
@@ -32,7 +37,7 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     read_on_device<R, 0>(launch.hypers[tensor.hyper], values);
     read_on_device<R, 1>(launch.hypers[tensor.hyper], values);
     bool first_step = tensor.first_step;
-    if (tensor.pending != nullptr) {
+    if (tensor.pending != nullptr && !left_out(launch)) {
         // No other block has this chunk, and this block will fill the chunk's states.
         first_step = first_step || tensor.pending[chunk.index] != 0;
         tensor.pending[chunk.index] = 0;
@@ -73,13 +78,13 @@ SGDCORE_HOST_DEVICE inline void prepare(const Launch& launch, std::int64_t numbe
     work.path = tensor.path;
     work.grad_in_vectors = tensor.grad_in_vectors;
     work.zero_grad = launch.zero_grad;
-    // torch's GradScaler undoes its scale by the reciprocal in float64, rounded to float32.
-    work.factor = launch.grad_scale == nullptr
-                      ? launch.grad_factor
-                      : static_cast<double>(static_cast<float>(1 / static_cast<double>(*launch.grad_scale)));
+    work.factor = factor_of(launch);
     work.scaled = work.factor != 1;
     work.clip_value = launch.clip_value;
     work.clipped = launch.clips;
+    work.clip_factor = launch.norm == nullptr ? 1 : launch.norm->factor;
+    work.limited = work.clip_factor != 1;
+    work.left_out = left_out(launch);
     work.in_float = typename R::template Coefficients<float>(values);
     work.in_double = typename R::template Coefficients<double>(values);
     work.average.memory = nullptr;
@@ -146,6 +151,14 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void move_average(const Work<R>& work, int in
 /// Updates one thread's elements of a chunk.
 template <class R>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void update(const Work<R>& work, int thread) {
+    if (work.left_out) {
+        // The step was asked to clear the gradients all the same.
+        for (int i = thread; work.grad != nullptr && i < work.count; i += block_threads) {
+            const double zero = 0;
+            store_as(work.grad_dtype, grad_of(work, i), 0, zero);
+        }
+        return;
+    }
     int in_vectors = 0;
     if (work.grad != nullptr) {
         in_vectors = update_in_vectors(work, thread);
@@ -164,6 +177,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void update(const Work<R>& work, int thread) 
 template <class R, class Block>
 SGDCORE_HOST_DEVICE SGDCORE_INLINE void run_block(const Launch& launch, Block& block, Work<R> (&works)[2]) {
     if (launch.found_inf != nullptr && *launch.found_inf != 0) return;
+    if (left_out(launch) && !launch.zero_grad) return;
     int current = 0;
     block.leader([&] {
         if (block.index() < launch.chunk_count) prepare(launch, block.index(), works[0]);

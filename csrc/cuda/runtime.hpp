@@ -24,7 +24,7 @@ using Event = void*;   // cudaEvent_t
 class Runtime {
   public:
     /// Has to change whenever this class does: modules of different builds then refuse each other.
-    static constexpr const char* capsule_name = "sgdcore.cuda.Runtime.1";
+    static constexpr const char* capsule_name = "sgdcore.cuda.Runtime.2";
 
     virtual ~Runtime() = default;
 
@@ -54,6 +54,8 @@ class Runtime {
     virtual void copy(int device, void* to, const void* from, std::size_t size, Stream stream) = 0;
     virtual void fill(int device, void* to, int byte, std::size_t size, Stream stream) = 0;
     virtual void launch(int device, std::int64_t blocks, const Launch& launch, Stream stream) = 0;
+    /// Finds the norm of all gradients, by as many blocks as there are partial sums; see norm.hpp.
+    virtual void find_norm(int device, const NormLaunch& launch, Stream stream) = 0;
     virtual void synchronize(int device, Stream stream) = 0;
     /// For the benchmarks; see memory_pass.hpp.
     virtual void memory_pass(int device, std::int64_t blocks, const MemoryPassArrays& arrays, Stream stream) = 0;

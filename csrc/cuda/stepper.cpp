@@ -137,6 +137,8 @@ Stepper::~Stepper() {
         if (table->pinned != nullptr) runtime_.free_pinned(device_, table->pinned);
         if (table->event != nullptr) runtime_.destroy_event(device_, table->event);
     }
+    for (std::byte* const memory : partials_) runtime_.free(device_, memory);
+    if (partials_event_ != nullptr) runtime_.destroy_event(device_, partials_event_);
 }
 
 void Stepper::list(int rule, std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
@@ -261,10 +263,38 @@ void Stepper::upload(Table& table, Stream stream) {
 void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
                    std::span<const DeviceScalars> scalars, const StepOptions& options,
                    const LaunchOptions& launch_options) {
+    start(tensors, hypers, scalars, options, launch_options, nullptr);
+}
+
+void Stepper::find_norm(std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
+                        std::span<const DeviceScalars> scalars, const StepOptions& options,
+                        const LaunchOptions& launch_options, const NormOptions& norm_options) {
+    start(tensors, hypers, scalars, options, launch_options, &norm_options);
+}
+
+NormPartial* Stepper::partials(Stream stream, bool capturing) {
+    const auto size = static_cast<std::size_t>(blocks_) * sizeof(NormPartial);
+    if (partials_.empty()) {
+        if (partials_event_ == nullptr) partials_event_ = runtime_.create_event(device_);
+        partials_.push_back(runtime_.allocate(device_, size));
+        partials_stream_ = stream;
+    }
+    if (capturing) {
+        partials_.push_back(runtime_.allocate(device_, size));
+        return reinterpret_cast<NormPartial*>(partials_.back());
+    }
+    if (partials_stream_ != stream) runtime_.wait(device_, stream, partials_event_);
+    partials_stream_ = stream;
+    return reinterpret_cast<NormPartial*>(partials_.front());
+}
+
+void Stepper::start(std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
+                    std::span<const DeviceScalars> scalars, const StepOptions& options,
+                    const LaunchOptions& launch_options, const NormOptions* norm_options) {
     check_for_device(tensors, hypers, options.zero_grad);
     const std::lock_guard lock(mutex_);
     list(options.rule, tensors, hypers, scalars);
-    if (chunks_.empty()) return;
+    if (chunks_.empty() && norm_options == nullptr) return;
 
     const Stream stream = launch_options.stream;
     const bool capturing = runtime_.capturing(device_, stream);
@@ -300,7 +330,22 @@ void Stepper::step(std::span<const TensorRef> tensors, std::span<const Hyper> hy
     launch.clips = options.clip_value != std::numeric_limits<double>::infinity();
     launch.average_weight = options.average_weight;
     launch.zero_grad = options.zero_grad;
-    runtime_.launch(device_, std::min(blocks_, launch.chunk_count), launch, stream);
+    launch.norm = launch_options.norm;
+    const std::int64_t blocks = std::min(blocks_, launch.chunk_count);
+    if (norm_options == nullptr) {
+        runtime_.launch(device_, blocks, launch, stream);
+    } else {
+        NormLaunch norm_launch{};
+        norm_launch.step = launch;
+        norm_launch.partials = partials(stream, capturing);
+        norm_launch.partial_count = std::max<std::int64_t>(blocks, 1);
+        norm_launch.result = launch_options.norm;
+        norm_launch.max_norm = norm_options->max_norm;
+        norm_launch.limits_norm = norm_options->limits_norm;
+        norm_launch.skip_nonfinite = norm_options->skip_nonfinite;
+        runtime_.find_norm(device_, norm_launch, stream);
+        if (!capturing) runtime_.record(device_, partials_event_, stream);
+    }
     if (capturing) return;
     runtime_.record(device_, table.event, stream);
     table.stream = stream;

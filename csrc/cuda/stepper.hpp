@@ -18,6 +18,14 @@ struct LaunchOptions {
     Stream stream = nullptr;
     const float* found_inf = nullptr;   // on the device: not zero makes the step do nothing
     const float* grad_scale = nullptr;  // on the device: every gradient is multiplied by its reciprocal
+    NormResult* norm = nullptr;         // on the device: what `find_norm` found, which the step uses; may be null
+};
+
+/// How the norm of a step's gradients is used.
+struct NormOptions {
+    bool limits_norm = false;  // by max_norm
+    double max_norm = 0;
+    bool skip_nonfinite = false;  // leaves a step out if an element is not finite
 };
 
 /// Throws std::invalid_argument if sgdcore::check does, or if an entry is not one for a device.
@@ -43,6 +51,12 @@ class Stepper {
     void step(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, std::span<const DeviceScalars> scalars,
               const StepOptions& options, const LaunchOptions& launch_options);
 
+    /// Puts the search for the norm of all gradients on the stream, which writes `launch_options.norm`: at most one
+    /// copy, and two launches. Otherwise as `step`. Where there are no elements the norm is 0.
+    void find_norm(std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
+                   std::span<const DeviceScalars> scalars, const StepOptions& options,
+                   const LaunchOptions& launch_options, const NormOptions& norm_options);
+
   private:
     /// Memory for one version of the tables: on the device, and pinned on the host. A graph uses both whenever it is
     /// replayed, so a graph's tables are never changed again.
@@ -56,6 +70,11 @@ class Stepper {
         bool kept = false;  // never changed again: a graph has it, or the device may still read it
     };
 
+    void start(std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
+               std::span<const DeviceScalars> scalars, const StepOptions& options, const LaunchOptions& launch_options,
+               const NormOptions* norm_options);
+    /// Memory for the blocks' sums that no launch on another stream uses.
+    NormPartial* partials(Stream stream, bool capturing);
     /// Fills the tables for a step.
     void list(int rule, std::span<const TensorRef> tensors, std::span<const Hyper> hypers,
               std::span<const DeviceScalars> scalars);
@@ -72,6 +91,9 @@ class Stepper {
     const std::uint32_t forks_ = forks();
     std::mutex mutex_;
     std::vector<std::unique_ptr<Table>> tables_;
+    std::vector<std::byte*> partials_;  // the first for launches, the others for those of graphs
+    Event partials_event_ = nullptr;    // recorded behind the last launch that uses the first
+    Stream partials_stream_ = nullptr;
     Table* current_ = nullptr;
     // The tables of the step: hyperparameters, tensors and axes; and the chunks, which depend only on the sizes.
     std::vector<std::byte> front_;

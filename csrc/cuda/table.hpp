@@ -64,6 +64,26 @@ struct alignas(16) DeviceHyper {
 };
 static_assert(sizeof(DeviceHyper) == 128 && max_hypers == 12 && max_device_hypers == 2);
 
+/// What the pass over all gradients found. Four numbers of one type, which a library can share as an array.
+struct NormResult {
+    double norm;      // of the gradients
+    double factor;    // multiplies them, so that their norm is limited
+    double left_out;  // 1 if the step is left out, else 0
+    double skipped;   // the number of steps that were left out
+};
+
+/// A sum, as two numbers of which the second is small.
+struct NormPartial {
+    double high, low;
+    std::uint64_t not_finite;  // 1 if an element is infinite or NaN, else 0
+
+    SGDCORE_HOST_DEVICE SGDCORE_INLINE void add(double value, double rest) {
+        const double sum = high + value, back = sum - high;
+        low += ((high - (sum - back)) + (value - back)) + rest;
+        high = sum;
+    }
+};
+
 /// The kernel's argument.
 struct Launch {
     int rule;  // its number
@@ -77,7 +97,18 @@ struct Launch {
     double grad_factor;       // multiplies every gradient, without grad_scale
     double clip_value;        // limits every element of a gradient, if `clips`
     double average_weight;    // of the parameters after the step, in their averages
+    const NormResult* norm;   // null, or: its factor multiplies every gradient, and the step may be left out
     bool zero_grad, clips;
+};
+
+/// The argument of the kernels that find the norm.
+struct NormLaunch {
+    Launch step;
+    NormPartial* partials;  // of each block
+    std::int64_t partial_count;
+    NormResult* result;
+    double max_norm;
+    bool limits_norm, skip_nonfinite;
 };
 
 /// The three arrays of a step with a state, of `quads` vectors each, for the benchmarks.

@@ -37,13 +37,20 @@ struct Work {
     Path path;
     Use uses[state_count<R>];  // of this chunk: `write` also for a variant that would read a state, which is zero then
     bool from_param[state_count<R>];  // a state that is not read counts as the parameter instead of zero
-    bool grad_in_vectors, zero_grad, scaled, clipped, in_float64;
+    bool grad_in_vectors, zero_grad, scaled, clipped, limited, left_out, in_float64;
     DType param_dtype, grad_dtype, state_dtypes[state_count<R>];
-    double factor, clip_value;
+    double factor, clip_value, clip_factor;
     typename R::template Coefficients<float> in_float;
     typename R::template Coefficients<double> in_double;
     AverageWork average;
 };
+
+/// The factor that undoes the gradients' scale. torch's GradScaler undoes its scale by the reciprocal in float64,
+/// rounded to float32.
+SGDCORE_HOST_DEVICE SGDCORE_INLINE double factor_of(const Launch& launch) {
+    if (launch.grad_scale == nullptr) return launch.grad_factor;
+    return static_cast<double>(static_cast<float>(1 / static_cast<double>(*launch.grad_scale)));
+}
 
 /// Calls `function` with the index of a variant as a constant. All threads of a block have the same variant.
 template <class R, class Function>
@@ -86,8 +93,8 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE const typename R::template Coefficients<C>& c
 }
 
 /// The address of an element's gradient.
-template <class R>
-SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const Work<R>& work, int index) {
+template <class AnyWork>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE std::byte* grad_of(const AnyWork& work, int index) {
     std::byte* address = in_device_memory(work.grad);
     if (work.axis_count == 0) return address + index * static_cast<int>(item_size(work.grad_dtype));
     std::int64_t rest = work.start + index;
@@ -115,6 +122,7 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE void update_element_in(const Work<R>& work, i
     }
     if (work.scaled) g = static_cast<C>(work.factor) * g;
     if (work.clipped) g = clamped(g, static_cast<C>(work.clip_value));
+    if (work.limited) g = static_cast<C>(work.clip_factor) * g;
     with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
         R::template update<C, R::variants[decltype(variant)::value]>(coefficients_of<C>(work), p, g, s);
     });
@@ -254,6 +262,10 @@ SGDCORE_HOST_DEVICE SGDCORE_INLINE int update_vectors(const Work<R>& work, int t
         if (work.clipped) {
             SGDCORE_UNROLL
             for (int i = 0; i < turn * lanes; ++i) g[i] = clamped(g[i], static_cast<C>(work.clip_value));
+        }
+        if (work.limited) {
+            SGDCORE_UNROLL
+            for (int i = 0; i < turn * lanes; ++i) g[i] = static_cast<C>(work.clip_factor) * g[i];
         }
         with_variant<R>(work.variant, [&](auto variant) SGDCORE_INLINE_LAMBDA {
             const typename R::template Coefficients<C> coefficients = coefficients_of<C>(work);

@@ -61,6 +61,14 @@ using SignMask = std::conditional_t<sizeof(C) == 8, std::uint64_t, std::uint32_t
 template <class C>
 inline constexpr SignMask<C> sign_bit = SignMask<C>{1} << (8 * sizeof(C) - 1);
 
+/// True unless the value is infinite or NaN.
+template <class C>
+SGDCORE_HOST_DEVICE SGDCORE_INLINE bool is_finite(C value) {
+    using Bits = SignMask<C>;
+    constexpr Bits infinity = sizeof(C) == 8 ? static_cast<Bits>(0x7ff0000000000000u) : static_cast<Bits>(0x7f800000u);
+    return (bits_as<Bits>(value) & ~sign_bit<C>) < infinity;
+}
+
 /// `value`, limited to [-limit, limit]. A NaN stays as it is. On the bits, since a loop over comparisons of
 /// floating-point numbers would not vectorise.
 template <class C>

@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sgdcore._averages import EMA, Polyak
+from sgdcore._clip import clip_grad_norm_
 from sgdcore._core import __version__
 from sgdcore._options import Options
 from sgdcore.device_array import DeviceArray
@@ -62,6 +63,7 @@ __all__ = [
     "Signum",
     "__version__",
     "build_info",
+    "clip_grad_norm_",
     "get_isa",
     "get_num_threads",
     "set_isa",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+import numpy as np
+
 from sgdcore import _core
 from sgdcore._arrays import storage_dtype
 from sgdcore._averages import EMA, Averages, Polyak
@@ -28,12 +30,24 @@ class Options(TypedDict, total=False):
         clip_value: limit each element of a gradient to [-clip_value, clip_value] before the step uses it, as
             ``torch.nn.utils.clip_grad_value_`` does; a number > 0. A NaN stays a NaN. The gradient in memory stays as
             it is. It is limited after the scale of a GradScaler was undone, in the type that the step computes in.
-            Default None: no limit. `HasOptions.clip_value` changes it between steps.
+            Default None: no limit.
+        max_grad_norm: scale the gradients of a step, all of them by one factor, so that their norm is at most this;
+            a number > 0; infinity only measures the norm. The norm is the square root of the sum of the squares of all
+            elements of all gradients of all groups, in float64, after the scale of a GradScaler was undone and
+            `clip_value` was applied. The factor is that of ``torch.nn.utils.clip_grads_with_norm_``:
+            ``min(1, max_grad_norm / (norm + 1e-6))``, in float64, then rounded to the type that the step computes in.
+            The gradient in memory stays as it is. Default None: nothing is scaled.
+        skip_nonfinite: leave a step out, before anything of it is changed, if an element of a gradient is infinite or
+            NaN. ``zero_grad=True`` still clears the gradients. Default False.
+
+    `HasOptions` has them as attributes, which may be changed between steps, and what steps found.
     """
 
     average: EMA | Polyak | None
     average_dtype: Any
     clip_value: float | None
+    max_grad_norm: float | None
+    skip_nonfinite: bool
 
 
 class HasOptions:
@@ -79,19 +93,50 @@ class HasOptions:
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
                 )
         for name, value in options.items():
-            if value is not None and name not in ("average", "average_dtype"):
+            if name not in ("average", "average_dtype"):
                 setattr(self, name, value)
 
     def _plans(self) -> list[Any]:
         """Return the plans of the optimizer's steps."""
         return [self._plan]
 
+    def _share_clipping(self) -> None:
+        """Give the plans what is done to the gradients."""
+        if self._clipping is not None:
+            self._clipping.new_result = self._new_result
+            self._clipping.left_out = self._left_out
+        for plan in self._plans():
+            plan.clipping = self._clipping
+
+    @staticmethod
+    def _new_result(device: int) -> tuple[Any, int]:
+        """Return an array of four float64 on a device, all 0, and its address.
+
+        A step writes there the norm, the factor of the gradients, 1 if the step was left out or else 0, and the number
+        of steps that were left out.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def _left_out(result: Any) -> bool:
+        """Return whether the last step was left out. Waits for the device."""
+        return bool(result[2:3].numpy()[0])
+
+    @staticmethod
+    def _norm_in(result: Any) -> Any:
+        """Return the norm of the last step on a device."""
+        return float(result[0:1].numpy()[0])
+
+    @staticmethod
+    def _skipped_in(result: Any) -> int:
+        """Return the number of steps that were left out on a device. Waits for it."""
+        return int(result[3:4].numpy()[0])
+
     def _clips(self) -> _core.Clipping:
         """Return what is done to the gradients of each step, which the plan reads, too."""
         if self._clipping is None:
             self._clipping = _core.Clipping()
-            for plan in self._plans():
-                plan.clipping = self._clipping
+            self._share_clipping()
         return self._clipping
 
     @property
@@ -101,9 +146,70 @@ class HasOptions:
 
     @clip_value.setter
     def clip_value(self, value: float | None) -> None:
+        if value is not None:
+            value = _positive("clip_value", value)
         if value is not None or self._clipping is not None:
-            checked = None if value is None else _positive("clip_value", value)
-            self._clips().clip_value = checked
+            self._clips().clip_value = value
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The largest norm of a step's gradients, or None; see `Options`. May be changed between steps."""
+        return None if self._clipping is None else self._clipping.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None:
+            value = _positive("max_grad_norm", value)
+            self._require_measurable("max_grad_norm")
+        if value is not None or self._clipping is not None:
+            self._clips().max_norm = value
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether steps whose gradients are not finite are left out; see `Options`. May be changed between steps."""
+        return self._clipping is not None and self._clipping.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"skip_nonfinite: expected True or False, got {value!r}")
+        if value:
+            self._require_measurable("skip_nonfinite")
+        if value or self._clipping is not None:
+            self._clips().skip_nonfinite = bool(value)
+
+    def _clipping_in_use(self) -> str | None:
+        """Return the name of one of the options that are set; None if none is."""
+        names = ("clip_value", "max_grad_norm", "skip_nonfinite")
+        return next((name for name in names if getattr(self, name) not in (None, False)), None)
+
+    def _require_measurable(self, option: str) -> None:
+        """Raise if steps do not have all gradients together, which `option` needs."""
+
+    @property
+    def grad_norm(self) -> Any:
+        """The norm of the gradients of the last step, before they were scaled by `max_grad_norm`.
+
+        It is the sum of exact arithmetic, rounded to float64, and its square root, rounded: the same bits for every
+        number of threads and instruction set. It is infinite or NaN if a gradient is. None before the first step with
+        `max_grad_norm` or `skip_nonfinite`; without these options, and in a step that a GradScaler skips, it stays as
+        it was.
+
+        After a step of torch's tensors on a CUDA device it is a tensor of no dimensions on that device, of which nobody
+        has waited; elsewhere a float. Arrays on a device are waited for.
+        """
+        if self._clipping is None:
+            return None
+        clipping = self._clipping
+        return self._norm_in(clipping.result) if clipping.on_device else clipping.norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps `skip_nonfinite` has left out. A GradScaler's are not counted. Waits for a device."""
+        if self._clipping is None:
+            return 0
+        result = self._clipping.result
+        return self._clipping.skipped + (0 if result is None else self._skipped_in(result))
 
 
 def _positive(name: str, value: Any) -> float:

@@ -41,6 +41,7 @@ from sgdcore._states import (
     new_storage,
     read_state,
 )
+from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import ArrayParameter, Parameter, ParameterBuffer
 
 __all__ = ["Loss", "Optimizer", "ParamsLike"]
@@ -109,8 +110,8 @@ class Optimizer(HasOptions):
     def _start(self) -> None:
         """Set the attributes that are not part of a checkpoint."""
         self._plan = _core.Plan(self.rule)
-        self._plan.clipping = self._clipping
         self._plan.averaged = None if self._averages is None else self._averages.steps
+        self._share_clipping()
         # Bound once: the binding costs a tenth of the smallest step.
         self._run_plan = self._plan.run
         # The plan's number of checks, and the identities of all parameters, which hold while the number stays.
@@ -121,6 +122,11 @@ class Optimizer(HasOptions):
         self._state_dict_post_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._load_state_dict_pre_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._load_state_dict_post_hooks: OrderedDict[int, Hook] = OrderedDict()
+
+    @staticmethod
+    def _new_result(device: int) -> tuple[Any, int]:
+        result = DeviceArray.zeros(4, np.float64, device)
+        return result, result.__cuda_array_interface__["data"][0]
 
     @property
     def state(self) -> OptimizerState:

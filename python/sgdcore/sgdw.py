@@ -50,7 +50,8 @@ class SGDW(Optimizer):
             decay is the paper's: a schedule has to scale ``weight_decay`` itself, beside ``lr``. Default True.
         momentum_dtype: the dtype of new momentum buffers (float64, float32, float16 or bfloat16); default: the
             parameter's.
-        **options: clip_value, which every optimizer takes; `sgdcore.Options` explains it.
+        **options: clip_value, max_grad_norm and skip_nonfinite, which every optimizer takes; `sgdcore.Options`
+            explains them.
 
     Raises:
         ValueError: if a hyperparameter is out of range, in torch's words.

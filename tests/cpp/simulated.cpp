@@ -12,6 +12,7 @@
 
 #include "cuda/kernel.hpp"
 #include "cuda/memory_pass.hpp"
+#include "cuda/norm.hpp"
 #include "float_mode.hpp"
 
 namespace sgdcore::cuda {
@@ -52,24 +53,40 @@ class SimulatedBlock {
     const std::vector<int>& threads_;
 };
 
-void run_grid(const Launch& launch, std::int64_t count, bool shuffled) {
+/// Calls function(block) for each block.
+template <class Function>
+void run_blocks(std::int64_t count, bool shuffled, std::int64_t seed, Function function) {
     const FloatModeScope scope(FloatMode::standard());  // a device knows nothing of the host's mode
     std::vector<int> threads(block_threads);
     std::iota(threads.begin(), threads.end(), 0);
     std::vector<std::int64_t> blocks(static_cast<std::size_t>(count));
     std::iota(blocks.begin(), blocks.end(), 0);
     if (shuffled) {
-        std::minstd_rand random(static_cast<std::uint32_t>(launch.chunk_count));
+        std::minstd_rand random(static_cast<std::uint32_t>(seed));
         std::shuffle(threads.begin(), threads.end(), random);
         std::shuffle(blocks.begin(), blocks.end(), random);
     }
     for (const std::int64_t index : blocks) {
         SimulatedBlock block(index, count, threads);
+        function(block);
+    }
+}
+
+void run_grid(const Launch& launch, std::int64_t count, bool shuffled) {
+    run_blocks(count, shuffled, launch.chunk_count, [&](SimulatedBlock& block) {
         with_rule(launch.rule, [&]<class R>(RuleTag<R>) {
             Work<R> works[2];
             run_block(launch, block, works);
         });
-    }
+    });
+}
+
+void run_norm(const NormLaunch& launch, bool shuffled) {
+    std::vector<NormPartial> memory(block_threads);
+    auto& sums = *reinterpret_cast<NormPartial(*)[block_threads]>(memory.data());
+    run_blocks(launch.partial_count, shuffled, launch.step.chunk_count,
+               [&](SimulatedBlock& block) { sum_squares(launch, block, sums); });
+    run_blocks(1, shuffled, 1, [&](SimulatedBlock& block) { finish_norm(launch, block, sums); });
 }
 
 }  // namespace
@@ -186,6 +203,13 @@ void SimulatedRuntime::launch(int device, std::int64_t count, const Launch& laun
     fail_if_told(device, "launch");
     ++counts.launches;
     add(stream, [=, in_any_order = shuffled] { run_grid(launch, count, in_any_order); });
+}
+
+void SimulatedRuntime::find_norm(int device, const NormLaunch& launch, Stream stream) {
+    const std::lock_guard lock(mutex());
+    fail_if_told(device, "find_norm");
+    counts.launches += 2;
+    add(stream, [=, in_any_order = shuffled] { run_norm(launch, in_any_order); });
 }
 
 void SimulatedRuntime::synchronize(int device, Stream stream) {

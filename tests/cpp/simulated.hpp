@@ -44,6 +44,7 @@ class SimulatedRuntime final : public Runtime {
     void copy(int device, void* to, const void* from, std::size_t size, Stream stream) override;
     void fill(int device, void* to, int byte, std::size_t size, Stream stream) override;
     void launch(int device, std::int64_t blocks, const Launch& launch, Stream stream) override;
+    void find_norm(int device, const NormLaunch& launch, Stream stream) override;
     void synchronize(int device, Stream stream) override;
     void memory_pass(int device, std::int64_t blocks, const MemoryPassArrays& arrays, Stream stream) override;
 

@@ -26,6 +26,7 @@ __all__ = [
     "increment_versions",
     "is_capturing",
     "new_plan",
+    "new_result",
     "on_device",
     "profiler_enabled",
 ]
@@ -62,6 +63,19 @@ def on_device(tensor: torch.Tensor, index: int) -> torch.Tensor:
 def is_capturing() -> bool:
     """Tell whether the current stream is being captured in a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def new_result(device: int) -> torch.Tensor:
+    """Return four zeros of float64 on a CUDA device.
+
+    Raises:
+        RuntimeError: if a graph is being captured, whose replays would make them zeros again.
+    """
+    if is_capturing():
+        raise RuntimeError(
+            "max_grad_norm, skip_nonfinite: take a step before the capture, which makes the memory of the norm"
+        )
+    return torch.zeros(4, dtype=torch.float64, device=torch.device("cuda", device))
 
 
 def empty_like(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -61,6 +61,14 @@ class Updater(NamedTuple):
         clipping = self.plan.clipping
         return None if clipping is None else clipping.clip_value
 
+    @property
+    def norm_option(self) -> str | None:
+        """The option that needs the norm of all gradients; None if none does."""
+        clipping = self.plan.clipping
+        if clipping is None or not clipping.asks_for_norm:
+            return None
+        return "skip_nonfinite" if clipping.max_norm is None else "max_grad_norm"
+
 
 # One tensor for each of the rule's states; None for those that take no part.
 _States = list[Tensor | None]
@@ -70,13 +78,17 @@ class Scaling:
     """A GradScaler's found_inf and scale, which stay on the device; see DeviceCallbacks in the core.
 
     Attributes:
+        may_skip: whether the device decides if a step happens: by found_inf, or by the option skip_nonfinite.
         pending: the pending first steps, since the device decides whether a step happens: the first state of each
             parameter, with the flags that the device clears.
     """
 
-    def __init__(self, found_inf: Tensor | None, scale: Tensor | None) -> None:
+    def __init__(
+        self, found_inf: Tensor | None, scale: Tensor | None, may_skip: bool = False
+    ) -> None:
         self.found_inf = found_inf
         self.scale = scale
+        self.may_skip = may_skip or found_inf is not None
         self.pending: dict[Tensor, Tensor] = {}
         self._held: list[Tensor] = []
 
@@ -259,9 +271,12 @@ class _Step:
         weight = 0.0 if averages is None else averages.steps.weight
         self.separate({place[0] for place in overlapping})
         cleared = self.run(zero_grad)
+        if cleared is None:
+            return not zero_grad
         self.note_updates()
         if averages is not None and moves:
             _averages.move(averages, self._averaged_here(), self.state, weight)
+        self.updater.plan.finish_step(self.groups)
         if not zero_grad:
             return True
         return cleared and self.left_out is not None and _clear(self.groups, self.left_out)
@@ -280,8 +295,11 @@ class _Step:
                 self.in_sequence.add(position)
                 _require_apart(self.updater, self.groups, update, self.grad_factor)
 
-    def run(self, zero_grad: bool) -> bool:
-        """Step the core's parameters and the updates. Return whether the core has cleared its gradients."""
+    def run(self, zero_grad: bool) -> bool | None:
+        """Step the core's parameters and the updates. Return whether the core has cleared its gradients.
+
+        The result is None if the step is left out.
+        """
         clears = zero_grad
         while True:
             real = self._real()
@@ -300,6 +318,8 @@ class _Step:
                 [(position, states, first) for position, (_, states, first) in self.new.items()],
                 items,
             )
+            if found is None:  # the plan leaves the step out
+                return None
             if found is True:
                 break
             if found is False:
@@ -396,15 +416,11 @@ def step(
             work.prepare([*irregular, *overlapping])
             work.make_states(lacking)
         if not any(update.by_torch for update in work.updates.values()):
-            cleared = work.finish(overlapping, zero_grad)
-            updater.plan.finish_step(groups)
-            return cleared
+            return work.finish(overlapping, zero_grad)
     # First, so that an operation that a subclass lacks is found before anything else is changed.
     work.step_by_torch()
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        cleared = work.finish(overlapping, zero_grad)
-        updater.plan.finish_step(groups)
-        return cleared
+        return work.finish(overlapping, zero_grad)
 
 
 def _step_by_torch(
@@ -499,7 +515,7 @@ def _await_device(
         return
     update.pending = pending.get(first_state)
     device = _interface.device_index(parameter)
-    if update.first and scaling is not None and scaling.found_inf is not None and device != CPU:
+    if update.first and scaling is not None and scaling.may_skip and device != CPU:
         count = -(-parameter.numel() // _core.chunk_size)
         update.pending = torch.ones(count, dtype=torch.uint8, device=parameter.device)
         scaling.pending[first_state] = update.pending
@@ -546,10 +562,29 @@ def _prepare(
             first = True
             tensor = None if by_torch else _new_state(state, parameter, group, label)
         states[state.number] = tensor
+    if updater.norm_option is not None:
+        _require_own_memory(parameter, by_torch, updater.norm_option, label)
     update = _Update(label, parameter, states, index, first, by_torch=by_torch)
     if not (by_torch or parameter.is_meta or isinstance(parameter, FakeTensor)):
         _arrange(updater, group, update)
     return update
+
+
+def _require_own_memory(parameter: Tensor, by_torch: bool, option: str, label: str) -> None:
+    """Raise if the core cannot read all elements of the gradient, which the norm needs."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    reason = None
+    if distributed is not None and isinstance(parameter, distributed.DTensor):
+        reason = "other processes have parts of it"
+    elif by_torch:
+        reason = f"its type, {torch.typename(parameter)}, has operations instead of memory"
+    elif parameter.is_meta or isinstance(parameter, FakeTensor):
+        reason = "it has no memory"
+    if reason is not None:
+        raise TypeError(
+            f"{option}: the norm of the gradient of {label} cannot be taken, since {reason}; "
+            "torch.nn.utils.clip_grad_norm_ may take it"
+        )
 
 
 def has_own_operations(tensor: Tensor) -> bool:

@@ -331,11 +331,11 @@ def step_in_backward(optimizer: Optimizer) -> StepInBackward:
 
     Raises:
         TypeError: if the optimizer is none of sgdcore.torch.
-        ValueError: if it is differentiable, has averages, counts whole steps as ScheduleFreeSGD does, or already steps
-            in the backward pass, or a gradient is pending, or DistributedDataParallel, FullyShardedDataParallel or
-            another optimizer's step_in_backward has one of the parameters, or a wrapper of `sgdcore.distributed` that
-            cannot go with it has the optimizer. DistributedDataParallel raises it, too, when it is to wrap one of the
-            parameters afterwards.
+        ValueError: if it is differentiable, has averages, `max_grad_norm` or `skip_nonfinite`, counts whole steps as
+            ScheduleFreeSGD does, or already steps in the backward pass, or a gradient is pending, or
+            DistributedDataParallel, FullyShardedDataParallel or another optimizer's step_in_backward has one of the
+            parameters, or a wrapper of `sgdcore.distributed` that cannot go with it has the optimizer.
+            DistributedDataParallel raises it, too, when it is to wrap one of the parameters afterwards.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected an optimizer of sgdcore.torch, got {type(optimizer)}")
@@ -347,6 +347,11 @@ def step_in_backward(optimizer: Optimizer) -> StepInBackward:
         raise ValueError(
             f"step_in_backward: {type(optimizer).__name__} counts whole steps, of all parameters of a group at once"
         )
+    for option in ("max_grad_norm", "skip_nonfinite"):
+        if getattr(optimizer, option):
+            raise ValueError(
+                f"optimizer: {option} cannot go with step_in_backward, which never has all gradients together"
+            )
     wrapper = getattr(optimizer, "_wrapper", lambda: None)()  # a wrapper of sgdcore.distributed
     if wrapper is not None:
         wrapper.check_step_in_backward()

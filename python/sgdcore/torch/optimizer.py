@@ -160,7 +160,6 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
     def _start(self) -> None:
         """Set the attributes that are not part of a checkpoint or a pickle."""
         self._plan = new_plan(exchange_api(), self.rule)
-        self._plan.clipping = self._clipping
         self._plan.averaged = None if self._averages is None else self._averages.steps
         # Bound once, which saves a look-up in each step.
         self._run_unobserved = self._plan.run_unobserved
@@ -171,6 +170,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         self._in_backward = getattr(self, "_steps_in_backward", None)
         # torch wraps a subclass's own step(), and runs the hooks itself.
         self._observed_outside = type(self).step is not Optimizer.step
+        self._share_clipping()
 
     def _hooks(self) -> list[dict[Any, Any]]:
         """Return the dicts of hooks before and after a step: this optimizer's, and those of all optimizers."""
@@ -199,6 +199,23 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
 
     def _plans(self) -> list[Any]:
         return [self._plan, *([] if self._in_backward is None else [self._in_backward.plan])]
+
+    @staticmethod
+    def _new_result(device: int) -> tuple[Tensor, int]:
+        result = _interface.new_result(device)
+        return result, result.data_ptr()
+
+    @staticmethod
+    def _norm_in(result: Tensor) -> Tensor:
+        return result[0].clone()  # the next step overwrites the result
+
+    @staticmethod
+    def _skipped_in(result: Tensor) -> int:
+        return int(result[3])
+
+    def _require_measurable(self, option: str) -> None:
+        if self._in_backward is not None:
+            raise ValueError(f"{option}: step_in_backward never has all gradients together")
 
     def _takes_scale(self) -> bool:
         """Return whether `step` undoes the scale, and skips an overflow, as the attributes of one step tell."""
@@ -344,7 +361,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         clear_later = zero_grad and scaling is not None
         clear_now = zero_grad and not clear_later
         found = self._plan.run(self.param_groups, self._state, clear_now, grad_factor, scaling)
-        if found is not True:
+        if found is not True and found is not None:
             clear_later |= not self._update_irregular(found, clear_now, grad_factor, scaling)
         if clear_later:
             self.zero_grad(set_to_none=False)
@@ -357,14 +374,18 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         scaling: _irregular.Scaling | None = None,
     ) -> bool:
         """Step where the plan found irregular parameters. Return False if gradients are still to be cleared."""
-        if scaling is not None and (
-            self._averages is not None
-            or any(
-                p.grad is not None and p.grad.layout is not torch.strided
-                for group in self.param_groups
-                for p in group["params"]
-            )
-        ):
+        sparse = any(
+            p.grad is not None and p.grad.layout is not torch.strided
+            for group in self.param_groups
+            for p in group["params"]
+        )
+        if scaling is None and self.skip_nonfinite and self._any_on_device():
+            if sparse:
+                raise ValueError(
+                    "skip_nonfinite: rows of sparse gradients on a device step without knowing of the others"
+                )
+            scaling = _irregular.Scaling(None, None, may_skip=True)
+        if scaling is not None and (self._averages is not None or sparse):
             # Rows of a state have no pending flags, and some averages move after the step, so the host has to read the
             # numbers.
             left_out, grad_factor = scaling.on_host()
@@ -372,10 +393,11 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
             if left_out:
                 return not zero_grad
         if _any_differentiable(self.param_groups):
-            if self.clip_value is not None:
+            option = self._clipping_in_use()
+            if option is not None:
                 raise ValueError(
-                    "clip_value: a differentiable step is torch's own, whose gradients are clipped by "
-                    "torch.nn.utils.clip_grad_value_"
+                    f"{option}: a differentiable step is torch's own, whose gradients are clipped by "
+                    "torch.nn.utils"
                 )
             self._step_recorded()
             return not zero_grad
@@ -393,6 +415,13 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
             self._pending.update(scaling.pending)
             self._set_pending()
         return cleared
+
+    def _any_on_device(self) -> bool:
+        return any(
+            _interface.device_index(p) not in (CPU, None)
+            for group in self.param_groups
+            for p in group["params"]
+        )
 
     def _updater(self, plan: _core.TorchPlan) -> _irregular.Updater:
         return _irregular.Updater(plan, rule_of(self.rule), self.by_operations, self._averages)
@@ -573,9 +602,8 @@ def _scaling_on_device(found_inf: Any, scale: Any) -> _irregular.Scaling | None:
     tensors = [each for each in (found_inf, scale) if isinstance(each, Tensor)]
     if all(_interface.device_index(each) == CPU for each in tensors):
         return None
-    return _irregular.Scaling(
-        *(None if each is None else _irregular.as_tensor(each) for each in (found_inf, scale))
-    )
+    numbers = (None if each is None else _irregular.as_tensor(each) for each in (found_inf, scale))
+    return _irregular.Scaling(next(numbers), next(numbers))
 
 
 def _any_differentiable(groups: Iterable[dict[str, Any]]) -> bool:

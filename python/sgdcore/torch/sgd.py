@@ -50,7 +50,8 @@ class SGD(Optimizer, torch.optim.SGD):  # type: ignore[override]  # `state` is a
             being rounded away.
         sparse_mode: what a sparse gradient means. ``"dense"``: what the same gradient means as a dense tensor, so
             that weight decay and momentum act on all rows. ``"lazy"``: only the rows that it names are touched.
-        **options: clip_value, which every optimizer takes; `sgdcore.Options` explains it.
+        **options: clip_value, max_grad_norm and skip_nonfinite, which every optimizer takes; `sgdcore.Options`
+            explains them.
 
     Raises:
         ValueError, TypeError: for hyperparameters out of range, worded as torch does.
