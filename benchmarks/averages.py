@@ -56,7 +56,8 @@ def contenders(workload: str) -> dict[str, Callable[[], Any]]:
         # torch's fused step rounds the last elements of a tensor differently.
         body = p.numel() // 8 * 8
         assert torch.equal(p.detach().view(-1)[:body], q.detach().view(-1)[:body])
-        own = ours.state[p]["average"].view(-1)[:body]
+        # Asking for `state` would make each later step read all states.
+        own = ours._state[p]["average"].view(-1)[:body]
         assert torch.equal(own, average.detach().view(-1)[:body])
     return found
 

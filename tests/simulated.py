@@ -47,6 +47,7 @@ def library() -> ctypes.CDLL:
     found.simulated_capsule_name.restype = ctypes.c_void_p  # as an address: a capsule keeps it
     found.simulated_devices.restype = ctypes.c_void_p
     found.simulated_failure.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
+    found.simulated_capture.argtypes = (ctypes.c_void_p, ctypes.c_bool)
     found.simulated_counts.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))
     return found
 
@@ -66,6 +67,10 @@ class Simulated:
         counts = (ctypes.c_int64 * 3)()
         library().simulated_counts(self._runtime, counts)
         return counts[("launches", "copies", "allocations").index(what)]
+
+    def capture(self, begin: bool) -> None:
+        """Begin to capture the default stream, or end that and drop what was captured."""
+        library().simulated_capture(self._runtime, begin)
 
     def fail(self, call: str, device: int = -1) -> None:
         """Let a call fail from now on, on one device or on all; an empty name ends that."""

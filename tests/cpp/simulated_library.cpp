@@ -22,6 +22,16 @@ void simulated_failure(Runtime* runtime, const char* call, int device) {
     simulated.failing_device = device;
 }
 
+/// Begins to capture the default stream. Ending a capture drops what it has captured.
+void simulated_capture(Runtime* runtime, bool begin) {
+    auto& simulated = static_cast<SimulatedRuntime&>(*runtime);
+    if (begin) {
+        simulated.begin_capture(nullptr);
+    } else {
+        simulated.end_capture(nullptr);
+    }
+}
+
 /// What the devices were told to do: launches, copies, allocations.
 void simulated_counts(Runtime* runtime, std::int64_t* counts) {
     const auto& found = static_cast<SimulatedRuntime&>(*runtime).counts;
