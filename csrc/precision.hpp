@@ -14,6 +14,7 @@
 
 #include "dtypes.hpp"
 #include "platform.hpp"
+#include "rules/rule.hpp"
 
 namespace sgdcore {
 
@@ -33,6 +34,17 @@ constexpr const char* precision_name(Precision precision) {
             return "stochastic";
     }
     return "?";
+}
+
+/// True if parameters of that storage type can be kept in that precision.
+constexpr bool fits(Precision precision, DType dtype) {
+    if (precision == Precision::plain) return true;
+    return dtype == DType::bfloat16 || (dtype == DType::float16 && precision != Precision::split);
+}
+
+/// The number of the state that holds the second half of a parameter; -1 where there is none.
+constexpr int rest_slot(Precision precision) {
+    return precision == Precision::split ? master_low_slot : precision == Precision::kahan ? compensation_slot : -1;
 }
 
 namespace storage {

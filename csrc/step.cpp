@@ -40,6 +40,16 @@ void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
         if (tensor.size > 0 && !tensor.grad_axes.empty() && !axes_match(tensor.grad_axes, tensor.size)) {
             throw std::invalid_argument("step: the gradient's axes do not match the tensor's size");
         }
+        if (!fits(hyper.precision, tensor.param_dtype)) {
+            throw std::invalid_argument("step: a parameter's storage type does not fit its precision");
+        }
+        if ((hyper.precision == Precision::split && item_size(tensor.state_dtypes[master_low_slot]) != 2) ||
+            (hyper.precision == Precision::kahan && tensor.state_dtypes[compensation_slot] != tensor.param_dtype)) {
+            throw std::invalid_argument("step: the storage type of a parameter's second half");
+        }
+        if (hyper.precision == Precision::stochastic && tensor.rounding == nullptr) {
+            throw std::invalid_argument("step: stochastic rounding needs the parameter's position and steps");
+        }
         const bool null_grad = tensor.grad == nullptr && (!tensor.has_average() || !tensor.grad_axes.empty());
         if (tensor.size > 0 && (tensor.param == nullptr || null_grad || null_state)) {
             throw std::invalid_argument("step: null pointer in the work list");

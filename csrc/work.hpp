@@ -10,6 +10,7 @@
 #include <span>
 
 #include "dtypes.hpp"
+#include "precision.hpp"
 #include "rules/rule.hpp"
 
 namespace sgdcore {
@@ -45,12 +46,22 @@ inline bool may_overlap(std::span<const Axis> axes, std::size_t item) {
 /// The hyperparameters of one parameter group. `RuleInfo::hyper` makes one.
 struct Hyper {
     Values values;
-    std::uint32_t states = 0;       // the rule's states that take part: bit s is state s
+    /// The states that take part in the rule's update, among them the second half of a parameter: bit s is state s.
+    std::uint32_t states = 0;
     std::uint8_t variants[2] = {};  // the rule's variant for a tensor's later steps, and for its first
     bool skips_zero_grads = false;  // an element whose gradient is zero stays as it is, and so do its states
+    Precision precision = Precision::plain;
+    std::uint64_t seed = 0;  // of stochastic rounding
 
     bool has_state(int state) const { return (states >> state & 1) != 0; }
     int variant(bool first_step) const { return variants[first_step]; }
+    void keep_in(Precision precision_, std::uint64_t seed_) {
+        precision = precision_;
+        seed = seed_;
+        if (rest_slot(precision) >= 0) states |= 1u << rest_slot(precision);
+        // A sum that was not rounded yet is rounded by any step.
+        if (precision == Precision::kahan) skips_zero_grads = false;
+    }
 };
 
 /// Calls `function(state)` for the number of each state in a set, in which bit s is state s.
@@ -60,6 +71,15 @@ void for_each_state(std::uint32_t states, Function&& function) {
         if ((states >> state & 1) != 0) function(state);
     }
 }
+
+/// What stochastic rounding knows of a tensor beside its elements.
+struct Rounding {
+    std::uint64_t position = 0;  // of the parameter in the optimizer
+    std::uint64_t steps = 0;     // that the parameter has taken
+    std::int64_t first = 0;      // the index, in logical order, of the tensor's first element
+    /// The axes in memory order, slowest first, where that is not the logical order. A stride is a distance of indices.
+    std::span<const Axis> axes = {};
+};
 
 /// One tensor of the work list: where its arrays are and which hyperparameters apply.
 ///
@@ -78,13 +98,15 @@ struct TensorRef {
     std::int32_t device = cpu_device;
     DType param_dtype = DType::float32;
     DType grad_dtype = DType::float32;
-    DType state_dtypes[max_slots] = {DType::float32, DType::float32, DType::float32, DType::float32, DType::float32};
+    DType state_dtypes[max_slots] = {DType::float32, DType::float32, DType::float32,
+                                     DType::float32, DType::float32, DType::float32};
     bool first_step = false;      // the rule's states hold nothing before this step
     std::uint8_t new_extras = 0;  // the options' states that hold nothing before this step: bit s is max_states + s
     /// Pending first step, on a device only: null, or the address on the device of one byte for each chunk. A byte is
     /// not zero while the chunk's states hold nothing; the step that fills them clears it. The host does not know
     /// whether a step with `found_inf` happened, so the steps after a first one may still be the first.
     std::uint8_t* pending = nullptr;
+    const Rounding* rounding = nullptr;  // where the precision is stochastic
 
     bool has_average() const { return states[average_slot] != nullptr; }
 };

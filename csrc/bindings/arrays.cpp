@@ -275,6 +275,20 @@ void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axi
     if (axes.size() == 1 && axes[0].stride == static_cast<std::int64_t>(item_size(ref.dtype))) axes.clear();
 }
 
+void index_axes(const ArrayRef& ref, std::vector<Axis>& axes) {
+    axes.clear();
+    if (ref.size <= 1 || (ref.array.flags() & py::array::c_style) != 0) return;
+    std::array<std::int64_t, max_dimensions> distances;
+    std::int64_t distance = 1;
+    for (auto axis = static_cast<int>(ref.array.ndim()); axis-- > 0; distance *= ref.array.shape(axis)) {
+        distances[static_cast<std::size_t>(axis)] = distance;
+    }
+    for (const int axis : AxisOrder(ref.array)) {
+        append_axis(axes, 0, {ref.array.shape(axis), distances[static_cast<std::size_t>(axis)]});
+    }
+    if (axes.size() == 1 && axes[0].stride == 1) axes.clear();
+}
+
 Extent extent_of(const ArrayRef& ref) {
     if (ref.size == 0) return extent_at(ref.data, 0);
     Extent extent = extent_at(ref.data, item_size(ref.dtype));

@@ -77,6 +77,10 @@ void require_same_device(const ArrayRef& ref, const ArrayRef& like, const Argume
 /// `ref` has the same memory order, so that both can be read as flat arrays. The shapes must be equal.
 void axes_in_order_of(const ArrayRef& ref, const ArrayRef& like, std::vector<Axis>& axes);
 
+/// Makes `axes` those of a dense array in memory order, slowest first, with distances of indices in logical order (C
+/// order) as strides; empty where the two orders are the same.
+void index_axes(const ArrayRef& ref, std::vector<Axis>& axes);
+
 /// Raises ValueError unless the two have the same shape, device and memory order.
 void require_same_layout(const ArrayRef& ref, const ArrayRef& like, const Argument& argument);
 

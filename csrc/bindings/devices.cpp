@@ -126,6 +126,13 @@ void DeviceSteps::step(std::span<const TensorRef> tensors, const py::list& param
             }
             continue;
         }
+        for (const TensorRef& tensor : part.tensors) {
+            const Precision precision = host_hypers[tensor.hyper].precision;
+            if (precision == Precision::plain) continue;
+            throw py::value_error("precision: " + std::string(precision_name(precision)) +
+                                  " is for parameters on the CPU, and param_groups[" + std::to_string(tensor.hyper) +
+                                  "] has one on a CUDA device");
+        }
         cuda::check_for_device(part.tensors, host_hypers, options.zero_grad);
         part.options = launch_options(device, callbacks);
         if (rules()[static_cast<std::size_t>(options.rule)].counts &&

@@ -59,6 +59,14 @@ struct GroupValues {
     DeviceScalars scalars;
     bool on_device = false;  // one of the numbers is on a device
     bool plain = true;       // all are floats, integers and bools, which never change
+    Precision precision = Precision::plain;
+    std::uint64_t seed = 0;
+
+    Hyper hyper(const RuleInfo& rule) const {
+        Hyper hyper = rule.hyper(values);
+        if (precision != Precision::plain) hyper.keep_in(precision, seed);
+        return hyper;
+    }
 };
 
 /// group[key] as a float. If `place` is not null, a number on a device stays there: `place` describes it, and the
@@ -102,6 +110,38 @@ bool flag_of(PyObject* group, PyObject* key, std::size_t index, const BeforeCode
     return truth != 0;
 }
 
+/// group[key], borrowed; null where the group lacks the key or has None there.
+PyObject* optional_item(PyObject* group, PyObject* key) {
+    PyObject* const item = PyDict_GetItemWithError(group, key);
+    if (item == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return item == Py_None ? nullptr : item;
+}
+
+/// Reads how a group's parameters are kept.
+void read_precision(PyObject* group, std::size_t index, GroupValues& found) {
+    static PyObject* const precision_key = PyUnicode_InternFromString("precision");
+    static PyObject* const seed_key = PyUnicode_InternFromString("seed");
+    PyObject* const item = optional_item(group, precision_key);
+    if (item == nullptr) return;
+    for (const Precision precision : {Precision::split, Precision::kahan, Precision::stochastic}) {
+        if (PyUnicode_Check(item) && PyUnicode_CompareWithASCIIString(item, precision_name(precision)) == 0) {
+            found.precision = precision;
+        }
+    }
+    if (found.precision == Precision::plain) {
+        throw py::value_error(hyper_text(precision_key, index) +
+                              ": expected 'split', 'kahan', 'stochastic' or None, got " + repr_text(item));
+    }
+    PyObject* const seed = found.precision == Precision::stochastic ? optional_item(group, seed_key) : nullptr;
+    if (seed == nullptr) return;
+    found.seed = PyLong_Check(seed) ? PyLong_AsUnsignedLongLong(seed) : 0;
+    if (PyErr_Occurred() || !PyLong_Check(seed)) {
+        PyErr_Clear();
+        throw py::value_error(hyper_text(seed_key, index) + ": expected an integer from 0 to 2**64 - 1, got " +
+                              repr_text(seed));
+    }
+}
+
 struct HyperKeys {
     PyObject* of[Rules::size][max_hypers] = {};
     HyperKeys() {
@@ -134,6 +174,7 @@ GroupValues read_group(int rule, PyObject* group, std::size_t index, bool leave_
                 : number_of(group, key, index, before_code, leave_on_device ? place : nullptr, found.plain);
         found.on_device |= place != nullptr && place->address != nullptr;
     }
+    read_precision(group, index, found);
     return found;
 }
 
@@ -191,12 +232,13 @@ void GroupHypers::read(int rule, const py::list& param_groups, BeforeCode before
         const auto held = py::reinterpret_borrow<py::object>(group);
         const GroupValues found = read_group(rule, group, i, true, before_code);
         const RuleInfo& info = rules()[static_cast<std::size_t>(rule)];
-        all_[i] = info.hyper(found.values);
+        all_[i] = found.hyper(info);
         if (info.counts) {
             given_.resize(all_.size());
             given_[i] = found.values;
         }
         if (found.plain) seen_[i] = now;
+        may_have_precisions_ = may_have_precisions_ || found.precision != Precision::plain;
         if (!found.on_device) continue;
         on_device_.resize(i + 1);
         on_device_.back() = found.scalars;
@@ -237,7 +279,10 @@ void GroupHypers::finish_step(int rule, const py::list& param_groups) {
         }
         // The dict holds what is known already: it need not be read again.
         seen_[i] = unchanged ? Seen{group, version_of(group)} : Seen{};
-        if (unchanged) all_[i] = info.hyper(given_[i]);
+        if (!unchanged) continue;
+        Hyper next = info.hyper(given_[i]);
+        next.keep_in(all_[i].precision, all_[i].seed);
+        all_[i] = next;
     }
 }
 
@@ -245,8 +290,7 @@ std::vector<Hyper> read_hypers_on_host(int rule, const py::list& param_groups) {
     std::vector<Hyper> hypers;
     for (std::size_t i = 0; i < param_groups.size(); ++i) {
         const auto held = py::reinterpret_borrow<py::object>(group_at(param_groups, i));
-        hypers.push_back(
-            rules()[static_cast<std::size_t>(rule)].hyper(read_group(rule, held.ptr(), i, false, {}).values));
+        hypers.push_back(read_group(rule, held.ptr(), i, false, {}).hyper(rules()[static_cast<std::size_t>(rule)]));
     }
     return hypers;
 }

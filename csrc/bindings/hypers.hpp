@@ -54,6 +54,8 @@ class GroupHypers {
     const std::vector<Hyper>& all() const { return all_; }
     const Hyper& operator[](std::size_t group) const { return all_[group]; }
     std::size_t size() const { return all_.size(); }
+    /// False if no group had a precision so far.
+    bool may_have_precisions() const { return may_have_precisions_; }
     /// The hyperparameters on devices: one entry for each group, or none at all.
     const std::vector<DeviceScalars>& on_device() const { return on_device_; }
 
@@ -73,6 +75,7 @@ class GroupHypers {
     std::vector<Values> given_;  // of a rule with counts: as they were before the rule scheduled them
     std::vector<Seen> seen_;
     std::vector<DeviceScalars> on_device_;
+    bool may_have_precisions_ = false;
 };
 
 /// The hyperparameters of the groups. Waits for numbers on devices.

@@ -26,6 +26,7 @@ struct Operands {
     std::uint32_t group;
     bool first_step;
     std::uint8_t new_extras;
+    const Rounding* rounding;  // null unless it is stochastic
 };
 
 /// True if each array of `next` begins where that of `tensor` ends, and all else is the same: one entry serves both.
@@ -38,7 +39,7 @@ bool continues(const TensorRef& tensor, const Operands& next) {
                                     : tensor.grad != nullptr && ends_at(tensor.grad, tensor.grad_dtype, *next.grad);
     if (!ends_at(tensor.param, tensor.param_dtype, next.data) || !grad_continues || !tensor.grad_axes.empty() ||
         !next.grad_axes.empty() || tensor.hyper != next.group || tensor.device != next.data.device ||
-        tensor.first_step != next.first_step || tensor.new_extras != next.new_extras) {
+        tensor.first_step != next.first_step || tensor.new_extras != next.new_extras || next.rounding != nullptr) {
         return false;
     }
     bool all = true;
@@ -61,6 +62,7 @@ void fill(TensorRef& tensor, const Operands& operands) {
     if (operands.grad != nullptr) tensor.grad_dtype = operands.grad->dtype;
     tensor.first_step = operands.first_step;
     tensor.new_extras = operands.new_extras;
+    tensor.rounding = operands.rounding;
     tensor.states[average_slot] = nullptr;
     for_each_state(operands.in_use, [&](int state) {
         tensor.states[state] = operands.states[state]->data;
@@ -279,6 +281,7 @@ bool Plan::run(const py::list& param_groups, const py::object& grads, bool zero_
         return true;
     }
     note_first_steps();
+    count_steps();
     if (averaged) ++averaged->taken;
     hypers_.finish_step(rule_, param_groups);
     return true;
@@ -307,11 +310,13 @@ Plan::Listed Plan::list_tensors(bool given) {
             .group = entry.group,
             .first_step = false,
             .new_extras = 0,
+            .rounding = nullptr,
         };
         if (!grad.empty()) {
             listed.any_grad = true;
             listed.new_grads |= entry.grad_version != parameter.grad_version;
             operands.grad_axes = given ? given_[i].axes : parameter.grad_axes();
+            if (hypers_[entry.group].precision != Precision::plain) operands.rounding = rounding_of(i);
         } else if (in_use == 0) {
             continue;
         }
@@ -337,6 +342,22 @@ Plan::Listed Plan::list_tensors(bool given) {
     }
     tensor_count_ = count;
     return listed;
+}
+
+const Rounding* Plan::rounding_of(std::size_t entry) {
+    const Hyper& hyper = hypers_[entries_[entry].group];
+    const ArrayRef& data = entries_[entry].parameter->data();
+    if (!fits(hyper.precision, data.dtype)) {
+        throw py::type_error("precision: " + std::string(precision_name(hyper.precision)) + " is for " +
+                             (hyper.precision == Precision::split ? "bfloat16" : "bfloat16 and float16") + ", and " +
+                             label(entry) + " is of " + dtype_name(data.dtype));
+    }
+    if (hyper.precision != Precision::stochastic) return nullptr;
+    roundings_.resize(entries_.size());
+    RoundingOf& of = roundings_[entry];
+    index_axes(data, of.axes);
+    of.rounding = {.position = entry, .steps = entries_[entry].slots->steps(), .axes = of.axes};
+    return &of.rounding;
 }
 
 void Plan::check_memory(const Listed& listed, bool given, bool zero_grad) {
@@ -385,6 +406,14 @@ void Plan::update(const py::list& param_groups, const Listed& listed, const Step
         update_on_devices(param_groups, options);
     } else {
         step_on_cpu(tensors(), listed.elements, hypers_.all(), options);
+    }
+}
+
+void Plan::count_steps() {
+    if (roundings_.empty()) return;
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+        if (used_grads_[i] == nullptr || hypers_[entries_[i].group].precision != Precision::stochastic) continue;
+        entries_[i].slots->set_steps(roundings_[i].rounding.steps + 1);
     }
 }
 

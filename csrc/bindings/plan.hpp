@@ -82,6 +82,10 @@ class Plan final : private Dependent {
         ArrayRef ref;
         std::vector<Axis> axes;
     };
+    struct RoundingOf {
+        Rounding rounding;
+        std::vector<Axis> axes;
+    };
     /// A range of memory: which of an entry's arrays it is.
     enum class Kind { data, state, grad, given_grad };
     struct Range : Extent {
@@ -137,6 +141,11 @@ class Plan final : private Dependent {
     py::object stream_function();
     void update(const py::list& param_groups, const Listed& listed, const StepOptions& options);
     void note_first_steps();
+    /// What stochastic rounding knows of an entry; null in another precision. Raises TypeError if the parameter's dtype
+    /// does not fit its precision.
+    const Rounding* rounding_of(std::size_t entry);
+    /// Counts the running step where rounding is stochastic.
+    void count_steps();
     void update_on_devices(const py::list& param_groups, const StepOptions& options);
     /// The states of an entry that the running step reads or writes: bit s is state s.
     std::uint32_t states_of(std::size_t entry) const {
@@ -171,6 +180,7 @@ class Plan final : private Dependent {
     std::size_t tensor_count_ = 0;
     std::vector<const ArrayRef*> used_grads_;  // per entry; null where there is no gradient
     std::vector<GivenGrad> given_;
+    std::vector<RoundingOf> roundings_;     // per entry; empty before any was needed
     std::vector<std::size_t> first_steps_;  // the entries of which a state holds nothing before this step
     std::vector<py::object> held_;          // references kept while the GIL is released
     std::vector<Axis> held_axes_;

@@ -83,6 +83,7 @@ void register_devices(py::module_& module) {
     module.def("has_runtime", &has_device_runtime);
     module.attr("cpu_device") = cpu_device;
     module.attr("chunk_size") = chunk_size;
+    module.attr("max_slots") = max_slots;
     module.def("device_count", [] { return device_runtime().device_count(); });
     module.def("device_name", [](int device) { return device_runtime().device_name(device); }, py::arg("device"));
     module.def("is_on_device", [](const py::object& object) { return is_on_device(object); }, py::arg("object"));

@@ -51,6 +51,7 @@ void register_parameter(py::module_& module) {
         .def("reserve", &StateSlots::reserve, py::arg("state"), py::arg("storage"))
         .def("note_other_values", &StateSlots::note_other_values, py::arg("exist"))
         .def("detach", &StateSlots::detach)
+        .def_property("steps", &StateSlots::steps, &StateSlots::set_steps)
         .def("holds", &StateSlots::holds, py::arg("state"))
         .def(
             "array", [](const StateSlots& self, int state) { return array_or_none(self.array(state)); },

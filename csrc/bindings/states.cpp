@@ -35,7 +35,15 @@ void StateSlots::assign(int state, const py::object& array, bool holds) {
             PyErr_SetString(PyExc_ReferenceError, text.c_str());
             throw py::error_already_set();
         }
-        require_same_layout(ref, py::cast<Parameter&>(parameter).data(), key(state));
+        const ArrayRef& data = py::cast<Parameter&>(parameter).data();
+        require_same_layout(ref, data, key(state));
+        const bool fits = state == compensation_slot ? ref.dtype == data.dtype
+                                                     : state != master_low_slot || item_size(ref.dtype) == 2;
+        if (!fits) {
+            throw py::type_error(std::string(key(state)) + ": expected dtype " +
+                                 (state == compensation_slot ? dtype_name(data.dtype) : "int16") + ", got " +
+                                 dtype_name(ref.dtype));
+        }
     }
     Slot& slot = slots_[static_cast<std::size_t>(state)];
     slot.holds = holds;
@@ -54,6 +62,12 @@ void StateSlots::note_other_values(bool exist) {
     update_kept();
 }
 
+void StateSlots::set_steps(std::uint64_t steps) {
+    const bool decides = (steps == 0) != (steps_ == 0);
+    steps_ = steps;
+    if (decides) update_kept();
+}
+
 void StateSlots::detach() {
     is_attached_ = false;
     dependents.tell(&Dependent::slots_are_detached);
@@ -61,7 +75,7 @@ void StateSlots::detach() {
 }
 
 void StateSlots::update_kept() {
-    const bool says_something = has_other_values_ || std::ranges::any_of(slots_, &Slot::holds);
+    const bool says_something = has_other_values_ || steps_ != 0 || std::ranges::any_of(slots_, &Slot::holds);
     py::object kept;
     if (is_attached_ && says_something) {
         kept = parameter_();

@@ -49,6 +49,10 @@ class StateSlots {
                                   : extra_states[state - max_states].key;
     }
 
+    /// The steps that the parameter has taken with stochastic rounding.
+    std::uint64_t steps() const { return steps_; }
+    void set_steps(std::uint64_t steps);
+
     /// Counts the assignments, so that a plan notices arrays it has not checked for overlap yet.
     std::uint32_t version = 0;
     Dependents dependents;
@@ -71,6 +75,7 @@ class StateSlots {
     std::uint32_t extras_;
     py::weakref parameter_;
     py::object kept_;  // the parameter; null where it is not kept alive
+    std::uint64_t steps_ = 0;
     bool has_other_values_ = false;
     bool is_attached_ = true;
 };

@@ -191,6 +191,23 @@ TorchListing::Answer TorchListing::append(const TorchReader& reader, std::size_t
     return Answer::listed;
 }
 
+void TorchListing::index_axes(std::size_t index, std::vector<Axis>& axes) const {
+    axes.clear();
+    const Source& source = sources_[index];
+    TorchView view;
+    view.dimensions = source.dimensions;
+    view.shape = layouts_.data() + source.layout;
+    view.strides = view.shape + source.dimensions;
+    if (tensors_[index].size <= 1 || in_c_order(view)) return;
+    std::int64_t distances[max_dimensions], distance = 1;
+    for (int axis = view.dimensions; axis-- > 0; distance *= view.shape[axis]) distances[axis] = distance;
+    int order[max_dimensions];
+    memory_order(view, order);
+    for (int i = 0; i < view.dimensions; ++i) {
+        if (view.shape[order[i]] != 1) append_axis(axes, 0, {view.shape[order[i]], distances[order[i]]});
+    }
+}
+
 std::optional<TensorRef> average_of(const TorchOperands& operands, std::uint32_t group) {
     const TorchView &p = operands.param, &average = operands.states[average_slot];
     TensorRef tensor;

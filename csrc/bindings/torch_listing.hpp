@@ -64,6 +64,11 @@ class TorchListing {
     /// The position of the parameter of the tensor with this index.
     std::size_t position(std::size_t index) const { return sources_[index].position; }
     std::int64_t elements() const { return elements_; }
+    /// Sets what stochastic rounding knows of the tensor with this index.
+    void set_rounding(std::size_t index, const Rounding* rounding) { tensors_[index].rounding = rounding; }
+    /// Makes `axes` those of a tensor's parameter in memory order, with distances of indices in logical order as
+    /// strides; empty where the two orders are the same.
+    void index_axes(std::size_t index, std::vector<Axis>& axes) const;
     /// True if some of the tensors are not on the CPU.
     bool on_device() const { return on_device_; }
 

@@ -18,6 +18,8 @@
 namespace sgdcore::bindings {
 namespace {
 
+constexpr const char* steps_taken_key = "steps_taken";
+
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
 /// True if CPython's evaluation of frames is replaced, as torch.compile's compiler does.
@@ -47,6 +49,12 @@ std::vector<PyObject*> state_keys(int rule) {
     std::vector<PyObject*> keys;
     for (const StateSpec& spec : rules()[static_cast<std::size_t>(rule)].states) keys.push_back(interned(spec.key));
     return keys;
+}
+
+/// Adds those of the options' states.
+void add_extras(std::vector<PyObject*>& keys) {
+    keys.resize(max_states);
+    for (const StateSpec& spec : extra_states) keys.push_back(interned(spec.key));
 }
 
 /// The position among all parameters of each group's first one, up to the first group without a list of parameters.
@@ -82,11 +90,15 @@ TorchPlan::TorchPlan(int rule, TorchInterface interface)
 void TorchPlan::set_averaged(std::shared_ptr<AveragedSteps> averaged) {
     averaged_ = std::move(averaged);
     state_keys_ = state_keys(rule_);
-    if (averaged_) {
-        state_keys_.resize(max_slots);
-        state_keys_[average_slot] = interned(extra_states[average_slot - max_states].key);
-    }
+    if (averaged_) add_extras(state_keys_);
     cache_.reset();
+}
+
+void TorchPlan::name_extras(Cache& cache) {
+    if (state_keys_.size() == max_slots) return;
+    add_extras(state_keys_);
+    cache.parameters.clear();
+    cache.states.clear();
 }
 
 /// Takes the plan's cache and gives it back.
@@ -400,6 +412,7 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     cache.averages.clear();
     cache.hypers.read(rule_, param_groups);
     cache.hypers.require_steps(rule_);
+    if (cache.hypers.may_have_precisions()) name_extras(cache);
     const bool everything_left_out = prepared != nullptr && prepared->everything_left_out;
     if (!everything_left_out && !PyDict_Check(state.ptr())) return py::bool_(false);
     Scan scan{cache, States(state.ptr()), zero_grad, prepared};
@@ -423,6 +436,7 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     }
     if (zero_grad && !listing.can_clear()) return scan.report(false);
 
+    if (cache.hypers.may_have_precisions()) set_roundings(cache, state.ptr());
     StepOptions options = step_options(grad_factor);
     options.zero_grad = zero_grad;
     if (asks_for_norm() && !measure(scan, param_groups, options, scaling)) {
@@ -449,6 +463,7 @@ py::object TorchPlan::attempt(const py::object& groups, const py::object& state,
     }
     if (!cache.averages.empty()) move_averages(cache, param_groups, options, scaling);
     if (averaged_) ++averaged_->taken;
+    if (!cache.roundings.empty()) count_steps(cache, state.ptr());
     increment_versions(cache.held, true, state_exposed, zero_grad);
     const bool any_apart =
         prepared != nullptr && std::ranges::find(prepared->is_apart, true) != prepared->is_apart.end();
@@ -704,9 +719,75 @@ TorchPlan::Outcome TorchPlan::list_average(Scan& scan, PyObject* parameter, Tens
     return Outcome::done;
 }
 
+void TorchPlan::require_fitting(const Scan& scan, TensorKind kind) const {
+    const Precision precision = scan.cache.hypers[scan.group].precision;
+    const DType dtype = scan.operands.param.dtype;
+    const std::string start = "precision: " + std::string(precision_name(precision)) + " is ";
+    const std::string label = "param_groups[" + std::to_string(scan.group) + "]['params'][" +
+                              std::to_string(scan.position - scan.group_start) + "] is ";
+    if (!fits(precision, dtype)) {
+        throw py::type_error(start + "for " + (precision == Precision::split ? "bfloat16" : "bfloat16 and float16") +
+                             ", and " + label + "of " + dtype_name(dtype));
+    }
+    if (precision == Precision::stochastic && kind == TensorKind::distributed) {
+        throw py::type_error(start + "for whole tensors, and " + label + "a DTensor");
+    }
+}
+
+void TorchPlan::set_roundings(Cache& cache, PyObject* state) const {
+    const std::span<const TensorRef> tensors = cache.listing.tensors();
+    const auto is_stochastic = [&](const TensorRef& tensor) {
+        return cache.hypers[tensor.hyper].precision == Precision::stochastic;
+    };
+    cache.roundings.clear();
+    if (std::ranges::none_of(tensors, is_stochastic)) return;
+    cache.roundings.resize(tensors.size());
+    cache.index_axes.resize(tensors.size());
+    States states(state);
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+        if (!is_stochastic(tensors[i])) continue;
+        const std::size_t position = cache.listing.position(i);
+        const CachedParameter& parameter = cache.parameters[position];
+        Rounding& rounding = cache.roundings[i];
+        rounding.position = position;
+        PyObject* const taken = states.find(static_cast<PyObject*>(parameter.object), parameter.hash)
+                                    ? states.item(interned(steps_taken_key))
+                                    : nullptr;
+        if (taken != nullptr) {
+            rounding.steps = PyLong_Check(taken) ? PyLong_AsUnsignedLongLong(taken) : 0;
+            if (PyErr_Occurred() || !PyLong_Check(taken)) {
+                PyErr_Clear();
+                throw py::type_error("the " + std::string(steps_taken_key) + " of parameter " +
+                                     std::to_string(position) + ": expected an integer from 0 on, got " +
+                                     repr_text(taken));
+            }
+        }
+        cache.listing.index_axes(i, cache.index_axes[i]);
+        rounding.axes = cache.index_axes[i];
+        cache.listing.set_rounding(i, &rounding);
+    }
+}
+
+void TorchPlan::count_steps(const Cache& cache, PyObject* state) const {
+    for (std::size_t i = 0; i < cache.roundings.size(); ++i) {
+        const TensorRef& tensor = cache.listing.tensors()[i];
+        if (cache.hypers[tensor.hyper].precision != Precision::stochastic) continue;
+        const CachedParameter& parameter = cache.parameters[cache.listing.position(i)];
+        auto* const key = static_cast<PyObject*>(parameter.object);
+        PyObject* const found = lookup_hashed(state, key, parameter.hash);
+        const py::object values = found == nullptr ? py::object(py::dict()) : py::reinterpret_borrow<py::object>(found);
+        const py::int_ taken(cache.roundings[i].steps + 1);
+        if ((found == nullptr && PyDict_SetItem(state, key, values.ptr()) != 0) ||
+            PyDict_SetItem(values.ptr(), interned(steps_taken_key), taken.ptr()) != 0) {
+            throw py::error_already_set();
+        }
+    }
+}
+
 TorchPlan::Outcome TorchPlan::list_dense(Scan& scan, PyObject* parameter, PyObject* grad, TensorKind kind) {
     Cache& cache = scan.cache;
     TorchOperands& operands = scan.operands;
+    if (cache.hypers[scan.group].precision != Precision::plain) require_fitting(scan, kind);
     operands.states_are_read = false;
     bool first_step = false;
     Outcome states = Outcome::done;
@@ -737,6 +818,7 @@ TorchPlan::Outcome TorchPlan::list_rows(Scan& scan, PyObject* parameter, PyObjec
     static PyObject* const mode_key = interned("sparse_mode");
     Cache& cache = scan.cache;
     if (scan.zero_grad || !cache.hypers.on_device().empty()) return Outcome::irregular;
+    if (cache.hypers[scan.group].precision != Precision::plain) return Outcome::irregular;
     PyObject* const mode = lookup(group, mode_key);
     const bool lazy = mode != nullptr && PyUnicode_Check(mode) && PyUnicode_CompareWithASCIIString(mode, "lazy") == 0;
     const bool rows_only = lazy || cache.hypers[scan.group].skips_zero_grads;
@@ -793,7 +875,7 @@ TorchPlan::Outcome TorchPlan::read_new_states(Scan& scan, PyObject* new_states, 
         PyObject* const tensor = PyTuple_GET_ITEM(new_states, state);
         scan.cache.held.states.push_back(Py_NewRef(tensor));
         is_read = read(tensor, kind, scan.cache.held, uncached, scan.operands.states[state],
-                       scan.layouts[2 + static_cast<std::size_t>(state)]);
+                       scan.layouts[2 + static_cast<std::size_t>(state)], state == master_low_slot);
     });
     return is_read ? Outcome::done : Outcome::irregular;
 }
@@ -814,7 +896,7 @@ TorchPlan::Outcome TorchPlan::read_states(Scan& scan, PyObject* parameter, Tenso
             kind == TensorKind::plain ? reader_.is_tensor(tensor) : Py_TYPE(tensor) == Py_TYPE(parameter);
         if (is_usual) scan.cache.held.states.push_back(Py_NewRef(tensor));
         if (!is_usual || !read(tensor, kind, scan.cache.held, cached[state], scan.operands.states[state],
-                               scan.layouts[2 + static_cast<std::size_t>(state)])) {
+                               scan.layouts[2 + static_cast<std::size_t>(state)], state == master_low_slot)) {
             outcome = Outcome::irregular;
         }
     });
@@ -823,13 +905,19 @@ TorchPlan::Outcome TorchPlan::read_states(Scan& scan, PyObject* parameter, Tenso
 }
 
 bool TorchPlan::read(PyObject* tensor, TensorKind kind, References& held, CachedTensor& cached, TorchView& view,
-                     std::vector<std::int64_t>& layout) const {
+                     std::vector<std::int64_t>& layout, bool integers) const {
     if (kind == TensorKind::distributed) {
         tensor = reader_.local_part(tensor);
         if (tensor == nullptr) return false;
         held.parts.push_back(tensor);
     }
     const TensorIdentity identity = reader_.identity(tensor);
+    if (integers) {
+        cached = CachedTensor();
+        if (!reader_.view_integers(tensor, view, layout)) return false;
+        cached = {identity, view.data};
+        return true;
+    }
     const bool again = cached.identity == identity;
     if (!(again ? reader_.view_again(tensor, view, layout) : reader_.view(tensor, view, layout))) {
         cached = CachedTensor();

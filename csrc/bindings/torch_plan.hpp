@@ -144,8 +144,10 @@ class TorchPlan {
         /// Averages that move after the step, apart from their parameters: of those without a gradient, and where
         /// others may change the parameters.
         std::vector<TensorRef> averages;
-        std::uint32_t extras = 0;  // the options' states that take part: bit s is state s
-        References held;           // the running step's, which releases them at its end
+        std::vector<Rounding> roundings;            // of the listed tensors; empty where none is rounded stochastically
+        std::vector<std::vector<Axis>> index_axes;  // what these refer to
+        std::uint32_t extras = 0;                   // the options' states that take part: bit s is state s
+        References held;                            // the running step's, which releases them at its end
         /// The parameters that the last step left to Python, and the positions where the groups began.
         std::vector<Place> irregular;
         std::vector<std::size_t> group_starts;
@@ -182,6 +184,14 @@ class TorchPlan {
     Outcome read_new_states(Scan& scan, PyObject* states, TensorKind kind);
     /// Holds the states of the parameter at the scan's position, if all of them are cached.
     bool hold_cached_states(Scan& scan);
+    /// Makes the states of options known by their keys.
+    void name_extras(Cache& cache);
+    /// Raises TypeError if the parameter at the scan's position does not fit its group's precision.
+    void require_fitting(const Scan& scan, TensorKind kind) const;
+    /// Tells stochastic rounding what it has to know of the listed tensors.
+    void set_roundings(Cache& cache, PyObject* state) const;
+    /// Counts the running step where rounding is stochastic.
+    void count_steps(const Cache& cache, PyObject* state) const;
     /// What the last step found of the parameter at a position; nothing if that was another one.
     CachedParameter& cached_parameter(Cache& cache, std::size_t position, PyObject* parameter);
     /// The states of the parameter at a position, as the last step found them.
@@ -197,7 +207,7 @@ class TorchPlan {
     std::size_t state_count() const { return state_keys_.size(); }
     /// Reads a tensor, or this process's part of a DTensor. Returns false if the core cannot read it.
     bool read(PyObject* tensor, TensorKind kind, References& held, CachedTensor& cached, TorchView& view,
-              std::vector<std::int64_t>& layout) const;
+              std::vector<std::int64_t>& layout, bool integers = false) const;
     /// True if the parameters that the last step left to Python are irregular still. The step then goes to Python at
     /// once, and the regular parameters are scanned only there.
     bool is_still_irregular(Scan& scan, const py::list& param_groups);

@@ -89,6 +89,19 @@ bool TorchReader::view(PyObject* tensor, TorchView& view, std::vector<std::int64
     return exchanged_view(tensor, view);
 }
 
+bool TorchReader::view_integers(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const {
+    DLTensor dl;
+    if (exchange_ != nullptr) {
+        if ((access_ && !is_strided(tensor)) || !exchange(tensor, dl)) return false;
+        if (dl.dtype.code != code_int || dl.dtype.bits != 16 || dl.dtype.lanes != 1) return false;
+        dl.dtype = {code_float, 16, 1};
+        return fill_view(dl, view);
+    }
+    const py::object torch = py::module_::import("torch"), object = py::reinterpret_borrow<py::object>(tensor);
+    if (!object.attr("dtype").equal(torch.attr("int16"))) return false;
+    return described(object.attr("view")(torch.attr("float16")).ptr(), view, layout);
+}
+
 bool TorchReader::view_grad(PyObject* grad, TensorIdentity& last, TorchView& view,
                             std::vector<std::int64_t>& layout) const {
     if (!access_) return this->view(grad, view, layout);
@@ -102,7 +115,10 @@ bool TorchReader::view_grad(PyObject* grad, TensorIdentity& last, TorchView& vie
 
 bool TorchReader::exchanged_view(PyObject* tensor, TorchView& view) const {
     DLTensor dl;
-    if (!exchange(tensor, dl)) return false;
+    return exchange(tensor, dl) && fill_view(dl, view);
+}
+
+bool TorchReader::fill_view(const DLTensor& dl, TorchView& view) const {
     if (dl.ndim > max_dimensions || (dl.strides == nullptr && dl.ndim > 0)) return false;
     view.device = cpu_device;
     if (dl.device.type != device_cpu) {

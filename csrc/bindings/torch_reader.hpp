@@ -111,6 +111,8 @@ class TorchReader {
     /// memory of the CPU, or of a CUDA device that can be used. `layout` keeps shape and strides where torch does not
     /// lend them.
     bool view(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
+    /// Reads a tensor of int16 as one of float16: words of the same size.
+    bool view_integers(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
     /// `view` of a tensor that was viewed before, as its identity tells: not all is checked again, which saves time.
     bool view_again(PyObject* tensor, TorchView& view, std::vector<std::int64_t>& layout) const;
     /// `view` of the gradient of a parameter that was viewed. `last` is the identity of the last such gradient.
@@ -155,6 +157,7 @@ class TorchReader {
     TensorKind kind_of_other(PyObject* object) const;
     bool exchange(PyObject* tensor, DLTensor& dl) const;
     bool exchanged_view(PyObject* tensor, TorchView& view) const;
+    bool fill_view(const DLTensor& dl, TorchView& view) const;
     bool is_strided(PyObject* tensor) const;
     bool has_usual_elements(PyObject* tensor) const;
     static PyObject* get(const PyGetSetDef* getter, PyObject* tensor, const char* name);

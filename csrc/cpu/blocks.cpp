@@ -17,21 +17,34 @@ namespace {
 // The elements of a block where nothing is copied.
 constexpr std::int64_t direct_block = 1024;
 
+// The elements of a block of a parameter that has a precision of its own. More work is done on such a block, and while
+// it is short, the processor reads the next one ahead: on one thread of a Zen 5 machine a step over 32M elements took
+// 0.244 ns an element, 0.254 with blocks of 512 and 0.28 with 1024.
+constexpr std::int64_t precision_block = 256;
+
 std::int64_t bytes_of(DType dtype, std::int64_t count) { return count * static_cast<std::int64_t>(item_size(dtype)); }
 
 /// The blocks of one tensor.
 class Blocks {
   public:
-    Blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
+    Blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Hyper& hyper,
            const StepOptions& options)
-        : table_(table), choice_(choice), tensor_(tensor), values_(values), options_(options) {}
+        : table_(table), choice_(choice), tensor_(tensor), hyper_(hyper), options_(options) {
+        if (hyper.precision != Precision::stochastic) return;
+        random_ = storage::RandomBits(hyper.seed, tensor.rounding->position, tensor.rounding->steps);
+    }
 
     /// Updates `count` elements from `start` on, with a gradient in the parameter's order at `grad`.
     void update(Staging& staging, std::int64_t start, std::int64_t count, const std::byte* grad) const {
         std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, start);
         grad = prepared(staging, grad, count);
-        const bool stages_param = is_staged(tensor_.param_dtype);
-        if (stages_param) decode(tensor_.param_dtype, param, count, staging.param);
+        const bool plain = hyper_.precision == Precision::plain;
+        const bool stages_param = !plain || is_staged(tensor_.param_dtype);
+        if (!plain) {
+            read_param(staging, start, count);
+        } else if (stages_param) {
+            decode(tensor_.param_dtype, param, count, staging.param);
+        }
         std::byte* states[max_states] = {};
         for (int state = 0; state < max_states; ++state) {
             if (choice_.uses[state] == Use::none) continue;
@@ -47,12 +60,16 @@ class Blocks {
                 decode(dtype, stored(state, start), count, states[state]);
             }
         }
-        choice_.kernel(stages_param ? staging.param : param, grad, states, count, values_);
+        choice_.kernel(stages_param ? staging.param : param, grad, states, count, hyper_.values);
         for (int state = 0; state < max_states; ++state) {
             if (states[state] != staging.states[state]) continue;
             encode(tensor_.state_dtypes[state], states[state], count, stored(state, start));
         }
-        if (stages_param) encode(tensor_.param_dtype, staging.param, count, param);
+        if (!plain) {
+            write_param(staging, start, count);
+        } else if (stages_param) {
+            encode(tensor_.param_dtype, staging.param, count, param);
+        }
     }
 
     /// Moves the average of `count` elements from `start` on towards the parameter as it is stored; a new average
@@ -87,11 +104,63 @@ class Blocks {
     }
 
     std::int64_t size() const {
+        if (hyper_.precision != Precision::plain) return precision_block;
         if (choice_.direct && !options_.changes_grads() && tensor_.grad_axes.empty()) return direct_block;
         return staging_bytes / (choice_.wide ? sizeof(double) : sizeof(float));
     }
 
   private:
+    /// Reads a parameter that has a precision of its own into the staging buffer.
+    void read_param(Staging& staging, std::int64_t start, std::int64_t count) const {
+        const int precision = static_cast<int>(hyper_.precision), dtype = static_cast<int>(tensor_.param_dtype);
+        const std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, start);
+        const int rest = rest_slot(hyper_.precision);
+        if (rest < 0) return decode(tensor_.param_dtype, param, count, staging.param);
+        std::byte* const narrow = choice_.wide ? staging.narrow : staging.param;
+        table_.join[precision][dtype](param, stored(rest, start), count, narrow);
+        if (choice_.wide) decode(DType::float32, narrow, count, staging.param);
+    }
+
+    /// Writes it back.
+    void write_param(Staging& staging, std::int64_t start, std::int64_t count) const {
+        const int precision = static_cast<int>(hyper_.precision), dtype = static_cast<int>(tensor_.param_dtype);
+        std::byte* const param = tensor_.param + bytes_of(tensor_.param_dtype, start);
+        const int rest = rest_slot(hyper_.precision);
+        std::byte* const narrow = choice_.wide ? staging.narrow : staging.param;
+        if (choice_.wide) encode(DType::float32, staging.param, count, narrow);
+        if (rest >= 0) {
+            table_.part[precision][dtype](narrow, count, param, stored(rest, start));
+        } else {
+            for_each_run(start, count,
+                         [&](std::int64_t at, std::int64_t size, std::int64_t index, std::int64_t stride) {
+                             const std::int64_t offset = at - start;
+                             table_.encode_stochastic[dtype](narrow + bytes_of(DType::float32, offset), size,
+                                                             param + bytes_of(tensor_.param_dtype, offset), random_,
+                                                             index, stride);
+                         });
+        }
+    }
+
+    /// Calls `function(first, size, index, stride)` for runs of elements whose indices in logical order have one
+    /// stride.
+    template <class Function>
+    void for_each_run(std::int64_t start, std::int64_t count, Function function) const {
+        const Rounding& rounding = *tensor_.rounding;
+        const std::span<const Axis> axes = rounding.axes;
+        if (axes.empty()) return function(start, count, rounding.first + start, 1);
+        while (count > 0) {
+            const Axis& last = axes.back();
+            const std::int64_t in_last = start % last.length, size = std::min(count, last.length - in_last);
+            std::int64_t index = rounding.first + in_last * last.stride, rest = start / last.length;
+            for (std::size_t axis = axes.size() - 1; axis-- > 0; rest /= axes[axis].length) {
+                index += rest % axes[axis].length * axes[axis].stride;
+            }
+            function(start, size, index, last.stride);
+            start += size;
+            count -= size;
+        }
+    }
+
     /// The gradient as the kernel gets it: `grad` itself, or a copy in the staging buffer.
     const std::byte* prepared(Staging& staging, const std::byte* grad, std::int64_t count) const {
         const bool changes = options_.changes_grads();
@@ -132,8 +201,9 @@ class Blocks {
     const KernelTable& table_;
     const Choice& choice_;
     const TensorRef& tensor_;
-    const Values& values_;
+    const Hyper& hyper_;
     const StepOptions& options_;
+    storage::RandomBits random_{};
 };
 
 }  // namespace
@@ -148,9 +218,9 @@ Staging* staging_for(int count) {
     return kept.get();
 }
 
-void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
+void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Hyper& hyper,
                    const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end) {
-    const Blocks blocks(table, choice, tensor, values, options);
+    const Blocks blocks(table, choice, tensor, hyper, options);
     if (tensor.grad == nullptr) return blocks.average(staging, begin, end - begin);
     const bool averages = tensor.has_average();
     const bool strided = !tensor.grad_axes.empty();

@@ -9,8 +9,10 @@ namespace sgdcore::cpu {
 /// How a tensor is updated.
 struct Choice {
     Kernel kernel;
-    bool direct;  // the kernel reads and writes the tensor's arrays as they are stored, not blocks of the compute type
-    bool wide;    // the compute type is float64
+    /// The kernel reads and writes the tensor's arrays as they are stored, not blocks of the compute type. A parameter
+    /// in a precision of its own goes by blocks in any case.
+    bool direct;
+    bool wide;            // the compute type is float64
     const Use* uses;      // what the kernel does with each of the `max_states` states
     const Start* starts;  // null, or what each state starts with: it is put there before the kernel runs
 };
@@ -24,14 +26,15 @@ struct Staging {
     alignas(cache_line) std::byte param[staging_bytes];
     alignas(cache_line) std::byte grad[staging_bytes];
     alignas(cache_line) std::byte states[max_states][staging_bytes];
+    alignas(cache_line) std::byte narrow[staging_bytes];  // the parameter in float32, if the compute type is float64
 };
 
 /// Staging buffers for `count` threads of a step of the calling thread, which keeps them for its next steps.
 Staging* staging_for(int count);
 
 /// Updates the elements [begin, end) of a tensor whose gradient is strided, to be scaled or to be cleared, whose
-/// storage types no kernel has, or which has an average.
-void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Values& values,
+/// storage types no kernel has, or whose parameter has a precision of its own, or which has an average.
+void update_blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Hyper& hyper,
                    const StepOptions& options, Staging& staging, std::int64_t begin, std::int64_t end);
 
 }  // namespace sgdcore::cpu

@@ -61,9 +61,11 @@ constexpr StartsOf<R> starts_of;
 template <class R>
 SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor, const Hyper& hyper,
                              const StepOptions& options) {
-    bool wide = tensor.param_dtype == DType::float64 || tensor.grad_dtype == DType::float64;
+    // A parameter in a precision of its own is read into a block of the compute type.
+    const DType param = hyper.precision == Precision::plain ? tensor.param_dtype : DType::float32;
+    bool wide = param == DType::float64 || tensor.grad_dtype == DType::float64;
     // The type of the states that take part. Without such states the type has no effect.
-    DType state_dtype = tensor.param_dtype;
+    DType state_dtype = param;
     bool found = false, alike = true;
     for (int state = 0; state < state_count<R>; ++state) {
         if (!hyper.has_state(state)) continue;
@@ -77,7 +79,7 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     const DType compute = wide ? DType::float64 : DType::float32;
     const DType grad = options.changes_grads() ? compute : tensor.grad_dtype;
     const bool fills = (starting<R, Start::zeros> | starting<R, Start::parameter>) != 0 && tensor.first_step;
-    const int direct = alike && !fills ? direct_index.find({tensor.param_dtype, grad, state_dtype}) : -1;
+    const int direct = alike && !fills ? direct_index.find({param, grad, state_dtype}) : -1;
     const int variant = hyper.variant(tensor.first_step);
     const Use* const uses = uses_of<R>.of[variant];
     const Kernel kernel = direct < 0 ? nullptr : kernels.find(direct, variant);
@@ -103,9 +105,9 @@ SGDCORE_INLINE void update_range(const Work& work, const TensorRef& tensor, int 
     const StepOptions& options = work.options;
     const Choice choice = choose<R>(work.kernels.rules[options.rule], tensor, hyper, options);
     if (!choice.direct || !tensor.grad_axes.empty() || options.changes_grads() || options.zero_grad ||
-        tensor.has_average()) {
+        tensor.has_average() || hyper.precision != Precision::plain) {
         Staging& staging = work.staging == nullptr ? *staging_for(1) : work.staging[thread];
-        return update_blocks(work.kernels, choice, tensor, hyper.values, options, staging, begin, end);
+        return update_blocks(work.kernels, choice, tensor, hyper, options, staging, begin, end);
     }
     const auto offset = [&](DType dtype) { return begin * static_cast<std::int64_t>(item_size(dtype)); };
     std::byte* states[state_count<R>];

@@ -16,12 +16,14 @@ namespace sgdcore {
 inline constexpr int max_hypers = 12;        // of a rule
 inline constexpr int max_device_hypers = 2;  // of these, numbers that a device may read from its own memory
 inline constexpr int max_states = 3;         // of a rule: arrays of the parameter's shape that the optimizer keeps
-inline constexpr int max_extras = 2;         // states that options add to any rule's own; engine/catalog.hpp lists them
+inline constexpr int max_extras = 3;         // states that options add to any rule's own; engine/catalog.hpp lists them
 inline constexpr int max_slots = max_states + max_extras;
 inline constexpr int max_variants = 16;  // of a rule
 
 /// The number of a tensor's average among its states.
 inline constexpr int average_slot = max_states;
+inline constexpr int master_low_slot = max_states + 1;
+inline constexpr int compensation_slot = max_states + 2;
 
 /// A hyperparameter: its key in a parameter group, and the kind of its values.
 struct HyperSpec {
@@ -38,7 +40,7 @@ struct HyperSpec {
 enum class Start : std::uint8_t { nothing, zeros, parameter };
 
 /// A state: its key in the state of a parameter, and the key of a parameter group that names the storage type of new
-/// states. Where a group lacks that key, or its value is None, they have the parameter's type.
+/// states. Where a group lacks that key, its value is None, or there is no such key, they have the parameter's type.
 struct StateSpec {
     const char* key;
     const char* dtype_key;

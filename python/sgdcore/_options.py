@@ -11,6 +11,7 @@ from sgdcore import _core
 from sgdcore._arrays import storage_dtype
 from sgdcore._averages import EMA, Averages, Polyak
 from sgdcore._hyperparameters import float_of
+from sgdcore._precision import PRECISION_KEYS
 
 __all__ = ["HasOptions", "Options"]
 
@@ -18,15 +19,24 @@ __all__ = ["HasOptions", "Options"]
 class Options(TypedDict, total=False):
     """Keyword arguments of every optimizer, of arrays and of torch's tensors. All are optional.
 
-    They belong to the optimizer, not to its groups. Pickles and copies of an optimizer keep those that are set.
-    A state dict, which has torch's layout, holds none of them; with averages it holds these, and of which kind they
-    are.
+    They belong to the optimizer, not to its groups. Only ``precision`` and ``seed`` are a group's: each group may have
+    its own, and a state dict has them in its groups, where they are set. Pickles and copies of an optimizer keep all
+    options that are set. A state dict, which has torch's layout, holds none of the others; with averages it holds
+    these, and of which kind they are.
 
     Args:
         average: `EMA` or `Polyak`: keep an average of each parameter, ``"average"`` in its state, which each step
             updates together with the parameter. ``with optimizer.averaged():`` puts the averages where the parameters
             are. A parameter without a gradient takes part; a step that is skipped does not. Default None: no averages.
         average_dtype: the storage type of new averages. Default None: the parameter's.
+        precision: how 16-bit parameters are kept, so that updates too small for 16 bits add up. ``"split"``, for
+            bfloat16: each parameter is an exact float32, the upper half of which the model sees; the other 16 bits are
+            ``"master_low"`` in its state. ``"kahan"``, for float16 too: what rounding a parameter lost is kept in
+            ``"compensation"``, in the parameter's dtype. ``"stochastic"``, for float16 too: parameters are rounded up
+            or down by chance; ``"steps_taken"`` counts their steps. `master` gives the values in float32. Default
+            None: parameters are rounded to the nearest value after each step.
+        seed: of stochastic rounding, an integer from 0 to 2**64 - 1. The same seed gives the same bits, whatever the
+            number of threads, the instruction set and the memory layout. Default None: 0.
         clip_value: limit each element of a gradient to [-clip_value, clip_value] before the step uses it, as
             ``torch.nn.utils.clip_grad_value_`` does; a number > 0. A NaN stays a NaN. The gradient in memory stays as
             it is. It is limited after the scale of a GradScaler was undone, in the type that the step computes in.
@@ -45,6 +55,8 @@ class Options(TypedDict, total=False):
 
     average: EMA | Polyak | None
     average_dtype: Any
+    precision: str | None
+    seed: int | None
     clip_value: float | None
     max_grad_norm: float | None
     skip_nonfinite: bool
@@ -93,7 +105,7 @@ class HasOptions:
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
                 )
         for name, value in options.items():
-            if name not in ("average", "average_dtype"):
+            if name not in ("average", "average_dtype", *PRECISION_KEYS):
                 setattr(self, name, value)
 
     def _plans(self) -> list[Any]:

@@ -17,7 +17,8 @@ class State(NamedTuple):
     Attributes:
         number: its position in the rule's declaration, or the number of an option's state behind these.
         key: its key in a parameter's state.
-        dtype_key: the key of a group that names the dtype of new states. Without a value they have the parameter's.
+        dtype_key: the key of a group that names the dtype of new states, or empty. Without a value they have the
+            parameter's.
     """
 
     number: int

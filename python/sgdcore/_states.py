@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,6 +12,7 @@ from sgdcore import _core
 from sgdcore._arrays import Array, storage_dtype
 from sgdcore._devices import CPU
 from sgdcore._hints import naming_allocation
+from sgdcore._precision import MASTER_LOW, PRECISION_STATES, STEPS_TAKEN
 from sgdcore._rules import State, rule_of
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
@@ -21,11 +22,16 @@ __all__ = [
     "ParameterState",
     "StateStorage",
     "as_array",
+    "as_integers",
+    "as_storage",
+    "clear_rests",
     "copied",
     "copy_into",
     "dtype_of",
     "filled_storage",
     "new_storage",
+    "on_host",
+    "read_low",
     "read_state",
 ]
 
@@ -70,12 +76,17 @@ class ParameterState(MutableMapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         state = self._find(key)
-        return self.slots.array(state) if self._holds(state) else self._other[key]
+        if not self._holds(state):
+            return self.slots.steps if self._is_steps(key) else self._other[key]
+        array = self.slots.array(state)
+        return as_integers(array) if state == MASTER_LOW.number else array
 
     def __setitem__(self, key: str, value: Any) -> None:
         state = self._find(key)
         if state >= 0:
-            self.slots.set(state, value)
+            self.slots.set(state, as_storage(value) if state == MASTER_LOW.number else value)
+        elif key == STEPS_TAKEN:
+            self.slots.steps = value
         else:
             self._other[key] = value
             self.slots.note_other_values(True)
@@ -84,12 +95,16 @@ class ParameterState(MutableMapping[str, Any]):
         state = self._find(key)
         if self._holds(state):
             self.slots.set(state, None)
+        elif self._is_steps(key):
+            self.slots.steps = 0
         else:
             del self._other[key]
             self.slots.note_other_values(bool(self._other))
 
     def __iter__(self) -> Iterator[str]:
         yield from (s.key for s in self._declared.states if self.slots.holds(s.number))
+        if self.slots.steps > 0:
+            yield STEPS_TAKEN
         yield from self._other
 
     def __len__(self) -> int:
@@ -101,6 +116,9 @@ class ParameterState(MutableMapping[str, Any]):
     def _find(self, key: object) -> int:
         """Return the number of the state with that key; -1 if neither the rule nor an option has one."""
         return self.slots.find(key) if isinstance(key, str) else -1
+
+    def _is_steps(self, key: object) -> bool:
+        return key == STEPS_TAKEN and self.slots.steps > 0
 
     def _holds(self, state: int) -> bool:
         return state >= 0 and self.slots.holds(state)
@@ -117,7 +135,7 @@ class OptimizerState(MutableMapping[Parameter, MutableMapping[str, Any]]):
     """
 
     def __init__(self, rule: str, extras: Sequence[State] = ()) -> None:
-        self._declared = DeclaredStates.of(rule, extras)
+        self._declared = DeclaredStates.of(rule, (*extras, *PRECISION_STATES))
         # A state that is not empty keeps its parameter alive while it is in this mapping.
         self._states: WeakKeyDictionary[Parameter, ParameterState] = WeakKeyDictionary()
 
@@ -195,6 +213,18 @@ class StateStorage(NamedTuple):
     parameter: Parameter
     state: State
     dtype: np.dtype[Any]
+
+
+def as_integers(low: Any) -> Any:
+    """Return the lower halves of split parameters, which the core keeps as 16-bit words of any type, as int16."""
+    return low.view(np.int16) if isinstance(low, np.ndarray) else low
+
+
+def as_storage(low: Any) -> Any:
+    """Return them, given as int16, as an array that the core reads."""
+    if isinstance(low, np.ndarray) and low.dtype in (np.int16, np.uint16):
+        return low.view(np.float16)
+    return low
 
 
 def dtype_of(state: State, group: Mapping[str, Any], parameter: Parameter) -> np.dtype[Any]:
@@ -276,6 +306,13 @@ def filled_storage(
     return filled
 
 
+def clear_rests(made: Iterable[tuple[StateStorage, Array | DeviceArray]]) -> None:
+    """Zero new second halves of parameters: nothing was lost yet."""
+    for storage, array in made:
+        if storage.state in PRECISION_STATES:
+            copy_into(array, np.zeros(array.shape, array.dtype))
+
+
 def as_array(array: Any) -> Array | DeviceArray:
     """Return an array of a parameter or a state as one that `copied` and `copy_into` take."""
     return array if isinstance(array, np.ndarray) else DeviceArray.of(array)
@@ -300,6 +337,33 @@ def copy_into(array: Array | DeviceArray, values: Array | DeviceArray) -> None:
         array.assign(values.numpy())  # a device only copies arrays of one dtype and memory order
     else:
         array.assign(values)
+
+
+def on_host(array: Any) -> Array:
+    """Return an array of a parameter or a state in host memory."""
+    return array if isinstance(array, np.ndarray) else DeviceArray.of(array).numpy()
+
+
+def read_low(argument: str, value: Any, parameter: Parameter) -> Array:
+    """Return the lower halves of a split parameter, from a checkpoint, as `as_storage` does.
+
+    Raises:
+        TypeError, ValueError: as `read_state` does; the dtype is int16.
+    """
+    try:
+        array = on_host(value) if _core.is_on_device(value) else np.asarray(value)
+        if not hasattr(value, "dtype") and array.dtype.kind in "iu":
+            array = array.astype(np.int16, casting="unsafe")
+    except Exception as error:
+        raise TypeError(f"{argument}: {error}") from error
+    stored: Array = as_storage(array)
+    if stored.dtype.itemsize != 2:
+        raise TypeError(f"{argument}: expected dtype int16, got {array.dtype}")
+    if array.shape != parameter.shape:
+        raise ValueError(
+            f"{argument}: expected shape {parameter.shape}, the parameter's, got {array.shape}"
+        )
+    return stored
 
 
 def read_state(

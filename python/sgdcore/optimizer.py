@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar, overload
 import numpy as np
 
 from sgdcore import _core
-from sgdcore._arrays import storage_dtype
+from sgdcore._arrays import Array, storage_dtype
 from sgdcore._averages import AVERAGE, exchanged, taken_steps, without_saved
 from sgdcore._checkpoint import check_layout, refuse_other_optimizers
 from sgdcore._copies import attributes_of, set_attributes
@@ -29,16 +29,27 @@ from sgdcore._mistakes import (
     warn_of_near_keys,
 )
 from sgdcore._options import HasOptions
+from sgdcore._precision import (
+    MASTER_LOW,
+    PRECISION_KEYS,
+    check_precision,
+    precision_defaults,
+    rest_of,
+)
 from sgdcore._rules import State, rule_of
 from sgdcore._states import (
     OptimizerState,
     StateStorage,
     as_array,
+    as_storage,
+    clear_rests,
     copied,
     copy_into,
     dtype_of,
     filled_storage,
     new_storage,
+    on_host,
+    read_low,
     read_state,
 )
 from sgdcore.device_array import DeviceArray
@@ -81,7 +92,7 @@ class Optimizer(HasOptions):
             raise NotImplementedError(
                 f"{type(self).__name__} has no rule; Optimizer is the base of the optimizers, such as sgdcore.SGD"
             )
-        self.defaults = defaults
+        self.defaults = {**defaults, **precision_defaults(options)}
         self.param_groups: list[dict[str, Any]] = []
         self._take_average(options)
         self._state = self._empty_state()
@@ -195,8 +206,8 @@ class Optimizer(HasOptions):
         self._known = self._plan.checks, known
 
     def _warn_of_near_keys(self, keys: Iterable[Any]) -> None:
-        known = {*self.defaults, "params", "param_names"}
-        warn_of_near_keys(keys, known, self.defaults)
+        known = {*self.defaults, *PRECISION_KEYS, "params", "param_names"}
+        warn_of_near_keys(keys, known, [*self.defaults, *PRECISION_KEYS])
 
     def _normalize_group(self, group: dict[str, Any]) -> None:
         """Check a group's hyperparameters, and put them into the form that groups keep."""
@@ -204,6 +215,14 @@ class Optimizer(HasOptions):
             if group.get(state.dtype_key) is not None:
                 # The dtype's name: a checkpoint can then be read without NumPy and ml_dtypes.
                 group[state.dtype_key] = storage_dtype(group[state.dtype_key], state.dtype_key).name
+
+        if "params" in group:
+            parameters = enumerate(group["params"])
+            check_precision(
+                group,
+                self.defaults,
+                ((repr(p.name) if p.name else f"params[{i}]", p.dtype.name) for i, p in parameters),
+            )
 
     def _build_plan(self, groups: list[dict[str, Any]]) -> None:
         # The lists are copied: another thread may change the groups' own.
@@ -291,7 +310,9 @@ class Optimizer(HasOptions):
                 StateStorage(parameter, states[n], self._dtype_of(states[n], group, parameter))
                 for parameter, group, n in found
             ]
-            for each, array in zip(missing, new_storage(missing), strict=True):
+            arrays = new_storage(missing)
+            clear_rests(zip(missing, arrays, strict=True))
+            for each, array in zip(missing, arrays, strict=True):
                 self.state[each.parameter].slots.reserve(each.state.number, array)
 
     def _step_with_hooks(self, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
@@ -321,6 +342,49 @@ class Optimizer(HasOptions):
         if self._averages is not None and state is AVERAGE:
             group = self._averages.named_dtype
         return dtype_of(state, group, parameter)
+
+    def master(self, parameter: Any) -> Array:
+        """Return the values of a parameter in float32, as the next step reads them.
+
+        Equations, with the array a that the model sees::
+
+            (bits of a << 16) + master_low      with precision="split", on the bits of a float32
+            round(a + compensation)             with precision="kahan"
+            a                                   otherwise, and before a parameter's first step
+
+        Args:
+            parameter: one of the optimizer's parameters, or the array that it was made of.
+
+        Returns:
+            A new array of the parameter's shape, in host memory: float32, or float64 for a parameter of that dtype.
+
+        Raises:
+            ValueError: if the optimizer has no such parameter.
+
+        What is written into a parameter's array by hand, by a broadcast or from a model's checkpoint takes the place
+        of ``a`` alone. The next step starts from the sum: with split and kahan less than one unit in the last place of
+        the new value away from it.
+        """
+        for group in self.param_groups:
+            for each in group["params"]:
+                if each is parameter or each.data is parameter:
+                    return self._master(each, group)
+        raise ValueError(
+            f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
+        )
+
+    def _master(self, parameter: Parameter, group: Mapping[str, Any]) -> Array:
+        from sgdcore.reference import join_kahan, join_split  # not needed for steps
+
+        values = on_host(parameter.data)
+        rest = rest_of(group)
+        wide = values.astype(np.float64 if values.dtype == np.float64 else np.float32)
+        if rest is None or not self.state[parameter].slots.holds(rest.number):
+            return wide
+        kept = on_host(self.state[parameter].slots.array(rest.number))
+        if rest is MASTER_LOW:
+            return join_split(values, kept)
+        return join_kahan(values, kept)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averages where the parameters are, for the time of a ``with`` block.
@@ -473,6 +537,9 @@ class Optimizer(HasOptions):
             for name, each in own.items():
                 if values.get(name) is not None:
                     argument = f"state_dict['state'][{_core.repr_text(key)}]['{name}']"
+                    if each is MASTER_LOW:
+                        read[name] = read_low(argument, values[name], parameter)
+                        continue
                     dtype = self._dtype_of(each, group, parameter)
                     read[name] = read_state(argument, values[name], parameter, dtype)
             state[parameter] = read
@@ -485,6 +552,9 @@ class Optimizer(HasOptions):
         like the parameter. Arrays of a pickle need not be, since pickle keeps only some orders of axes.
         """
         state = {parameter: dict(values) for parameter, values in new.items()}
+        for values in state.values():
+            if MASTER_LOW.key in values:
+                values[MASTER_LOW.key] = as_storage(values[MASTER_LOW.key])
         filled = [
             (StateStorage(parameter, each, values[each.key].dtype), values[each.key])
             for parameter, values in state.items()

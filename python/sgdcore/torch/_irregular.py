@@ -21,8 +21,9 @@ from torch._subclasses import FakeTensor
 from sgdcore import _core, _devices
 from sgdcore._averages import AVERAGE, Averages
 from sgdcore._devices import CPU
+from sgdcore._precision import PRECISION_STATES, rest_of
 from sgdcore._rules import Rule, State
-from sgdcore.torch import _averages, _interface
+from sgdcore.torch import _averages, _interface, _precision
 from sgdcore.torch._interface import STORAGE_TYPES
 
 __all__ = [
@@ -227,7 +228,7 @@ class _Step:
         if not places:
             return
         empty_like, dtype_of = _interface.empty_like, _interface.dtype_of
-        lacking: _States = [None] * len(self.updater.rule.states)
+        lacking: _States = [None] * _core.max_slots
         none: dict[str, Tensor] = {}
         listed = -1  # the group that `params` and `states` are of
         for position, index, at in places:
@@ -237,7 +238,10 @@ class _Step:
                 found, _ = self.updater.rule.states_in(group)
                 states = [(s.number, s.key, dtype_of(group.get(s.dtype_key))) for s in found]
                 may_capture = True
-                may_be_known = len(states) > 1 or self.updater.averages is not None
+                rest = rest_of(group)
+                may_be_known = (
+                    len(states) > 1 or self.updater.averages is not None or rest is not None
+                )
             parameter = params[at]
             if may_capture and not parameter.is_cpu:
                 missing = found[0] if found else AVERAGE
@@ -254,6 +258,9 @@ class _Step:
                     if parameter.grad.layout is not torch.strided:
                         tensor.zero_()  # a lazy step leaves out rows
                 new[number] = tensor
+            if rest is not None:
+                kept = known.get(rest.key)
+                new[rest.number] = _precision.new_rest(parameter, group) if kept is None else kept
             self.new[position] = parameter, tuple(new), first
 
     def step_by_torch(self) -> None:
@@ -349,12 +356,13 @@ class _Step:
         return real
 
     def _note_new(self) -> None:
-        keys = [state.key for state in self.updater.rule.states]
+        declared = (*self.updater.rule.states, *PRECISION_STATES)
         for parameter, states, _ in self.new.values():
             known = self.state.setdefault(parameter, {})
-            for key, tensor in zip(keys, states, strict=True):
+            for state in declared:
+                tensor = states[state.number]
                 if tensor is not None:
-                    known[key] = tensor
+                    known[state.key] = tensor
 
     def note_updates(self) -> None:
         """Put new states into the optimizer's state, and tell autograd of the writes."""
@@ -545,6 +553,9 @@ def _prepare(
     values: Any,
 ) -> _Update:
     label = _label_at(group, index, position, place)
+    precision = group.get("precision")
+    if precision is not None:
+        _refuse_precision(label, precision, parameter)
     if parameter.layout is not torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got one of layout {parameter.layout}")
     by_torch = has_own_operations(parameter)
@@ -585,6 +596,22 @@ def _require_own_memory(parameter: Tensor, by_torch: bool, option: str, label: s
             f"{option}: the norm of the gradient of {label} cannot be taken, since {reason}; "
             "torch.nn.utils.clip_grad_norm_ may take it"
         )
+
+
+def _refuse_precision(label: str, precision: str, parameter: Tensor) -> NoReturn:
+    """Raise for an irregular parameter of a group that has a precision."""
+    grad = parameter.grad
+    found = (
+        f"a gradient of layout {grad.layout}"
+        if grad is not None and grad.layout is not torch.strided
+        else f"{torch.typename(parameter)} of dtype {parameter.dtype} and strides {parameter.stride()}"
+        if parameter.layout is torch.strided
+        else f"a tensor of layout {parameter.layout}"
+    )
+    raise TypeError(
+        f"precision: {precision!r} is for dense tensors with dense gradients that overlap no others and whose state "
+        f"has their layout; for {label} got {found}"
+    )
 
 
 def has_own_operations(tensor: Tensor) -> bool:

@@ -119,6 +119,15 @@ class StepInBackward:
         """The plan of the steps in the backward pass."""
         return self._plan
 
+    @staticmethod
+    def require_precision(group: dict[str, Any]) -> None:
+        """Raise if a group's precision needs to know of the other parameters."""
+        if group.get("precision") == "stochastic":
+            raise ValueError(
+                "precision: 'stochastic' rounds by the parameter's position among all, which a step in the backward "
+                "pass does not know; 'split' and 'kahan' go with step_in_backward"
+            )
+
     def add_last_group(self) -> None:
         """Make the parameters of the optimizer's last group step in the backward pass.
 
@@ -129,6 +138,8 @@ class StepInBackward:
 
     def _add_groups(self, first: int) -> None:
         added = list(enumerate(self._optimizer.param_groups))[first:]
+        for _, group in added:
+            self.require_precision(group)
         averaged = averaged_parameters()
         for index, group in added:
             self._check_group(index, group, averaged)

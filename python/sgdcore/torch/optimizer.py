@@ -25,10 +25,16 @@ from sgdcore._grad_scaler import asked_by_grad_scaler
 from sgdcore._hooks import call_pre_hooks
 from sgdcore._hyperparameters import float_of
 from sgdcore._options import HasOptions
+from sgdcore._precision import (
+    PRECISION_KEYS,
+    PRECISION_STATES,
+    check_precision,
+    precision_defaults,
+)
 from sgdcore._rules import State, rule_of
 from sgdcore.device_array import DeviceArray
 from sgdcore.parameter import Parameter, ParameterBuffer
-from sgdcore.torch import _averages, _interface, _irregular
+from sgdcore.torch import _averages, _interface, _irregular, _precision
 from sgdcore.torch._compile import not_compiled
 from sgdcore.torch._interface import STORAGE_TYPES, exchange_api, new_plan, profiler_enabled
 
@@ -108,6 +114,7 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         self._take_options(options)
         own_defaults = self._own_defaults()
         defaults |= {key: value for key, value in own.items() if value != own_defaults[key]}
+        defaults |= precision_defaults(options)
         self._check_group(defaults)
         torch.optim.Optimizer.__init__(self, _listed_params(params), defaults)
         self._observe()
@@ -249,6 +256,11 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
             if "params" in param_group:
                 param_group["params"] = _listed_params(param_group["params"])
         super().add_param_group(param_group)
+        try:
+            self._check_precision(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
         _interface.collapse_huge_pages(self.param_groups[-1]["params"])
         if self._in_backward is not None:
             try:
@@ -385,7 +397,8 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
                     "skip_nonfinite: rows of sparse gradients on a device step without knowing of the others"
                 )
             scaling = _irregular.Scaling(None, None, may_skip=True)
-        if scaling is not None and (self._averages is not None or sparse):
+        precise = any(group.get("precision") is not None for group in self.param_groups)
+        if scaling is not None and (self._averages is not None or sparse or precise):
             # Rows of a state have no pending flags, and some averages move after the step, so the host has to read the
             # numbers.
             left_out, grad_factor = scaling.on_host()
@@ -502,10 +515,11 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         if len(earlier) != len(groups):
             earlier = [defaults] * len(groups)
         for group, known in zip(groups, earlier, strict=True):
-            for key in self._own_defaults():
+            for key in (*self._own_defaults(), *PRECISION_KEYS):
                 if key not in group and key in known:
                     group[key] = known[key]
             self._check_group(group)
+            self._check_precision(group, defaults)
         group_of = {p: group for group in groups for p in group["params"]}
         for parameter, values in state.get("state", {}).items():
             kept = values.items() if isinstance(values, dict) else ()
@@ -542,7 +556,56 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
 
     def _states(self) -> tuple[State, ...]:
         """Return the states that the rule and the options keep."""
-        return rule_of(self.rule).states + (() if self._averages is None else (AVERAGE,))
+        extras = () if self._averages is None else (AVERAGE,)
+        return (*rule_of(self.rule).states, *PRECISION_STATES, *extras)
+
+    def _check_precision(
+        self, group: dict[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check how a group's parameters are kept, once the group has all its keys.
+
+        Raises:
+            TypeError, ValueError: if its precision is not valid, or does not go with what else the group says.
+        """
+        if not any(key in group for key in PRECISION_KEYS):
+            return
+        names = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
+        check_precision(
+            group,
+            self.defaults if defaults is None else defaults,
+            (
+                (name, str(p.dtype).removeprefix("torch."))
+                for name, p in zip(names, group["params"], strict=True)
+            ),
+        )
+        if group.get("precision") is None:
+            return
+        if group.get("differentiable", False):
+            raise ValueError(
+                "differentiable: a step that autograd records does not go with precision="
+            )
+        in_backward = getattr(self, "_steps_in_backward", None)
+        if in_backward is not None:
+            in_backward.require_precision(group)
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """Return the values of a parameter in float32, as the next step reads them; see `sgdcore.SGD.master`.
+
+        Args:
+            parameter: one of the optimizer's parameters.
+
+        Returns:
+            A new tensor on the parameter's device: float32, or float64 for a parameter of that dtype.
+
+        Raises:
+            ValueError: if the optimizer has no such parameter.
+        """
+        for group in self.param_groups:
+            if any(each is parameter for each in group["params"]):
+                return _precision.master(parameter, group, self._state.get(parameter, {}))
+        raise ValueError(
+            f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
+        )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averages where the parameters are, for the time of a ``with`` block; see `sgdcore.SGD.averaged`.
