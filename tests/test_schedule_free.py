@@ -18,8 +18,10 @@ import torch
 import sgdcore
 from sgdcore import _core, reference
 from sgdcore.device_array import DeviceArray
+from sgdcore.distributed import LocalSGD, OuterSGD
 from simulated import Simulated
 from support import STORAGE_TYPES, Array, assert_same_bits, numbers
+from test_distributed_interrupts import ThreadGroup, on_all
 from test_rules import Oracle, array_of, tensor_of
 
 Hyper = dict[str, Any]
@@ -180,6 +182,17 @@ def test_a_step_that_a_scaler_leaves_out_is_not_counted() -> None:
     del each.optimizer.found_inf, each.optimizer.grad_scale
     other.step(numbers(9, (1025,)))
     assert_same_bits(each.values, other.values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_is_left_out_for_its_gradients_is_not_counted(kind: str) -> None:
+    each, other = trained(kind, skip_nonfinite=True), trained(kind)
+    assert_unchanged(each, lambda: each.step(np.full(1025, np.inf, np.float32)))
+    assert each.optimizer.skipped_steps == 1
+    for one in (each, other):
+        one.step(numbers(9, (1025,)))
+    assert_same_bits(each.values, other.values)
+    assert each.group["k"] == 4
 
 
 def test_irregular_and_overlapping_tensors_are_counted_once() -> None:
@@ -354,6 +367,27 @@ def test_modes_of_arrays_on_a_device(device: Simulated) -> None:
     assert optimizer.param_groups[0]["k"] == 3
 
 
+def test_a_device_does_not_decide_whether_a_step_counts(device: Simulated) -> None:
+    array = DeviceArray.zeros((9,), np.float32, 0)
+    optimizer = sgdcore.ScheduleFreeSGD([sgdcore.Parameter(array)], lr=0.1, skip_nonfinite=True)
+    with pytest.raises(ValueError, match="skip_nonfinite: averages, and rules that count steps"):
+        optimizer.step(grads=[DeviceArray.zeros((9,), np.float32, 0)])
+    assert optimizer.param_groups[0]["k"] == 0
+
+
+def test_a_step_is_not_captured(device: Simulated) -> None:
+    array = DeviceArray.zeros((9,), np.float32, 0)
+    optimizer = sgdcore.ScheduleFreeSGD([sgdcore.Parameter(array)], lr=0.1)
+    optimizer.step(grads=[DeviceArray.zeros((9,), np.float32, 0)])
+    device.capture(True)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        optimizer.step(grads=[DeviceArray.zeros((9,), np.float32, 0)])
+    device.capture(False)
+    assert optimizer.param_groups[0]["k"] == 1
+    optimizer.step(grads=[DeviceArray.zeros((9,), np.float32, 0)])
+    assert optimizer.param_groups[0]["k"] == 2
+
+
 # --- Refusals ---------------------------------------------------------------------------------------
 
 
@@ -439,3 +473,47 @@ def test_a_checkpoint_of_schedulefree_loads() -> None:
         optimizer.step()
     torch.testing.assert_close(own, parameter, rtol=1e-12, atol=1e-12)
     assert ours.param_groups[0]["k"] == 4
+
+
+# --- Several workers --------------------------------------------------------------------------------
+
+
+def test_local_sgd_averages_the_iterates_with_the_parameters() -> None:
+    def run(group: ThreadGroup) -> tuple[Array, Array, Array, int]:
+        params = [sgdcore.Parameter(numbers(i, (5,))) for i in range(2)]
+        optimizer = sgdcore.ScheduleFreeSGD(params, lr=0.1)
+        local = LocalSGD(optimizer, group, sync_every=2, momentum_sync="average")
+        for step in range(4):
+            params[0].grad = numbers(10 * group.rank + step, (5,))
+            params[1].grad = numbers(3, (5,)) if group.rank == 0 else None
+            local.step()
+        y, z = (params[0].data.copy(), optimizer.state[params[0]]["z"].copy())
+        missing = optimizer.state[params[1]]["z"].copy()
+        return y, z, missing, optimizer.param_groups[0]["k"]
+
+    first, second = on_all(run)
+    for a, b in zip(first[:3], second[:3], strict=True):
+        assert_same_bits(a, b)
+    assert first[3] == second[3] == 4
+    assert abs(first[2]).min() > 0.1  # a z that a rank lacks is no zero
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "momentum_sync: ScheduleFreeSGD needs 'average'"),
+        ({"momentum_sync": "reset"}, "momentum_sync: ScheduleFreeSGD needs 'average'"),
+        ({"momentum_sync": "average", "outer": OuterSGD(0.5)}, "outer: cannot go with"),
+        ({"momentum_sync": "average", "transactional": True}, "transactional: cannot go with"),
+        ({"momentum_sync": "average", "exclude_nonfinite": True}, "exclude_nonfinite: cannot"),
+    ],
+)
+def test_local_sgds_options_that_change_one_alone_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    def run(group: ThreadGroup) -> None:
+        optimizer = sgdcore.ScheduleFreeSGD([np.ones(1)], lr=0.1)
+        with pytest.raises(ValueError, match=message):
+            LocalSGD(optimizer, group, **options)
+
+    on_all(run)

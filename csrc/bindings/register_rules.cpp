@@ -21,6 +21,11 @@ const char* kind_name(HyperSpec::Kind kind) {
     return names[kind];
 }
 
+const char* start_name(Start start) {
+    constexpr const char* names[] = {"nothing", "zeros", "parameter"};
+    return names[static_cast<int>(start)];
+}
+
 }  // namespace
 
 void register_rules(py::module_& module) {
@@ -30,7 +35,7 @@ void register_rules(py::module_& module) {
         return names;
     });
 
-    // ((key, kind), ...), ((key of the state, key of its dtype), ...)
+    // ((key, kind), ...), ((key of the state, key of its dtype, what it starts as), ...)
     module.def(
         "declaration",
         [](const std::string& rule) {
@@ -39,7 +44,7 @@ void register_rules(py::module_& module) {
                 hypers.append(py::make_tuple(spec.key, kind_name(spec.kind)));
             }
             for (const StateSpec& spec : info_of(rule).states) {
-                states.append(py::make_tuple(spec.key, spec.dtype_key));
+                states.append(py::make_tuple(spec.key, spec.dtype_key, start_name(spec.start)));
             }
             return py::make_tuple(py::tuple(hypers), py::tuple(states));
         },

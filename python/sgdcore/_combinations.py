@@ -48,6 +48,36 @@ REFUSED: tuple[Refusal, ...] = (
         "the graph would repeat the weight of one step; `EMA`'s does not change",
         "`step`, during the capture",
     ),
+    Refusal(
+        "`step_in_backward`",
+        "`ScheduleFreeSGD`",
+        "a step counts for all parameters of a group at once",
+        "`step_in_backward`",
+    ),
+    Refusal(
+        '`sparse_mode="lazy"`',
+        "`ScheduleFreeSGD`",
+        "a step averages all rows",
+        "the constructor, `add_param_group`",
+    ),
+    Refusal(
+        "a captured CUDA graph",
+        "`ScheduleFreeSGD`",
+        "the graph would repeat the numbers of one step",
+        "`step`, during the capture",
+    ),
+    Refusal(
+        '`LocalSGD(momentum_sync="keep")`, `"reset"`',
+        "`ScheduleFreeSGD`",
+        "z belongs to the parameters, and is averaged with them",
+        "`LocalSGD`",
+    ),
+    Refusal(
+        "`LocalSGD`'s `outer`, `levels`, `transactional`, `exclude_nonfinite`",
+        "`ScheduleFreeSGD`",
+        "they change parameters or states alone, or take steps back",
+        "`LocalSGD`",
+    ),
 )
 
 

@@ -19,11 +19,13 @@ class State(NamedTuple):
         key: its key in a parameter's state.
         dtype_key: the key of a group that names the dtype of new states, or empty. Without a value they have the
             parameter's.
+        start: what it is before the first step: "nothing", "zeros", or the "parameter".
     """
 
     number: int
     key: str
     dtype_key: str
+    start: str = "nothing"
 
 
 class Rule(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sgdcore._averages import AVERAGE
-from sgdcore._rules import rule_of
+from sgdcore._rules import State, rule_of
 from sgdcore.distributed import _flat
 from sgdcore.distributed._flat import dtype_name, flat, is_torch, strides_of, wire_name
 from sgdcore.distributed.averager import Averager
@@ -102,11 +102,11 @@ class Parameters:
     # The states, such as momentum
 
     @property
-    def _declared(self) -> dict[str, str]:
-        """The states, by the keys of their dtypes; torch.optim's optimizers count as SGD."""
+    def _declared(self) -> dict[str, State]:
+        """The states by their keys; torch.optim's optimizers count as SGD."""
         rule = rule_of(getattr(self._optimizer, "rule", SGD.rule))
         averages = (AVERAGE,) if getattr(self._optimizer, "average", None) else ()
-        return {state.key: state.dtype_key for state in (*rule.states, *averages)}
+        return {state.key: state for state in (*rule.states, *averages)}
 
     def states(self, rules: bool = True, averages: bool = True) -> dict[str, list[Any]]:
         """Return the rule's states and the averages by key, for each parameter, or None."""
@@ -132,11 +132,15 @@ class Parameters:
                     self._optimizer.state[self.all[i]].pop(key, None)
 
     def state(self, key: str, i: int) -> Any:
-        """Return a parameter's state in its order in memory; where there was none, zeros, as average its values."""
+        """Return a parameter's state in its order in memory.
+
+        Where there was none: zeros, or the parameter's values, of an average and of what the rule lets start as these.
+        """
         state, data = self._optimizer.state[self.all[i]], self.data[i]
         if (value := state.get(key)) is None:
             state[key] = _flat.zeros_like(data, self._dtype(key, i))
-            state[key][...] = data if key == AVERAGE.key else 0
+            follows = key == AVERAGE.key or self._declared[key].start == "parameter"
+            state[key][...] = data if follows else 0
         elif (ordered := _flat.laid_out(value, data)) is not value:
             state[key] = ordered
         return state[key]  # the optimizer may keep it in memory of its own
@@ -145,7 +149,7 @@ class Parameters:
         """Return what the options say, since a loaded state's dtype may be its own."""
         if key == AVERAGE.key:
             return self._optimizer._averages.dtype
-        return self._optimizer.param_groups[self.group_of[i]].get(self._declared[key])
+        return self._optimizer.param_groups[self.group_of[i]].get(self._declared[key].dtype_key)
 
     def average_state(
         self, key: str, group: ProcessGroup, wanted: Sequence[bool], factor: float
