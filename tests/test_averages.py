@@ -522,6 +522,17 @@ def test_a_wrong_number_of_steps_is_refused() -> None:
         optimizer.load_state_dict(state_dict)
 
 
+def test_a_mean_without_its_number_of_steps_is_refused() -> None:
+    state_dict = trained(Polyak()).state_dict()
+    for group in state_dict["param_groups"]:
+        del group["average"], group["average_steps"]
+    optimizer = trained(Polyak())
+    with refused(ValueError, "it has an average, and param_groups lack", optimizer):
+        optimizer.load_state_dict(state_dict)
+    optimizer = trained(EMA())
+    optimizer.load_state_dict(state_dict)
+
+
 def test_the_decay_is_the_optimizers_own() -> None:
     optimizer = trained(EMA(0.5))
     optimizer.load_state_dict(trained(EMA(0.9)).state_dict())

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.swa_utils import (
     AveragedModel,
     get_ema_multi_avg_fn,
@@ -408,6 +413,34 @@ def test_checkpoints_of_other_averages_are_refused(
     with pytest.raises(ValueError, match=r"\['average'\]: the checkpoint has averages of the kind"):
         optimizer.load_state_dict(both.ours.state_dict())
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("kind", [EMA(0.9), Polyak()], ids=repr)
+def test_checkpoints_by_torchs_functions(kind: EMA | Polyak, flatten: bool) -> None:
+    """A flattened state dict has no place for a mean's number of steps, and is refused."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = sgdcore.torch.SGD(model.parameters(), lr=0.1, momentum=0.9, average=kind)
+        made.append((model, optimizer))
+    (model, optimizer), (other, loaded) = made
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    if flatten and isinstance(kind, Polyak):
+        with pytest.raises(ValueError, match="torch's flattened state dicts drop them"):
+            set_optimizer_state_dict(other, loaded, saved, options=options)
+        return
+    set_optimizer_state_dict(other, loaded, saved, options=options)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["average"], loaded.state[q]["average"])
+    if isinstance(kind, Polyak):
+        assert loaded.state_dict()["param_groups"][0]["average_steps"] == 3
 
 
 def test_a_checkpoint_without_averages_begins_them_anew() -> None:

@@ -155,16 +155,17 @@ def _restore(kind: EMA | Polyak, dtype: Any, taken: int) -> Averages:
     return averages
 
 
-def taken_steps(averages: Averages | None, groups: Iterable[Mapping[str, Any]]) -> int:
+def taken_steps(averages: Averages | None, state_dict: Mapping[str, Any]) -> int:
     """Return the number of steps that a checkpoint says its optimizer has taken, where averages need it, else 0.
 
     Raises:
-        ValueError: if the checkpoint's averages are not of the optimizer's kind.
+        ValueError: if the checkpoint's averages are not of the optimizer's kind, or it has means without their number
+            of steps, as torch's flattened state dicts do.
         TypeError: if the number of steps is none.
     """
     own = None if averages is None else type(averages.kind).__name__
-    taken = 0
-    for i, group in enumerate(groups):
+    taken, found = 0, False
+    for i, group in enumerate(state_dict["param_groups"]):
         saved = group.get(_KIND)
         if saved is None:
             continue
@@ -178,7 +179,14 @@ def taken_steps(averages: Averages | None, groups: Iterable[Mapping[str, Any]]) 
         steps = group.get(_STEPS, 0)
         if not isinstance(steps, int) or not 0 <= steps < 2**62:
             raise TypeError(f"{label}[{_STEPS!r}]: expected a number of steps, got {steps!r}")
-        taken = steps
+        taken, found = steps, True
+    if own == Polyak.__name__ and not found:
+        for key, values in state_dict["state"].items():
+            if isinstance(values, Mapping) and values.get(AVERAGE.key) is not None:
+                raise ValueError(
+                    f"state_dict['state'][{key!r}]: it has an {AVERAGE.key}, and param_groups lack {_KIND!r} and "
+                    f"{_STEPS!r}, without which a mean cannot go on; torch's flattened state dicts drop them"
+                )
     return taken
 
 

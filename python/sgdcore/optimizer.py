@@ -493,7 +493,7 @@ class Optimizer(HasOptions):
         _require_matching(saved, self.param_groups)
         if self._averages is not None:
             self._averages.require_parameters("load_state_dict")
-        taken = taken_steps(self._averages, saved)
+        taken = taken_steps(self._averages, state_dict)
         saved = [without_saved(group) for group in saved]
         groups = [
             self._merged_group(own, other)

@@ -751,7 +751,7 @@ def _read_checkpoint(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, An
                 f"state_dict['param_groups'][{i}]: expected {name}'s hyperparameters, got none called "
                 f"{', '.join(missing)}"
             )
-    taken = taken_steps(optimizer._averages, state_dict["param_groups"])
+    taken = taken_steps(optimizer._averages, state_dict)
     if optimizer._averages is not None:
         optimizer._averages.loaded = taken
     state = {}
