@@ -506,6 +506,30 @@ def averages_under_data_parallel_are_equal_on_all_ranks(context: Context, kind: 
 
 
 @check(cases=KINDS)
+def the_norm_is_of_the_mean_and_equal_on_all_ranks(context: Context, kind: str) -> None:
+    """The norm, the factor, and the decision to leave a step out."""
+    options = {"max_grad_norm": 0.5, "clip_value": 2.0, "skip_nonfinite": True}
+    optimizer = make(kind, **HYPER, **options)
+    data = DataParallel(optimizer)
+    params = [as_array(p).copy() for p in params_of(optimizer)]
+    twin = sgdcore.SGD(params, **HYPER, **options)
+    for step in range(4):
+        put_gradients(optimizer, np.random.default_rng([context.rank, step]))
+        if step == 2 and context.rank == 1:
+            as_array(params_of(optimizer)[0].grad).flat[0] = np.nan
+        data.step()
+        # The mean is now in the gradients' place.
+        twin.step(grads=[as_array(p.grad).copy() for p in params_of(optimizer)])
+        np.testing.assert_array_equal(data.grad_norm, twin.grad_norm)
+        assert data.skipped_steps == twin.skipped_steps == (step >= 2)
+        for p, expected in zip(params_of(optimizer), params, strict=True):
+            assert same_bits(as_array(p), expected)
+        norm = np.array([data.grad_norm])
+        assert_equal_on_all(context, [norm])
+    assert_equal_on_all(context, params_of(optimizer))
+
+
+@check(cases=KINDS)
 def momentum_that_some_ranks_lack(context: Context, kind: str) -> None:
     optimizer = make(kind)
     local = LocalSGD(optimizer, sync_every=2, momentum_sync="average")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import doctest
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from sgdcore import EMA, Polyak, _core
 from sgdcore._combinations import REFUSED, Refusal, as_markdown
 from sgdcore.device_array import DeviceArray
 from sgdcore.distributed import LocalSGD, OuterSGD
+from sgdcore.torch import _interface
 from simulated import Simulated
 from test_distributed_interrupts import ThreadGroup, on_all
 
@@ -117,6 +118,180 @@ def local_schedule_free_moved() -> None:
     local_schedule_free(momentum_sync="average", transactional=True)
 
 
+class Elsewhere:
+    """An attempt with each of some options: all but the last are seen to be refused, and the last one raises."""
+
+    values: ClassVar = {"clip_value": 1.0, "max_grad_norm": 1.0, "skip_nonfinite": True}
+
+    def __init__(self, names: str, attempt: Callable[[dict[str, Any]], Any], message: str) -> None:
+        self.names, self.attempt, self.message = names.split(), attempt, message
+
+    def __call__(self) -> None:
+        *others, last = self.names
+        for name in others:
+            with pytest.raises((TypeError, ValueError), match=f"{name}.*{self.message}"):
+                self.attempt({name: self.values[name]})
+        self.attempt({last: self.values[last]})
+
+
+class OwnOperations(torch.Tensor):
+    """A tensor without memory, whose operations are those of another tensor."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def inner(value: Any) -> Any:
+            return value.inner if isinstance(value, OwnOperations) else value
+
+        result = func(*map(inner, args), **{k: inner(v) for k, v in (kwargs or {}).items()})
+        return args[0] if func.__name__.split(".")[0].endswith("_") else cls(result)
+
+
+def step_of(make: Callable[[], torch.Tensor], **hyper: Any) -> Callable[[dict[str, Any]], None]:
+    def attempt(options: dict[str, Any]) -> None:
+        parameter = make()
+        parameter.grad = torch.ones_like(parameter)
+        sgdcore.torch.SGD([parameter], **hyper, **options).step()
+
+    return attempt
+
+
+def options_in_backward(options: dict[str, Any]) -> None:
+    sgdcore.torch.step_in_backward(
+        sgdcore.torch.SGD([torch.nn.Parameter(torch.ones(3))], **options)
+    )
+
+
+def of_a_distributed_tensor(options: dict[str, Any]) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Replicate
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        tensor = DTensor.from_local(torch.ones(2), mesh, [Replicate()])
+        parameter = torch.nn.Parameter(tensor)
+        parameter.grad = tensor.clone()
+        sgdcore.torch.SGD([parameter], **options).step()
+    finally:
+        dist.destroy_process_group()
+
+
+def of_arrays(devices: tuple[int, ...], kind: Any, **more: Any) -> Callable[[dict[str, Any]], None]:
+    """Return an attempt with an array on each of some simulated devices."""
+
+    def attempt(options: dict[str, Any]) -> None:
+        Simulated()
+        try:
+            parameters = []
+            for device in devices:
+                parameters.append(sgdcore.Parameter(DeviceArray.zeros((3,), "float32", device)))
+                parameters[-1].grad = DeviceArray.zeros((3,), "float32", device)
+            kind(parameters, **more, **options).step()
+        finally:
+            _core.use_runtime(None)
+
+    return attempt
+
+
+def sparse_on_a_device(options: dict[str, Any]) -> None:
+    weights = torch.nn.Parameter(torch.zeros(3, 4))
+    weights.grad = torch.zeros(3, 4).to_sparse_coo()
+    optimizer = sgdcore.torch.SGD([weights], **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_interface, "device_index", lambda _: 0)
+        optimizer._update_irregular(([], [], [], [], True), False, 1.0)
+
+
+def uncounted(options: dict[str, Any]) -> None:
+    on_device = of_arrays((0,), sgdcore.SGD, average=EMA())
+    with pytest.raises(ValueError, match="skip_nonfinite: averages"):
+        on_device(options)
+    of_arrays((0,), sgdcore.ScheduleFreeSGD)(options)
+
+
+NORM = "max_grad_norm skip_nonfinite"
+NORM_OPTIONS = "`max_grad_norm`, `skip_nonfinite`"
+CLIPPING = "`clip_value`, `max_grad_norm`, `skip_nonfinite`"
+
+
+def refused(
+    options: str, other: str, names: str, attempt: Callable[[dict[str, Any]], Any], message: str
+) -> tuple[tuple[str, str], tuple[Callable[[], Any], str]]:
+    return (options, other), (Elsewhere(names, attempt, message), message)
+
+
+CLIPPING_ATTEMPTS = dict(
+    [
+        refused(
+            NORM_OPTIONS, "`step_in_backward`", NORM, options_in_backward, "never has all gradients"
+        ),
+        refused(
+            CLIPPING,
+            "`differentiable=True`",
+            "clip_value " + NORM,
+            step_of(lambda: torch.ones(2, requires_grad=True), differentiable=True),
+            "a differentiable step is torch's own",
+        ),
+        refused(
+            "`clip_value`",
+            "complex parameters",
+            "clip_value",
+            step_of(lambda: torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))),
+            "complex numbers such as those of",
+        ),
+        refused(
+            NORM_OPTIONS,
+            "DTensors (`fully_shard`)",
+            NORM,
+            of_a_distributed_tensor,
+            "other processes have parts of it",
+        ),
+        refused(
+            NORM_OPTIONS,
+            "tensors with operations instead of memory",
+            NORM,
+            step_of(lambda: OwnOperations(torch.ones(2))),
+            "has operations instead of memory",
+        ),
+        refused(
+            NORM_OPTIONS,
+            "tensors without memory (meta, fake)",
+            NORM,
+            step_of(lambda: torch.nn.Parameter(torch.ones(2, device="meta"))),
+            "it has no memory",
+        ),
+        refused(
+            NORM_OPTIONS,
+            "gradients on several devices",
+            NORM,
+            of_arrays((0, 1), sgdcore.SGD),
+            "expected all gradients on one device",
+        ),
+        refused(
+            "`skip_nonfinite`",
+            "sparse gradients on a device",
+            "skip_nonfinite",
+            sparse_on_a_device,
+            "rows of sparse gradients on a device",
+        ),
+        refused(
+            "`skip_nonfinite`",
+            "averages, or a rule that counts steps, on a device",
+            "skip_nonfinite",
+            uncounted,
+            "cannot wait for a device's decision",
+        ),
+    ]
+)
+
+
 # Each attempts the combination of a row, by the row's option and what it cannot go with; and a part of the message.
 ATTEMPTS: dict[tuple[str, str], tuple[Callable[[], Any], str]] = {
     ("`average`", "`ScheduleFreeSGD`"): (schedule_free_average, "average: ScheduleFreeSGD"),
@@ -143,6 +318,7 @@ ATTEMPTS: dict[tuple[str, str], tuple[Callable[[], Any], str]] = {
         local_schedule_free_moved,
         "transactional: cannot go with ScheduleFreeSGD",
     ),
+    **CLIPPING_ATTEMPTS,
 }
 
 

@@ -544,18 +544,16 @@ def test_closures_and_hooks_come_before_the_norm() -> None:
     assert optimizer.grad_norm == 2.0
 
 
-def test_what_clip_value_cannot_be_combined_with() -> None:
-    complex_numbers = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    complex_numbers.grad = torch.ones_like(complex_numbers)
-    with pytest.raises(
-        ValueError, match="clip_value: complex numbers such as those of param_groups"
-    ):
-        sgdcore.torch.SGD([complex_numbers], clip_value=1).step()
-    recorded = torch.ones(2, requires_grad=True)
-    recorded.grad = torch.ones(2)
-    optimizer = sgdcore.torch.SGD([recorded], clip_value=1, differentiable=True)
-    with pytest.raises(ValueError, match="clip_value: a differentiable step is torch's own"):
-        optimizer.step()
+def test_setting_an_option_in_a_backward_pass_that_steps_is_refused() -> None:
+    optimizer = sgdcore.torch.SGD([torch.ones(2, requires_grad=True)], lr=0.1)
+    with sgdcore.torch.step_in_backward(optimizer):
+        for option in ("max_grad_norm", "skip_nonfinite"):
+            with pytest.raises(
+                ValueError, match=f"{option}: step_in_backward never has all gradients"
+            ):
+                setattr(optimizer, option, 1.0 if option == "max_grad_norm" else True)
+    assert optimizer.max_grad_norm is None
+    assert not optimizer.skip_nonfinite
 
 
 # --- clip_grad_norm_ --------------------------------------------------------------------------------

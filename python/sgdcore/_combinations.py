@@ -78,6 +78,55 @@ REFUSED: tuple[Refusal, ...] = (
         "they change parameters or states alone, or take steps back",
         "`LocalSGD`",
     ),
+    Refusal(
+        "`max_grad_norm`, `skip_nonfinite`",
+        "`step_in_backward`",
+        "no step there has all gradients together; `clip_value` can go with it",
+        "`step_in_backward`, or setting the option after it",
+    ),
+    Refusal(
+        "`clip_value`, `max_grad_norm`, `skip_nonfinite`",
+        "`differentiable=True`",
+        "autograd records torch's own step; torch.nn.utils clips before it",
+        "`step`",
+    ),
+    Refusal("`clip_value`", "complex parameters", "complex numbers have no order", "`step`"),
+    Refusal(
+        "`max_grad_norm`, `skip_nonfinite`",
+        "DTensors (`fully_shard`)",
+        "other processes have parts of them; torch.nn.utils.clip_grad_norm_ adds these up",
+        "`step`",
+    ),
+    Refusal(
+        "`max_grad_norm`, `skip_nonfinite`",
+        "tensors with operations instead of memory",
+        "the core cannot read their elements",
+        "`step`",
+    ),
+    Refusal(
+        "`max_grad_norm`, `skip_nonfinite`",
+        "tensors without memory (meta, fake)",
+        "they have no elements",
+        "`step`",
+    ),
+    Refusal(
+        "`max_grad_norm`, `skip_nonfinite`",
+        "gradients on several devices",
+        "a device would wait for the other",
+        "`step`",
+    ),
+    Refusal(
+        "`skip_nonfinite`",
+        "sparse gradients on a device",
+        "their rows do not know whether a first step happened",
+        "`step`",
+    ),
+    Refusal(
+        "`skip_nonfinite`",
+        "averages, or a rule that counts steps, on a device",
+        "the host counts the steps, and does not wait for the device's decision",
+        "`step`",
+    ),
 )
 
 

@@ -69,6 +69,8 @@ class Wrapper:
     add_param_group = _Inner()
     zero_grad = _Inner()
     averaged = _Inner()
+    grad_norm = _Inner()
+    skipped_steps = _Inner()
     state_dict = _Inner()
     register_step_pre_hook = _Inner()
     register_step_post_hook = _Inner()
