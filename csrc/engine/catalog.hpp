@@ -22,8 +22,7 @@ struct RuleInfo {
 };
 
 /// The states that options add to any rule's own, numbered from `max_states` on.
-inline constexpr StateSpec extra_states[] = {
-    {"average", "average_dtype"}, {"master_low", ""}, {"compensation", ""}};
+inline constexpr StateSpec extra_states[] = {{"average", "average_dtype"}, {"master_low", ""}, {"compensation", ""}};
 static_assert(sizeof extra_states / sizeof *extra_states <= max_extras && average_slot == max_states);
 
 /// All rules; the position is a rule's number.

@@ -43,7 +43,10 @@ struct ScheduleFreeSgd {
         k,
         weight_sum,
         lr_max,
-        averaging = warmup_steps,  // c, once the values are scheduled
+        // Once the values are scheduled, from c: the coefficients of z - y and of g in y.
+        toward = warmup_steps,
+        along = r,
+        from_z = weight_lr_power,  // whether y is found from z on
     };
     static constexpr HyperSpec hypers[] = {
         {HyperSpec::number, "lr"},           {HyperSpec::number, "momentum"}, {HyperSpec::number, "weight_decay", true},
@@ -76,7 +79,10 @@ struct ScheduleFreeSgd {
         const double weight = power(step, values[r]) * power(values[lr_max], values[weight_lr_power]);
         values[weight_sum] += weight;
         values[k] = step;
-        values[averaging] = values[weight_sum] == 0 ? 0 : weight / values[weight_sum];
+        const double c = values[weight_sum] == 0 ? 0 : weight / values[weight_sum];
+        values[toward] = c < 0.5 ? c : c - 1;
+        values[along] = values[lr] * (values[momentum] * (1 - c) - 1);
+        values[from_z] = c < 0.5 ? 0 : 1;
     }
 
     template <class C>
@@ -87,11 +93,11 @@ struct ScheduleFreeSgd {
         Coefficients() = default;
         SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit Coefficients(const Values& values)
             : weight_decay(static_cast<C>(values[ScheduleFreeSgd::weight_decay])),
-              toward(static_cast<C>(values[averaging] < 0.5 ? values[averaging] : values[averaging] - 1)),
-              along(static_cast<C>(values[lr] * (values[momentum] * (1 - values[averaging]) - 1))),
+              toward(static_cast<C>(values[ScheduleFreeSgd::toward])),
+              along(static_cast<C>(values[ScheduleFreeSgd::along])),
               negative_lr(static_cast<C>(-values[lr])),
               flip(values[maximize] != 0 ? sign_bit<C> : 0),
-              from_z(SignMask<C>{0} - static_cast<SignMask<C>>(!(values[averaging] < 0.5))) {}
+              from_z(SignMask<C>{0} - static_cast<SignMask<C>>(values[ScheduleFreeSgd::from_z] != 0)) {}
 
         SGDCORE_HOST_DEVICE SGDCORE_INLINE bool has_nan() const {
             const C sum = weight_decay + toward + along + negative_lr;
