@@ -43,11 +43,13 @@ void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
         if (!fits(hyper.precision, tensor.param_dtype)) {
             throw std::invalid_argument("step: a parameter's storage type does not fit its precision");
         }
-        if ((hyper.precision == Precision::split && item_size(tensor.state_dtypes[master_low_slot]) != 2) ||
-            (hyper.precision == Precision::kahan && tensor.state_dtypes[compensation_slot] != tensor.param_dtype)) {
+        // A tensor whose average alone moves is only read, as it is stored.
+        const Precision written = tensor.grad == nullptr ? Precision::plain : hyper.precision;
+        if ((written == Precision::split && item_size(tensor.state_dtypes[master_low_slot]) != 2) ||
+            (written == Precision::kahan && tensor.state_dtypes[compensation_slot] != tensor.param_dtype)) {
             throw std::invalid_argument("step: the storage type of a parameter's second half");
         }
-        if (hyper.precision == Precision::stochastic && tensor.rounding == nullptr) {
+        if (written == Precision::stochastic && tensor.rounding == nullptr) {
             throw std::invalid_argument("step: stochastic rounding needs the parameter's position and steps");
         }
         const bool null_grad = tensor.grad == nullptr && (!tensor.has_average() || !tensor.grad_axes.empty());

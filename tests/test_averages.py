@@ -191,6 +191,46 @@ def test_averages_equal_averaged_model(kind: EMA | Polyak, dtype: str) -> None:
         assert_same_bits(average_of(ours, p), average.detach().numpy())
 
 
+@pytest.mark.parametrize("average", [None, "float32"])
+@pytest.mark.parametrize("precision", ["split", "kahan", "stochastic"])
+def test_averages_beside_precisions_are_of_what_the_model_sees(
+    precision: str, average: str | None
+) -> None:
+    options: Any = {"lr": 0.01, "momentum": 0.9, "precision": precision, "average": EMA(0.9)}
+    arrays = [numbers(i, (3000,), STORAGE_TYPES["bfloat16"]) for i in range(2)]
+    tensors = [
+        torch.nn.Parameter(torch.from_numpy(a.copy().view(np.int16)).view(torch.bfloat16))
+        for a in arrays
+    ]
+    ours = sgdcore.SGD(arrays, **options, average_dtype=average)
+    theirs = sgdcore.torch.SGD(tensors, **options, average_dtype=average)
+    oracles = [Oracle(EMA(0.9), average and STORAGE_TYPES[average]) for _ in arrays]
+    for step in range(6):
+        grads = [
+            None if i == step % 3 else numbers(10 * step + i, (3000,), a.dtype)
+            for i, a in enumerate(arrays)
+        ]
+        for p, grad in zip(tensors, grads, strict=True):
+            p.grad = (
+                None if grad is None else torch.from_numpy(grad.view(np.int16)).view(torch.bfloat16)
+            )
+        ours.step(grads=grads)
+        theirs.step()
+        for array, oracle in zip(arrays, oracles, strict=True):
+            oracle.step(array)
+    params = ours.param_groups[0]["params"]
+    masters = [ours.master(p).copy() for p in params]
+    for p, q, oracle in zip(params, tensors, oracles, strict=True):
+        assert_same_bits(average_of(ours, p), oracle.average)
+        found = theirs.state[q]["average"].float().numpy()
+        assert oracle.average is not None
+        assert_same_bits(found, oracle.average.astype(np.float32))
+    with ours.averaged():
+        pass
+    for p, master in zip(params, masters, strict=True):
+        assert_same_bits(ours.master(p), master)
+
+
 # Devices
 
 

@@ -30,7 +30,7 @@ class Blocks {
     Blocks(const KernelTable& table, const Choice& choice, const TensorRef& tensor, const Hyper& hyper,
            const StepOptions& options)
         : table_(table), choice_(choice), tensor_(tensor), hyper_(hyper), options_(options) {
-        if (hyper.precision != Precision::stochastic) return;
+        if (hyper.precision != Precision::stochastic || tensor.grad == nullptr) return;
         random_ = storage::RandomBits(hyper.seed, tensor.rounding->position, tensor.rounding->steps);
     }
 
