@@ -28,6 +28,7 @@ from distributed_checks import (
     data_parallel_mean,
     h1_equals_synchronous,
     make,
+    masters_are_averaged,
     momenta_of,
     momentum_that_some_ranks_lack,
     on_all,
@@ -61,6 +62,7 @@ for each in (
 for each in (
     averages_of_parameters_are_averaged_with_them,
     averages_under_data_parallel_are_equal_on_all_ranks,
+    masters_are_averaged,
 ):
     check(TORCH, cases={"sgdcore.torch": {"kind": "sgdcore.torch"}})(each)
 

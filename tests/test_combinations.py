@@ -292,6 +292,59 @@ CLIPPING_ATTEMPTS = dict(
 )
 
 
+def halves(**group: Any) -> list[dict[str, Any]]:
+    made = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    made.grad = torch.ones(3, dtype=torch.bfloat16)
+    return [{"params": [made], **group}]
+
+
+def precision_of_float32() -> None:
+    sgdcore.torch.SGD(halves(), precision="split")
+    with pytest.raises(TypeError, match="'split' is for parameters of dtype bfloat16"):
+        sgdcore.SGD([np.ones(3, np.float16)], precision="split")
+    sgdcore.torch.SGD(parameters(), precision="split")
+
+
+def differentiable_precision() -> None:
+    sgdcore.torch.SGD(halves(), precision="kahan", differentiable=True)
+
+
+def irregular_precision() -> None:
+    gaps = torch.ones(3, 2, dtype=torch.bfloat16)[:, :1].requires_grad_()
+    gaps.grad = torch.ones_like(gaps)
+    optimizer = sgdcore.torch.SGD([gaps], precision="split")
+    optimizer.step()
+
+
+def precision_on_a_device() -> None:
+    Simulated()
+    try:
+        parameter = sgdcore.Parameter(DeviceArray.zeros((3,), "bfloat16"))
+        parameter.grad = DeviceArray.zeros((3,), "bfloat16")
+        sgdcore.SGD([parameter], precision="split").step()
+    finally:
+        _core.use_runtime(None)
+
+
+def stochastic_in_backward() -> None:
+    (group,) = halves()
+    group["params"][0].grad = None
+    optimizers = [
+        sgdcore.torch.SGD(group["params"], precision=precision)
+        for precision in ("split", "stochastic")
+    ]
+    with sgdcore.torch.step_in_backward(optimizers[0]):
+        pass
+    sgdcore.torch.step_in_backward(optimizers[1])
+
+
+def local_halves() -> None:
+    def run(group: Any) -> None:
+        LocalSGD(sgdcore.torch.SGD(halves(), precision="split"), group, transactional=True)
+
+    on_all(run)
+
+
 # Each attempts the combination of a row, by the row's option and what it cannot go with; and a part of the message.
 ATTEMPTS: dict[tuple[str, str], tuple[Callable[[], Any], str]] = {
     ("`average`", "`ScheduleFreeSGD`"): (schedule_free_average, "average: ScheduleFreeSGD"),
@@ -319,6 +372,27 @@ ATTEMPTS: dict[tuple[str, str], tuple[Callable[[], Any], str]] = {
         "transactional: cannot go with ScheduleFreeSGD",
     ),
     **CLIPPING_ATTEMPTS,
+    ("`precision`", "a parameter of another dtype"): (precision_of_float32, "has float32"),
+    ("`precision`", "`differentiable=True`"): (
+        differentiable_precision,
+        "differentiable: .*precision=",
+    ),
+    (
+        "`precision`",
+        "sparse gradients, views with gaps, subclasses with operations of their own",
+    ): (irregular_precision, "precision: 'split' is for dense tensors"),
+    ("`precision`", "a CUDA device"): (
+        precision_on_a_device,
+        "precision: split is for parameters on the CPU",
+    ),
+    ('`precision="stochastic"`', "`step_in_backward`"): (
+        stochastic_in_backward,
+        "precision: 'stochastic' rounds by",
+    ),
+    ('`precision="split"`, `"kahan"`', "`LocalSGD`'s `outer`, `wire_dtype`, `transactional`"): (
+        local_halves,
+        "transactional cannot go with precision='split'",
+    ),
 }
 
 

@@ -485,6 +485,43 @@ class TestWritesFromOutside:
         assert_same_bits(optimizer.master(parameter), master)
 
 
+class TestMasters:
+    @pytest.mark.parametrize(("precision", "dtype"), KINDS)
+    def test_values_are_stored_as_a_step_stores_them(self, precision, dtype):
+        data = np.asfortranarray(numbers(0, (6, 5), STORAGE_TYPES[dtype]))
+        parameter = sgdcore.Parameter(data)
+        optimizer = sgdcore.SGD([parameter], lr=0.0, precision=precision)
+        values = numbers(1, (6, 5))
+        optimizer.set_master(parameter, values)
+        if precision == "split":
+            assert_same_bits(optimizer.master(data), values)
+        elif precision == "kahan":
+            assert_same_bits(
+                optimizer.master(parameter), join_kahan(*part_kahan(values, STORAGE_TYPES[dtype]))
+            )
+        else:
+            assert_same_bits(parameter.data, values.astype(STORAGE_TYPES[dtype]))
+        before = optimizer.master(parameter)
+        optimizer.step(grads=[np.zeros((6, 5), np.float32)])
+        assert_same_bits(optimizer.master(parameter), before)
+
+    def test_refusals(self):
+        optimizer = sgdcore.SGD([np.ones(3, BFLOAT16)], precision="split")
+        for call in (optimizer.master, lambda p: optimizer.set_master(p, p)):
+            with pytest.raises(ValueError, match="parameter: expected one of the optimizer's"):
+                call(np.ones(3))
+        (parameter,) = optimizer.param_groups[0]["params"]
+        with pytest.raises(ValueError, match="values: expected shape"):
+            optimizer.set_master(parameter, np.ones(2))
+
+    def test_other_dtypes_are_their_own_masters(self):
+        for dtype, wide in (("float64", np.float64), ("float32", np.float32)):
+            data = np.ones(3, dtype)
+            master = sgdcore.SGD([data]).master(data)
+            assert master.dtype == wide
+            assert not np.shares_memory(master, data)
+
+
 class TestGroups:
     def test_a_precision_for_each_group(self):
         data = [numbers(i, (50,), BFLOAT16) for i in range(4)]

@@ -183,6 +183,24 @@ class TestWrites:
             optimizer.step()
 
 
+@pytest.mark.parametrize(("precision", "dtype"), KINDS)
+def test_values_are_set_as_those_of_arrays(precision, dtype):
+    values = numbers(1, (2, 3, 4, 5))
+    values.flat[:4] = [np.nan, np.inf, -0.0, 1.00390625]
+    tensor = torch.nn.Parameter(
+        tensor_of(0, values.shape, dtype).to(memory_format=torch.channels_last)
+    )
+    array = sgdcore.Parameter(array_of(tensor))
+    ours = sgdcore.torch.SGD([tensor], precision=precision)
+    theirs = sgdcore.SGD([array], precision=precision)
+    ours.set_master(tensor, torch.from_numpy(values))
+    theirs.set_master(array, values)
+    np.testing.assert_array_equal(array_of(ours.master(tensor)), theirs.master(array))
+    np.testing.assert_array_equal(array_of(tensor.float()), array.data.astype(np.float32))
+    with pytest.raises(ValueError, match="values: expected shape"):
+        ours.set_master(tensor, torch.ones(3))
+
+
 class TestRefusals:
     @pytest.mark.parametrize("precision", ["split", "kahan", "stochastic"])
     def test_irregular_parameters(self, precision):

@@ -127,6 +127,42 @@ REFUSED: tuple[Refusal, ...] = (
         "the host counts the steps, and does not wait for the device's decision",
         "`step`",
     ),
+    Refusal(
+        "`precision`",
+        "a parameter of another dtype",
+        '`"split"` is for bfloat16, the others for bfloat16 and float16',
+        "the constructor, `add_param_group`, `load_state_dict`, `step`",
+    ),
+    Refusal(
+        "`precision`",
+        "`differentiable=True`",
+        "autograd records torch's own step, which rounds parameters",
+        "the constructor, `add_param_group`",
+    ),
+    Refusal(
+        "`precision`",
+        "sparse gradients, views with gaps, subclasses with operations of their own",
+        "the core reads both halves of a parameter as it reads the parameter",
+        "`step`",
+    ),
+    Refusal(
+        "`precision`",
+        "a CUDA device",
+        "the device steps plain parameters only",
+        "`step`",
+    ),
+    Refusal(
+        '`precision="stochastic"`',
+        "`step_in_backward`",
+        "rounding needs a parameter's position among all",
+        "`step_in_backward`",
+    ),
+    Refusal(
+        '`precision="split"`, `"kahan"`',
+        "`LocalSGD`'s `outer`, `wire_dtype`, `transactional`",
+        "they move or restore what the model sees alone",
+        "`LocalSGD`",
+    ),
 )
 
 

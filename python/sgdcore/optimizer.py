@@ -373,6 +373,45 @@ class Optimizer(HasOptions):
             f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
         )
 
+    def set_master(self, parameter: Any, values: Any) -> None:
+        """Set a parameter to values in float32, as far as its precision holds them.
+
+        What the model sees is then what a step would have left of these values; with precision="split" `master` gives
+        them back in every bit.
+
+        Args:
+            parameter: as for `master`.
+            values: array of the parameter's shape.
+
+        Raises:
+            ValueError: if the optimizer has no such parameter, or the shapes differ.
+        """
+        from sgdcore.reference import part_kahan, part_split  # not needed for steps
+
+        for group in self.param_groups:
+            for each in group["params"]:
+                if each is not parameter and each.data is not parameter:
+                    continue
+                wanted = np.asarray(values, dtype=np.float32)
+                if wanted.shape != each.shape:
+                    raise ValueError(f"values: expected shape {each.shape}, got {wanted.shape}")
+                rest, visible, kept = rest_of(group), wanted, None
+                if rest is MASTER_LOW:
+                    visible, kept = part_split(wanted)
+                    visible = visible.view(each.dtype)
+                elif rest is not None:
+                    visible, kept = part_kahan(wanted, each.dtype)
+                data = as_array(each.data)
+                copy_into(data, visible.astype(data.dtype))
+                if rest is not None and kept is not None:
+                    stored = np.empty_like(on_host(each.data), dtype=kept.dtype, subok=False)
+                    stored[...] = kept
+                    self.state[each][rest.key] = stored
+                return
+        raise ValueError(
+            f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
+        )
+
     def _master(self, parameter: Parameter, group: Mapping[str, Any]) -> Array:
         from sgdcore.reference import join_kahan, join_split  # not needed for steps
 

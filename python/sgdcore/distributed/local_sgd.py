@@ -117,6 +117,9 @@ class LocalSGD(Wrapper):
         self._wrap(optimizer, group, model, buffers)
         wire, flags = _wire(wire_dtype, self.group), (bool(transactional), bool(exclude_nonfinite))
         own = _Options(sync_every, momentum_sync, outer, wire, *flags)
+        if own.need_anchor and self._parameters.masters():
+            text = "outer, wire_dtype and transactional cannot go with precision='split' or 'kahan'"
+            raise ValueError(f"optimizer: {text}")
         self._options, self._levels, self._round = own, _levels(levels), Round()
         data, group_of = self._parameters.data, self._parameters.group_of
         self._anchor = Anchor(data if own.need_anchor else [], own.transactional)
@@ -340,12 +343,14 @@ class LocalSGD(Wrapper):
         wire = self._options.wire_dtype if whole else None
         look = not self._options.exclude_nonfinite
         feedback, parameters = self._feedback if wire else None, self._parameters
-        averager = parameters.averager(wire)
+        averager, masters = parameters.averager(wire), parameters.masters()
         bad = averager.average(group, parameters.flats, factor, feedback=feedback, look=look)
         if bad:
             raise RuntimeError(
                 f"rank {bad[0]} has parameters that are not finite (exclude_nonfinite=True leaves them out)"
             )
+        if masters:
+            parameters.average_masters(masters, group, factor)
         if factor == 0:
             self._feedback.load()
             for state in parameters.arrays_of_states():

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sgdcore._averages import AVERAGE
+from sgdcore._precision import rest_of
 from sgdcore._rules import State, rule_of
 from sgdcore.distributed import _flat
 from sgdcore.distributed._flat import dtype_name, flat, is_torch, strides_of, wire_name
@@ -98,6 +99,20 @@ class Parameters:
             wires = [wire_name(dtype_name(dtype), wire) for dtype in dtypes]
             self._averagers[wire, key] = Averager(self.flats, self.runs, wires)
         return self._averagers[wire, key]
+
+    def masters(self) -> dict[int, Any]:
+        """Return the float32 values of the parameters that are kept in two halves, by position."""
+        groups = (self._optimizer.param_groups[i] for i in self.group_of)
+        halved = [i for i, group in enumerate(groups) if rest_of(group) is not None]
+        return {i: self._optimizer.master(self.all[i]) for i in halved}
+
+    def average_masters(self, masters: dict[int, Any], group: ProcessGroup, factor: float) -> None:
+        """Average the values that `masters` returned, in float32, and set the parameters to them."""
+        views = [flat(each, f"the master of {self.labels[i]}") for i, each in masters.items()]
+        averager = Averager(views, [[i] for i in range(len(views))], ["float32"] * len(views))
+        averager.average(group, views, factor)
+        for i, each in masters.items():
+            self._optimizer.set_master(self.all[i], each)
 
     # The states, such as momentum
 

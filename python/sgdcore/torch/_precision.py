@@ -11,7 +11,7 @@ from torch import Tensor
 from sgdcore._precision import MASTER_LOW, rest_of
 from sgdcore.torch import _interface
 
-__all__ = ["master", "new_rest"]
+__all__ = ["master", "new_rest", "set_master"]
 
 
 def master(parameter: Tensor, group: Mapping[str, Any], values: Mapping[str, Any]) -> Tensor:
@@ -33,6 +33,39 @@ def master(parameter: Tensor, group: Mapping[str, Any], values: Mapping[str, Any
         joined: Tensor = (upper + kept.to(torch.int32)).view(torch.float32)
         return joined
     return torch.add(seen.to(wide), kept.to(wide))
+
+
+def set_master(
+    parameter: Tensor, group: Mapping[str, Any], state: dict[str, Any], values: Tensor
+) -> None:
+    """Set a parameter to values in float32, as a step would store them."""
+    rest = rest_of(group)
+    wide = values.detach().to(device=parameter.device, dtype=torch.float32)
+    if rest is None:
+        parameter.copy_(wide)
+        return
+    kept = state[rest.key] = new_rest(parameter, group)
+    if rest is MASTER_LOW or parameter.dtype == torch.bfloat16:
+        parameter.copy_(_nearest(wide))
+    else:
+        parameter.copy_(wide)
+    if rest is MASTER_LOW:
+        kept.copy_(_kept_bits(wide).to(torch.int16))
+    else:
+        lost = wide - parameter.float()
+        lost = torch.where(lost.isfinite(), lost, 0.0)
+        kept.copy_(_nearest(lost) if kept.dtype == torch.bfloat16 else lost)
+
+
+def _kept_bits(wide: Tensor) -> Tensor:
+    """Return the bits of float32 values, without the one of a NaN that rounding would make a zero."""
+    bits = wide.contiguous().view(torch.int32)
+    return torch.where(bits & 0x7FFF8000 == 0x7FFF8000, bits & ~0x8000, bits)
+
+
+def _nearest(wide: Tensor) -> Tensor:
+    """Return the nearest bfloat16, ties away from zero."""
+    return ((_kept_bits(wide) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def new_rest(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:

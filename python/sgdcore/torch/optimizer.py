@@ -588,6 +588,25 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         if in_backward is not None:
             in_backward.require_precision(group)
 
+    def set_master(self, parameter: Tensor, values: Tensor) -> None:
+        """Set a parameter to values in float32, as far as its precision holds them; see `sgdcore.SGD.set_master`.
+
+        Raises:
+            ValueError: if the optimizer has no such parameter, or the shapes differ.
+        """
+        for group in self.param_groups:
+            if any(each is parameter for each in group["params"]):
+                if values.shape != parameter.shape:
+                    raise ValueError(
+                        f"values: expected shape {tuple(parameter.shape)}, got {tuple(values.shape)}"
+                    )
+                with torch.no_grad():
+                    _precision.set_master(parameter, group, self.state[parameter], values)
+                return
+        raise ValueError(
+            f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
+        )
+
     def master(self, parameter: Tensor) -> Tensor:
         """Return the values of a parameter in float32, as the next step reads them; see `sgdcore.SGD.master`.
 
