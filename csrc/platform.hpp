@@ -118,11 +118,12 @@ inline constexpr bool has_fused_multiply_add = false;
 inline constexpr bool converts_float16 = true;
 inline constexpr std::int64_t float16_lanes = 16;
 SGDCORE_INLINE void float16_to_float32(const std::byte* from, float* to) {
-    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    _mm512_storeu_ps(to, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
 SGDCORE_INLINE void float32_to_float16(const float* from, std::byte* to) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to),
+        _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__F16C__)
 inline constexpr bool converts_float16 = true;
