@@ -21,6 +21,22 @@ bool axes_match(std::span<const Axis> axes, std::int64_t size) {
     return size == 1;
 }
 
+/// Throws std::invalid_argument if a tensor cannot be kept in that precision.
+void check_precision(const TensorRef& tensor, Precision precision) {
+    if (!fits(precision, tensor.param_dtype)) {
+        throw std::invalid_argument("step: a parameter's storage type does not fit its precision");
+    }
+    // A tensor whose average alone moves is only read, as it is stored.
+    if (tensor.grad == nullptr) return;
+    if ((precision == Precision::split && item_size(tensor.state_dtypes[master_low_slot]) != 2) ||
+        (precision == Precision::kahan && tensor.state_dtypes[compensation_slot] != tensor.param_dtype)) {
+        throw std::invalid_argument("step: the storage type of a parameter's second half");
+    }
+    if (precision == Precision::stochastic && tensor.rounding == nullptr) {
+        throw std::invalid_argument("step: stochastic rounding needs the parameter's position and steps");
+    }
+}
+
 }  // namespace
 
 void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
@@ -33,25 +49,12 @@ void check(std::span<const TensorRef> tensors, std::span<const Hyper> hypers) {
             known_dtypes = known_dtypes && known(tensor.state_dtypes[state]);
             null_state = null_state || tensor.states[state] == nullptr;
         });
-        for (int state = max_states; state < max_slots; ++state) {
-            known_dtypes = known_dtypes && known(tensor.state_dtypes[state]);
-        }
+        if (tensor.has_average()) known_dtypes = known_dtypes && known(tensor.state_dtypes[average_slot]);
         if (!known_dtypes) throw std::invalid_argument("step: unknown storage type");
         if (tensor.size > 0 && !tensor.grad_axes.empty() && !axes_match(tensor.grad_axes, tensor.size)) {
             throw std::invalid_argument("step: the gradient's axes do not match the tensor's size");
         }
-        if (!fits(hyper.precision, tensor.param_dtype)) {
-            throw std::invalid_argument("step: a parameter's storage type does not fit its precision");
-        }
-        // A tensor whose average alone moves is only read, as it is stored.
-        const Precision written = tensor.grad == nullptr ? Precision::plain : hyper.precision;
-        if ((written == Precision::split && item_size(tensor.state_dtypes[master_low_slot]) != 2) ||
-            (written == Precision::kahan && tensor.state_dtypes[compensation_slot] != tensor.param_dtype)) {
-            throw std::invalid_argument("step: the storage type of a parameter's second half");
-        }
-        if (written == Precision::stochastic && tensor.rounding == nullptr) {
-            throw std::invalid_argument("step: stochastic rounding needs the parameter's position and steps");
-        }
+        if (hyper.precision != Precision::plain) check_precision(tensor, hyper.precision);
         const bool null_grad = tensor.grad == nullptr && (!tensor.has_average() || !tensor.grad_axes.empty());
         if (tensor.size > 0 && (tensor.param == nullptr || null_grad || null_state)) {
             throw std::invalid_argument("step: null pointer in the work list");

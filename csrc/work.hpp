@@ -3,6 +3,7 @@
 // Nothing here owns memory. Sizes and strides are int64 throughout; strides count bytes.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -67,9 +68,7 @@ struct Hyper {
 /// Calls `function(state)` for the number of each state in a set, in which bit s is state s.
 template <class Function>
 void for_each_state(std::uint32_t states, Function&& function) {
-    for (int state = 0; states >> state != 0; ++state) {
-        if ((states >> state & 1) != 0) function(state);
-    }
+    for (; states != 0; states &= states - 1) function(std::countr_zero(states));
 }
 
 /// What stochastic rounding knows of a tensor beside its elements.

@@ -20,7 +20,7 @@ namespace {
 struct Operands {
     const ArrayRef& data;
     const ArrayRef* grad;  // null without a gradient
-    const ArrayRef* states[max_slots];
+    const StateSlots& slots;
     std::uint32_t in_use;  // the states that take part: bit s is state s
     std::span<const Axis> grad_axes;
     std::uint32_t group;
@@ -34,17 +34,19 @@ bool continues(const TensorRef& tensor, const Operands& next) {
     const auto ends_at = [&](const std::byte* base, DType dtype, const ArrayRef& array) {
         return dtype == array.dtype && base + tensor.size * static_cast<std::int64_t>(item_size(dtype)) == array.data;
     };
+    // Separate arrays, the usual case, differ here.
+    if (!ends_at(tensor.param, tensor.param_dtype, next.data)) return false;
     const bool grad_continues = next.grad == nullptr
                                     ? tensor.grad == nullptr
                                     : tensor.grad != nullptr && ends_at(tensor.grad, tensor.grad_dtype, *next.grad);
-    if (!ends_at(tensor.param, tensor.param_dtype, next.data) || !grad_continues || !tensor.grad_axes.empty() ||
-        !next.grad_axes.empty() || tensor.hyper != next.group || tensor.device != next.data.device ||
-        tensor.first_step != next.first_step || tensor.new_extras != next.new_extras || next.rounding != nullptr) {
+    if (!grad_continues || !tensor.grad_axes.empty() || !next.grad_axes.empty() || tensor.hyper != next.group ||
+        tensor.device != next.data.device || tensor.first_step != next.first_step ||
+        tensor.new_extras != next.new_extras || next.rounding != nullptr) {
         return false;
     }
     bool all = true;
     for_each_state(next.in_use, [&](int state) {
-        all = all && ends_at(tensor.states[state], tensor.state_dtypes[state], *next.states[state]);
+        all = all && ends_at(tensor.states[state], tensor.state_dtypes[state], next.slots.array(state));
     });
     return all;
 }
@@ -65,8 +67,9 @@ void fill(TensorRef& tensor, const Operands& operands) {
     tensor.rounding = operands.rounding;
     tensor.states[average_slot] = nullptr;
     for_each_state(operands.in_use, [&](int state) {
-        tensor.states[state] = operands.states[state]->data;
-        tensor.state_dtypes[state] = operands.states[state]->dtype;
+        const ArrayRef& array = operands.slots.array(state);
+        tensor.states[state] = array.data;
+        tensor.state_dtypes[state] = array.dtype;
     });
 }
 
@@ -299,12 +302,14 @@ Plan::Listed Plan::list_tensors(bool given) {
         const Parameter& parameter = *entry.parameter;
         const ArrayRef& grad = given ? given_[i].ref : parameter.grad();
         listed.rebound |= entry.data_version != parameter.data_version || entry.states_version != entry.slots->version;
-        used_grads_[i] = grad.empty() ? nullptr : &grad;
-        const std::uint32_t in_use = states_of(i);
+        const bool has_grad = !grad.empty();
+        used_grads_[i] = has_grad ? &grad : nullptr;
+        const Hyper& hyper = hypers_[entry.group];
+        const std::uint32_t in_use = has_grad ? extras_ | hyper.states : extras_;
         Operands operands{
             .data = parameter.data(),
             .grad = used_grads_[i],
-            .states = {},
+            .slots = *entry.slots,
             .in_use = in_use,
             .grad_axes = {},
             .group = entry.group,
@@ -312,17 +317,16 @@ Plan::Listed Plan::list_tensors(bool given) {
             .new_extras = 0,
             .rounding = nullptr,
         };
-        if (!grad.empty()) {
+        if (has_grad) {
             listed.any_grad = true;
             listed.new_grads |= entry.grad_version != parameter.grad_version;
             operands.grad_axes = given ? given_[i].axes : parameter.grad_axes();
-            if (hypers_[entry.group].precision != Precision::plain) operands.rounding = rounding_of(i);
+            if (hyper.precision != Precision::plain) operands.rounding = rounding_of(i);
         } else if (in_use == 0) {
             continue;
         }
         for_each_state(in_use, [&](int state) {
-            operands.states[state] = &entry.slots->array(state);
-            if (operands.states[state]->empty()) missing_.emplace_back(i, state);
+            if (entry.slots->array(state).empty()) missing_.emplace_back(i, state);
             if (entry.slots->holds(state)) return;
             if (state < max_states) {
                 operands.first_step = true;

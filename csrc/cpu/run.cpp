@@ -60,7 +60,7 @@ constexpr StartsOf<R> starts_of;
 /// The kernel for a tensor as it is stored, or for blocks of its compute type.
 template <class R>
 SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor, const Hyper& hyper,
-                             const StepOptions& options) {
+                             bool changes_grads) {
     // A parameter in a precision of its own is read into a block of the compute type.
     const DType param = hyper.precision == Precision::plain ? tensor.param_dtype : DType::float32;
     bool wide = param == DType::float64 || tensor.grad_dtype == DType::float64;
@@ -77,7 +77,7 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     }
     // The kernel gets a gradient that is changed in the compute type.
     const DType compute = wide ? DType::float64 : DType::float32;
-    const DType grad = options.changes_grads() ? compute : tensor.grad_dtype;
+    const DType grad = changes_grads ? compute : tensor.grad_dtype;
     const bool fills = (starting<R, Start::zeros> | starting<R, Start::parameter>) != 0 && tensor.first_step;
     const int direct = alike && !fills ? direct_index.find({param, grad, state_dtype}) : -1;
     const int variant = hyper.variant(tensor.first_step);
@@ -93,6 +93,7 @@ struct Work {
     std::span<const TensorRef> tensors;
     std::span<const Hyper> hypers;
     const StepOptions& options;
+    bool changes_grads;  // the options'
     std::int64_t total;
     Staging* staging;  // one for each thread; may be null where there is one tensor and one thread
 };
@@ -103,8 +104,8 @@ SGDCORE_INLINE void update_range(const Work& work, const TensorRef& tensor, int 
                                  std::int64_t end) {
     const Hyper& hyper = work.hypers[tensor.hyper];
     const StepOptions& options = work.options;
-    const Choice choice = choose<R>(work.kernels.rules[options.rule], tensor, hyper, options);
-    if (!choice.direct || !tensor.grad_axes.empty() || options.changes_grads() || options.zero_grad ||
+    const Choice choice = choose<R>(work.kernels.rules[options.rule], tensor, hyper, work.changes_grads);
+    if (!choice.direct || !tensor.grad_axes.empty() || work.changes_grads || options.zero_grad ||
         tensor.has_average() || hyper.precision != Precision::plain) {
         Staging& staging = work.staging == nullptr ? *staging_for(1) : work.staging[thread];
         return update_blocks(work.kernels, choice, tensor, hyper, options, staging, begin, end);
@@ -145,7 +146,7 @@ void run(std::span<const TensorRef> tensors, std::span<const Hyper> hypers, cons
     const int threads = worth < 2 ? 1 : static_cast<int>(std::min<std::int64_t>(worth, num_threads()));
     // Memory is allocated before anything is changed.
     Staging* const staging = tensors.size() > 1 || threads > 1 ? staging_for(threads) : nullptr;
-    Work work{*instruction_set().table, tensors, hypers, options, total, staging};
+    Work work{*instruction_set().table, tensors, hypers, options, options.changes_grads(), total, staging};
     with_rule(options.rule, [&]<class R>(RuleTag<R>) SGDCORE_INLINE_LAMBDA {
         if (threads == 1) {
             // The smallest steps would notice the divisions of the cuts.
