@@ -901,17 +901,17 @@ def batch_norm_and_frozen_layers(context: Context, whole: bool) -> None:
 
 @check(["gloo-2"])
 def batch_norm_that_nobody_averages_is_warned_of_once(context: Context) -> None:
-    from sgdcore.distributed import parameters
+    from sgdcore import _mistakes
 
-    parameters._warned = False
+    _mistakes._warned = False
     module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4)))
     with pytest.warns(UserWarning, match="the model has batch norm.*pass model=model"):
         LocalSGD(sgd(module))
     LocalSGD(sgd(module))
-    parameters._warned = False
+    _mistakes._warned = False
     LocalSGD(sgd(module), model=module)
     LocalSGD(sgd(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))))
-    assert not parameters._warned
+    assert not _mistakes._warned
 
 
 @check(GLOO)

@@ -1,8 +1,9 @@
-"""Guesses of what users meant: hints for arguments of the wrong kind, and warnings of keys that nothing reads."""
+"""Guesses of what users meant: hints for arguments of the wrong kind, warnings of what nothing reads or averages."""
 
 from __future__ import annotations
 
 import difflib
+import gc
 import sys
 import warnings
 from collections.abc import Container, Iterable, Iterator
@@ -17,6 +18,7 @@ __all__ = [
     "libraries_of",
     "parameter_hint",
     "params_hint",
+    "warn_of_batch_norm",
     "warn_of_near_keys",
 ]
 
@@ -98,3 +100,29 @@ def _depth_of_caller() -> int:
         depth += 1
         frame = frame.f_back
     return depth
+
+
+# Whether `warn_of_batch_norm` has warned in this process.
+_warned = False
+
+
+def warn_of_batch_norm(parameters: Iterable[Any]) -> None:
+    """Warn, once in a process, if a module with these parameters has batch norm."""
+    global _warned
+    batch_norm = sys.modules.get("torch.nn.modules.batchnorm")
+    if _warned or batch_norm is None:
+        return
+    own = {id(parameter) for parameter in parameters}
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, batch_norm.Module)}
+    for module in [each for each in objects if type(each) in kinds]:
+        norms = (each for each in module.modules() if isinstance(each, batch_norm._NormBase))
+        averages = any(each.running_mean is not None for each in norms)
+        if averages and any(id(p) in own for p in module.parameters()):
+            _warned = True
+            warnings.warn(
+                "the model has batch norm, whose running statistics stay each rank's own: pass model=model, or "
+                "buffers=model.buffers(), to average them with each round",
+                stacklevel=3,
+            )
+            return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sgdcore._rules import rule_of
+from sgdcore._kept import require_no_counts
 from sgdcore.distributed import _flat
 from sgdcore.distributed._checks import check_choice, check_count
 from sgdcore.distributed.averager import ErrorFeedback
@@ -17,7 +17,6 @@ from sgdcore.distributed.outer import Outer, OuterSGD, SlowMo
 from sgdcore.distributed.round import Anchor, Round, add_to_state, split_state
 from sgdcore.distributed.schedules import Progress, Schedule, Stagewise
 from sgdcore.distributed.wrapper import Wrapper
-from sgdcore.sgd import SGD
 
 # What a rank says of itself when ranks meet: its parameters are left in the middle of a round; it has just been
 # constructed; or they are whole, and the number of completed rounds is added. All take those of the first highest one.
@@ -104,7 +103,7 @@ class LocalSGD(Wrapper):
         if isinstance(sync_every, type) or not isinstance(sync_every, Schedule):
             sync_every = Stagewise({0: check_count("sync_every", sync_every, 1)})
         check_choice("momentum_sync", momentum_sync, ("keep", "average", "reset"))
-        _check_counts(
+        require_no_counts(
             optimizer,
             {
                 "momentum_sync": momentum_sync != "average",
@@ -465,24 +464,6 @@ class LocalSGD(Wrapper):
                 states = {key: arrays.get(f"anchor.{key}", none) for key in keys}
                 self._anchor.keep(states, self._buffers)
             self._anchor.valid = True
-
-
-def _check_counts(optimizer: Any, given: Mapping[str, object]) -> None:
-    """Raise a ValueError for options that cannot go with a rule that counts steps, as ScheduleFreeSGD does.
-
-    Its states and its parameters belong together: what changes one of them alone, or takes steps back, is refused.
-    """
-    rule = getattr(optimizer, "rule", SGD.rule)
-    if not rule_of(rule).counts:
-        return
-    name = type(optimizer).__name__
-    if given["momentum_sync"]:
-        raise ValueError(
-            f"momentum_sync: {name} needs 'average', since its states follow its parameters"
-        )
-    for option, is_given in given.items():
-        if is_given:
-            raise ValueError(f"{option}: cannot go with {name}, whose states follow its parameters")
 
 
 def _levels(levels: Sequence[tuple[Any, int]] | None) -> list[tuple[ProcessGroup, int]]:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgdcore._averages import AVERAGE
-from sgdcore._precision import rest_of
-from sgdcore._rules import State, rule_of
+from sgdcore._kept import declared_states, dtype_of_state, masters_of
 from sgdcore.distributed import _flat
 from sgdcore.distributed._flat import dtype_name, flat, is_torch, strides_of, wire_name
 from sgdcore.distributed.averager import Averager
 from sgdcore.distributed.groups import ProcessGroup
 from sgdcore.distributed.header import fingerprint
 from sgdcore.parameter import Parameter
-from sgdcore.sgd import SGD
-
-_warned = False
 
 
 class Parameters:
@@ -40,7 +33,8 @@ class Parameters:
 
     def _read(self) -> None:
         """List the parameters and look where they are; raise where that cannot be averaged, and change nothing."""
-        all_, group_of, labels = list[Any](), list[int](), list[str]()
+        all_: list[Any] = []
+        group_of, labels = [], []
         for i, group in enumerate(self._optimizer.param_groups):
             given = group.get("param_names") or ()
             for j, parameter in enumerate(group["params"]):
@@ -102,9 +96,7 @@ class Parameters:
 
     def masters(self) -> dict[int, Any]:
         """Return the float32 values of the parameters that are kept in two halves, by position."""
-        groups = (self._optimizer.param_groups[i] for i in self.group_of)
-        halved = [i for i, group in enumerate(groups) if rest_of(group) is not None]
-        return {i: self._optimizer.master(self.all[i]) for i in halved}
+        return masters_of(self._optimizer)
 
     def average_masters(self, masters: dict[int, Any], group: ProcessGroup, factor: float) -> None:
         """Average the values that `masters` returned, in float32, and set the parameters to them."""
@@ -116,19 +108,12 @@ class Parameters:
 
     # The states, such as momentum
 
-    @property
-    def _declared(self) -> dict[str, State]:
-        """The states by their keys; torch.optim's optimizers count as SGD."""
-        rule = rule_of(getattr(self._optimizer, "rule", SGD.rule))
-        averages = (AVERAGE,) if getattr(self._optimizer, "average", None) else ()
-        return {state.key: state for state in (*rule.states, *averages)}
-
     def states(self, rules: bool = True, averages: bool = True) -> dict[str, list[Any]]:
         """Return the rule's states and the averages by key, for each parameter, or None."""
         state = self._optimizer.state
         return {
             key: [state[p].get(key) if p in state else None for p in self.all]
-            for key in self._declared
+            for key in declared_states(self._optimizer)
             if (averages if key == AVERAGE.key else rules)
         }
 
@@ -154,17 +139,15 @@ class Parameters:
         state, data = self._optimizer.state[self.all[i]], self.data[i]
         if (value := state.get(key)) is None:
             state[key] = _flat.zeros_like(data, self._dtype(key, i))
-            follows = key == AVERAGE.key or self._declared[key].start == "parameter"
-            state[key][...] = data if follows else 0
+            declared = declared_states(self._optimizer)[key]
+            state[key][...] = data if declared is AVERAGE or declared.start == "parameter" else 0
         elif (ordered := _flat.laid_out(value, data)) is not value:
             state[key] = ordered
         return state[key]  # the optimizer may keep it in memory of its own
 
     def _dtype(self, key: str, i: int) -> Any:
         """Return what the options say, since a loaded state's dtype may be its own."""
-        if key == AVERAGE.key:
-            return self._optimizer._averages.dtype
-        return self._optimizer.param_groups[self.group_of[i]].get(self._declared[key].dtype_key)
+        return dtype_of_state(self._optimizer, key, self.group_of[i])
 
     def average_state(
         self, key: str, group: ProcessGroup, wanted: Sequence[bool], factor: float
@@ -210,25 +193,3 @@ class Buffers:
     def restore(self, copies: Sequence[Any]) -> None:
         """Return to what `copies` returned."""
         _flat.copy_all([*self.floats, *self._integers][: len(copies)], copies)
-
-
-def warn_of_batch_norm(parameters: Iterable[Any]) -> None:
-    """Warn, once in a process, if a module with these parameters has batch norm."""
-    global _warned
-    batch_norm = sys.modules.get("torch.nn.modules.batchnorm")
-    own = {id(parameter) for parameter in parameters if is_torch(parameter)}
-    if _warned or batch_norm is None or not own:
-        return
-    objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, batch_norm.Module)}
-    for module in [each for each in objects if type(each) in kinds]:
-        norms = (each for each in module.modules() if isinstance(each, batch_norm._NormBase))
-        averages = any(each.running_mean is not None for each in norms)
-        if averages and any(id(p) in own for p in module.parameters()):
-            _warned = True
-            warnings.warn(
-                "the model has batch norm, whose running statistics stay each rank's own: pass model=model, or "
-                "buffers=model.buffers(), to average them with each round",
-                stacklevel=3,
-            )
-            return

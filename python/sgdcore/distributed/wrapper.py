@@ -11,10 +11,11 @@ from functools import cache
 from itertools import count
 from typing import Any, NoReturn, Self, cast
 
+from sgdcore._mistakes import warn_of_batch_norm
 from sgdcore.distributed._flat import is_torch
 from sgdcore.distributed.groups import ProcessGroup, as_process_group
 from sgdcore.distributed.header import Headers, Ranks, RoundError, checksums, compare
-from sgdcore.distributed.parameters import Buffers, Parameters, warn_of_batch_norm
+from sgdcore.distributed.parameters import Buffers, Parameters
 from sgdcore.optimizer import Optimizer
 
 
