@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import sgdcore
+from sgdcore import _kept
 from sgdcore._rules import Rule, State
-from sgdcore.distributed import LocalSGD, RoundError, parameters
+from sgdcore.distributed import LocalSGD, RoundError
 from support import assert_same_bits
 from test_distributed_interrupts import ThreadGroup, on_all
 
@@ -21,7 +22,7 @@ KEYS = ("momentum_buffer", "second")
 def two_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another state beside SGD's, which the core keeps for the user."""
     states = tuple(State(i, key, f"{key}_dtype") for i, key in enumerate(KEYS))
-    monkeypatch.setattr(parameters, "rule_of", lambda _: Rule("sgd", (), (), states))
+    monkeypatch.setattr(_kept, "rule_of", lambda _: Rule("sgd", (), (), states))
 
 
 def build(group: ThreadGroup, **options: Any) -> LocalSGD:

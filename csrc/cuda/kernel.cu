@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(block_threads, resident_blocks) memory_pass_ke
     memory_pass(arrays, std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x, std::int64_t{gridDim.x} * blockDim.x);
 }
 
-__global__ void __launch_bounds__(block_threads) norm_kernel(const __grid_constant__ NormLaunch launch) {
+__global__ void __launch_bounds__(block_threads, resident_blocks)
+    norm_kernel(const __grid_constant__ NormLaunch launch) {
     __shared__ NormPartial sums[block_threads];
     DeviceBlock block;
     sum_squares(launch, block, sums);

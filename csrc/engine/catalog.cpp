@@ -12,7 +12,7 @@ Hyper hyper(const Values& values) {
     Hyper result{values};
     if constexpr (requires { R::schedule(result.values); }) R::schedule(result.values);
     for (const bool first_step : {false, true}) {
-        result.variants[first_step] = static_cast<std::uint8_t>(R::variant(values, first_step));
+        result.variants[first_step] = static_cast<std::uint8_t>(R::variant(result.values, first_step));
     }
     result.skips_zero_grads = R::skips_zero_grads(values);
     for (int state = 0; state < state_count<R>; ++state) {

@@ -57,11 +57,11 @@ struct ScheduleFreeSgd {
     static constexpr StateSpec states[] = {{"z", "z_dtype", Start::parameter}};
 
     struct Variant {
-        bool weight_decay;
+        bool weight_decay, from_z;
     };
-    static constexpr Variant variants[] = {{false}, {true}};
+    static constexpr Variant variants[] = {{false, false}, {true, false}, {false, true}, {true, true}};
     SGDCORE_HOST_DEVICE SGDCORE_INLINE static int variant(const Values& values, bool) {
-        return values[weight_decay] != 0 ? 1 : 0;
+        return (values[weight_decay] != 0 ? 1 : 0) + (values[from_z] != 0 ? 2 : 0);
     }
     SGDCORE_HOST_DEVICE static constexpr Use use(Variant, int) { return Use::update; }
     static bool skips_zero_grads(const Values&) { return false; }
@@ -88,7 +88,7 @@ struct ScheduleFreeSgd {
     template <class C>
     struct Coefficients {
         C weight_decay, toward, along, negative_lr;
-        SignMask<C> flip, from_z;  // from_z: all ones where y is found from z on
+        SignMask<C> flip;
 
         Coefficients() = default;
         SGDCORE_HOST_DEVICE SGDCORE_INLINE explicit Coefficients(const Values& values)
@@ -96,8 +96,7 @@ struct ScheduleFreeSgd {
               toward(static_cast<C>(values[ScheduleFreeSgd::toward])),
               along(static_cast<C>(values[ScheduleFreeSgd::along])),
               negative_lr(static_cast<C>(-values[lr])),
-              flip(values[maximize] != 0 ? sign_bit<C> : 0),
-              from_z(SignMask<C>{0} - static_cast<SignMask<C>>(values[ScheduleFreeSgd::from_z] != 0)) {}
+              flip(values[maximize] != 0 ? sign_bit<C> : 0) {}
 
         SGDCORE_HOST_DEVICE SGDCORE_INLINE bool has_nan() const {
             const C sum = weight_decay + toward + along + negative_lr;
@@ -108,12 +107,10 @@ struct ScheduleFreeSgd {
     /// Updates the parameter `y` and the iterate of one element, given its gradient `g`.
     template <class C, Variant variant>
     SGDCORE_HOST_DEVICE SGDCORE_INLINE static void update(const Coefficients<C>& k, C& y, C g, C (&state)[1]) {
-        using Bits = SignMask<C>;
         C& z = state[0];
-        g = bits_as<C>(bits_as<Bits>(g) ^ k.flip);
+        g = bits_as<C>(bits_as<SignMask<C>>(g) ^ k.flip);
         if constexpr (variant.weight_decay) g = fused_multiply_add(k.weight_decay, y, g);
-        const C base = bits_as<C>((bits_as<Bits>(z) & k.from_z) | (bits_as<Bits>(y) & ~k.from_z));
-        y = fused_multiply_add(k.along, g, fused_multiply_add(k.toward, z - y, base));
+        y = fused_multiply_add(k.along, g, fused_multiply_add(k.toward, z - y, variant.from_z ? z : y));
         z = fused_multiply_add(k.negative_lr, g, z);
     }
 
