@@ -78,14 +78,14 @@ SGDCORE_INLINE Choice choose(const RuleKernels& kernels, const TensorRef& tensor
     // The kernel gets a gradient that is changed in the compute type.
     const DType compute = wide ? DType::float64 : DType::float32;
     const DType grad = changes_grads ? compute : tensor.grad_dtype;
-    const bool fills = (starting<R, Start::zeros> | starting<R, Start::parameter>) != 0 && tensor.first_step;
-    const int direct = alike && !fills ? direct_index.find({param, grad, state_dtype}) : -1;
+    constexpr bool fills = (starting<R, Start::zeros> | starting<R, Start::parameter>) != 0;
+    const Start* const starts = fills && tensor.first_step ? starts_of<R>.of : nullptr;
+    const int direct = alike && starts == nullptr ? direct_index.find({param, grad, state_dtype}) : -1;
     const int variant = hyper.variant(tensor.first_step);
     const Use* const uses = uses_of<R>.of[variant];
     const Kernel kernel = direct < 0 ? nullptr : kernels.find(direct, variant);
     if (kernel != nullptr) return {kernel, true, wide, uses, nullptr};
-    return {kernels.for_blocks(tensor.param_dtype, wide, variant), false, wide, uses,
-            fills ? starts_of<R>.of : nullptr};
+    return {kernels.for_blocks(tensor.param_dtype, wide, variant), false, wide, uses, starts};
 }
 
 struct Work {
