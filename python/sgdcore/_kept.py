@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sgdcore._averages import AVERAGE
@@ -10,7 +10,14 @@ from sgdcore._precision import rest_of
 from sgdcore._rules import State, rule_of
 from sgdcore.sgd import SGD
 
-__all__ = ["declared_states", "dtype_of_state", "masters_of", "require_no_counts"]
+__all__ = [
+    "declared_states",
+    "dtype_of_state",
+    "has_masters",
+    "masters_of",
+    "require_no_counts",
+    "set_masters",
+]
 
 
 def declared_states(optimizer: Any) -> dict[str, State]:
@@ -30,16 +37,31 @@ def dtype_of_state(optimizer: Any, key: str, group: int) -> Any:
     return optimizer.param_groups[group].get(declared_states(optimizer)[key].dtype_key)
 
 
+def has_masters(optimizer: Any) -> bool:
+    """Return whether parameters are kept in two halves."""
+    return any(rest_of(group) is not None for group in optimizer.param_groups)
+
+
 def masters_of(optimizer: Any) -> dict[int, Any]:
     """Return the float32 values of the parameters that are kept in two halves, by their positions among all."""
-    found: dict[int, Any] = {}
-    position = 0
+    halved = _halved(optimizer)
+    return {position: optimizer._master(each, group) for position, each, group in halved}
+
+
+def set_masters(optimizer: Any, values: Mapping[int, Any]) -> None:
+    """Set the parameters that are kept in two halves to what `masters_of` returned, or to other values like that."""
+    for position, parameter, group in _halved(optimizer):
+        optimizer._set_master(parameter, group, values[position])
+
+
+def _halved(optimizer: Any) -> Iterator[tuple[int, Any, Mapping[str, Any]]]:
+    """Yield position, parameter and group of those that are kept in two halves."""
+    start = 0
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if rest_of(group) is not None:
-                found[position] = optimizer.master(parameter)
-            position += 1
-    return found
+        if rest_of(group) is not None:
+            for i, parameter in enumerate(group["params"]):
+                yield start + i, parameter, group
+        start += len(group["params"])
 
 
 def require_no_counts(optimizer: Any, given: Mapping[str, object]) -> None:

@@ -365,13 +365,7 @@ class Optimizer(HasOptions):
         of ``a`` alone. The next step starts from the sum: with split and kahan less than one unit in the last place of
         the new value away from it.
         """
-        for group in self.param_groups:
-            for each in group["params"]:
-                if each is parameter or each.data is parameter:
-                    return self._master(each, group)
-        raise ValueError(
-            f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
-        )
+        return self._master(*self._listed(parameter))
 
     def set_master(self, parameter: Any, values: Any) -> None:
         """Set a parameter to values in float32, as far as its precision holds them.
@@ -386,31 +380,36 @@ class Optimizer(HasOptions):
         Raises:
             ValueError: if the optimizer has no such parameter, or the shapes differ.
         """
-        from sgdcore.reference import part_kahan, part_split  # not needed for steps
+        self._set_master(*self._listed(parameter), values)
 
+    def _listed(self, parameter: Any) -> tuple[Parameter, dict[str, Any]]:
+        """Return one of the optimizer's parameters, given itself or its array, and its group."""
         for group in self.param_groups:
             for each in group["params"]:
-                if each is not parameter and each.data is not parameter:
-                    continue
-                wanted = np.asarray(values, dtype=np.float32)
-                if wanted.shape != each.shape:
-                    raise ValueError(f"values: expected shape {each.shape}, got {wanted.shape}")
-                rest, visible, kept = rest_of(group), wanted, None
-                if rest is MASTER_LOW:
-                    visible, kept = part_split(wanted)
-                    visible = visible.view(each.dtype)
-                elif rest is not None:
-                    visible, kept = part_kahan(wanted, each.dtype)
-                data = as_array(each.data)
-                copy_into(data, visible.astype(data.dtype))
-                if rest is not None and kept is not None:
-                    stored = np.empty_like(on_host(each.data), dtype=kept.dtype, subok=False)
-                    stored[...] = kept
-                    self.state[each][rest.key] = stored
-                return
+                if each is parameter or each.data is parameter:
+                    return each, group
         raise ValueError(
             f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
         )
+
+    def _set_master(self, parameter: Parameter, group: Mapping[str, Any], values: Any) -> None:
+        from sgdcore.reference import part_kahan, part_split  # not needed for steps
+
+        wanted = np.asarray(values, dtype=np.float32)
+        if wanted.shape != parameter.shape:
+            raise ValueError(f"values: expected shape {parameter.shape}, got {wanted.shape}")
+        rest, visible, kept = rest_of(group), wanted, None
+        if rest is MASTER_LOW:
+            visible, kept = part_split(wanted)
+            visible = visible.view(parameter.dtype)
+        elif rest is not None:
+            visible, kept = part_kahan(wanted, parameter.dtype)
+        data = as_array(parameter.data)
+        copy_into(data, visible.astype(data.dtype))
+        if rest is not None and kept is not None:
+            stored = np.empty_like(on_host(parameter.data), dtype=kept.dtype, subok=False)
+            stored[...] = kept
+            self.state[parameter][rest.key] = stored
 
     def _master(self, parameter: Parameter, group: Mapping[str, Any]) -> Array:
         from sgdcore.reference import join_kahan, join_split  # not needed for steps

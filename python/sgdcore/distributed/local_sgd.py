@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sgdcore._kept import require_no_counts
+from sgdcore._kept import has_masters, require_no_counts
 from sgdcore.distributed import _flat
 from sgdcore.distributed._checks import check_choice, check_count
 from sgdcore.distributed.averager import ErrorFeedback
@@ -116,7 +116,7 @@ class LocalSGD(Wrapper):
         self._wrap(optimizer, group, model, buffers)
         wire, flags = _wire(wire_dtype, self.group), (bool(transactional), bool(exclude_nonfinite))
         own = _Options(sync_every, momentum_sync, outer, wire, *flags)
-        if own.need_anchor and self._parameters.masters():
+        if own.need_anchor and has_masters(optimizer):
             text = "outer, wire_dtype and transactional cannot go with precision='split' or 'kahan'"
             raise ValueError(f"optimizer: {text}")
         self._options, self._levels, self._round = own, _levels(levels), Round()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgdcore._averages import AVERAGE
-from sgdcore._kept import declared_states, dtype_of_state, masters_of
+from sgdcore._kept import declared_states, dtype_of_state, masters_of, set_masters
 from sgdcore.distributed import _flat
 from sgdcore.distributed._flat import dtype_name, flat, is_torch, strides_of, wire_name
 from sgdcore.distributed.averager import Averager
@@ -103,8 +103,7 @@ class Parameters:
         views = [flat(each, f"the master of {self.labels[i]}") for i, each in masters.items()]
         averager = Averager(views, [[i] for i in range(len(views))], ["float32"] * len(views))
         averager.average(group, views, factor)
-        for i, each in masters.items():
-            self._optimizer.set_master(self.all[i], each)
+        set_masters(self._optimizer, masters)
 
     # The states, such as momentum
 

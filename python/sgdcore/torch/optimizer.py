@@ -594,15 +594,21 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         Raises:
             ValueError: if the optimizer has no such parameter, or the shapes differ.
         """
+        self._set_master(parameter, self._group_of(parameter), values)
+
+    def _set_master(self, parameter: Tensor, group: Mapping[str, Any], values: Tensor) -> None:
+        if values.shape != parameter.shape:
+            raise ValueError(
+                f"values: expected shape {tuple(parameter.shape)}, got {tuple(values.shape)}"
+            )
+        with torch.no_grad():
+            _precision.set_master(parameter, group, self.state[parameter], values)
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Return the group of one of the optimizer's parameters."""
         for group in self.param_groups:
             if any(each is parameter for each in group["params"]):
-                if values.shape != parameter.shape:
-                    raise ValueError(
-                        f"values: expected shape {tuple(parameter.shape)}, got {tuple(values.shape)}"
-                    )
-                with torch.no_grad():
-                    _precision.set_master(parameter, group, self.state[parameter], values)
-                return
+                return group
         raise ValueError(
             f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
         )
@@ -619,12 +625,10 @@ class Optimizer(HasOptions, torch.optim.Optimizer):
         Raises:
             ValueError: if the optimizer has no such parameter.
         """
-        for group in self.param_groups:
-            if any(each is parameter for each in group["params"]):
-                return _precision.master(parameter, group, self._state.get(parameter, {}))
-        raise ValueError(
-            f"parameter: expected one of the optimizer's parameters, got {_core.repr_text(parameter)}"
-        )
+        return self._master(parameter, self._group_of(parameter))
+
+    def _master(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        return _precision.master(parameter, group, self._state.get(parameter, {}))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averages where the parameters are, for the time of a ``with`` block; see `sgdcore.SGD.averaged`.
